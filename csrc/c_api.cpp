@@ -1,0 +1,293 @@
+#include "c_api.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "file_reader.h"
+#include "planner.h"
+
+struct vmo_planner {
+  vmo::Planner core;
+  std::vector<int32_t> wide_ids;  // int64 ids narrowed for the core
+};
+
+struct vmo_reader {
+  vmo_reader(const char* path, bool direct, int32_t num_threads,
+             const std::vector<int32_t>& cpus)
+      : core(path, direct, num_threads, cpus) {}
+  vmo::FileReader core;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+// Runs `body`, turning an exception into `failure` and a message.
+template <typename Result, typename Body>
+Result guarded(Result failure, Body&& body) noexcept {
+  try {
+    return std::forward<Body>(body)();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return failure;
+  }
+}
+
+void check_id_bytes(int32_t id_bytes) {
+  if (id_bytes != 4 && id_bytes != 8) {
+    throw std::invalid_argument("ids must be int32 or int64, got " + std::to_string(id_bytes) +
+                                " bytes each");
+  }
+}
+
+template <typename Id>
+void remap_ids(const vmo::Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
+               int64_t num_padded_ids, Id* rows) {
+  const int32_t num_experts = planner.config().num_experts;
+  const auto row_of = [&](int64_t i) {
+    const Id id = ids[i];
+    const bool valid = id >= 0 && id < num_experts;
+    const int32_t row = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
+    if (row < 0) {
+      throw std::logic_error("expert " + std::to_string(id) + " of layer " +
+                             std::to_string(layer) + " has no row");
+    }
+    return static_cast<Id>(row);
+  };
+  for (int64_t i = 0; i < num_ids; ++i) rows[i] = row_of(i);
+  if (num_padded_ids > num_ids) {
+    const Id row = row_of(0);
+    for (int64_t i = num_ids; i < num_padded_ids; ++i) rows[i] = row;
+  }
+}
+
+template <typename Id>
+void add_histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,
+                   int32_t num_experts, float* out) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const float weight = weights != nullptr ? weights[row] : 1.0F;
+    for (int32_t j = 0; j < top_k; ++j) {
+      const Id id = ids[row * top_k + j];
+      if (id < 0 || id >= num_experts) {
+        throw std::invalid_argument("expert id " + std::to_string(id) + " of row " +
+                                    std::to_string(row) + " is outside [0, " +
+                                    std::to_string(num_experts) + ")");
+      }
+      out[id] += weight;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* vmo_last_error(void) { return last_error.c_str(); }
+
+vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts, int32_t num_slots,
+                                int32_t num_staging_slots, int32_t order, int32_t scope,
+                                int32_t admission, int32_t unbounded_staging) {
+  return guarded<vmo_planner*>(nullptr, [&] {
+    vmo::PlannerConfig config;
+    config.num_layers = num_layers;
+    config.num_experts = num_experts;
+    config.num_slots = num_slots;
+    config.num_staging_slots = num_staging_slots;
+    config.order = static_cast<vmo::Order>(order);
+    config.scope = static_cast<vmo::Scope>(scope);
+    config.admission = admission != 0;
+    config.unbounded_staging = unbounded_staging != 0;
+    return std::make_unique<vmo_planner>(vmo_planner{vmo::Planner(config), {}}).release();
+  });
+}
+
+void vmo_planner_destroy(vmo_planner* planner) {
+  const std::unique_ptr<vmo_planner> owner(planner);
+}
+
+int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids, int64_t num_ids,
+                         int32_t id_bytes, uint32_t flags, int32_t info[4]) {
+  return guarded<int32_t>(-1, [&] {
+    check_id_bytes(id_bytes);
+    const auto* narrow = static_cast<const int32_t*>(ids);
+    if (id_bytes == 8) {
+      const auto* wide = static_cast<const int64_t*>(ids);
+      planner->wide_ids.assign(wide, wide + num_ids);
+      for (int64_t i = 0; i < num_ids; ++i) {
+        if (wide[i] != planner->wide_ids[static_cast<size_t>(i)]) {
+          throw std::invalid_argument("expert id " + std::to_string(wide[i]) +
+                                      " does not fit in 32 bits");
+        }
+      }
+      narrow = planner->wide_ids.data();
+    }
+    const int64_t bypasses_before = planner->core.counters().bypasses;
+    if (!planner->core.plan(layer, narrow, num_ids, flags)) return 0;
+    const vmo::Plan& plan = planner->core.current();
+    info[0] = static_cast<int32_t>(plan.experts.size());
+    info[1] = plan.num_hits;
+    info[2] = static_cast<int32_t>(plan.miss_experts.size());
+    info[3] = static_cast<int32_t>(planner->core.counters().bypasses - bypasses_before);
+    return 1;
+  });
+}
+
+int32_t vmo_planner_finish(vmo_planner* planner) {
+  return guarded<int32_t>(-1, [&] {
+    planner->core.finish();
+    return 0;
+  });
+}
+
+int32_t vmo_planner_complete(vmo_planner* planner, int32_t slot, int32_t ok) {
+  return guarded<int32_t>(-1, [&] {
+    planner->core.complete(slot, ok != 0);
+    return 0;
+  });
+}
+
+int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert) {
+  return guarded<int32_t>(-2, [&] { return planner->core.prefetch(layer, expert); });
+}
+
+int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot) {
+  return guarded<int32_t>(-1, [&] {
+    planner->core.cancel_prefetch(slot);
+    return 0;
+  });
+}
+
+int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void* ids,
+                          int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
+                          void* rows) {
+  return guarded<int32_t>(-1, [&] {
+    check_id_bytes(id_bytes);
+    if (id_bytes == 4) {
+      remap_ids(planner->core, layer, static_cast<const int32_t*>(ids), num_ids, num_padded_ids,
+                static_cast<int32_t*>(rows));
+    } else {
+      remap_ids(planner->core, layer, static_cast<const int64_t*>(ids), num_ids, num_padded_ids,
+                static_cast<int64_t*>(rows));
+    }
+    return 0;
+  });
+}
+
+const int32_t* vmo_planner_plan_array(const vmo_planner* planner, int32_t which) {
+  const vmo::Plan& plan = planner->core.current();
+  switch (which) {
+    case 0:
+      return plan.experts.data();
+    case 1:
+      return plan.slots.data();
+    case 2:
+      return plan.miss_experts.data();
+    case 3:
+      return plan.miss_slots.data();
+    case 4:
+      return plan.miss_kinds.data();
+    default:
+      return nullptr;
+  }
+}
+
+float* vmo_planner_scores(vmo_planner* planner) { return planner->core.scores(); }
+
+const int32_t* vmo_planner_page_table(const vmo_planner* planner) {
+  return planner->core.page_table();
+}
+
+const uint64_t* vmo_planner_last_use(const vmo_planner* planner) {
+  return planner->core.last_use();
+}
+
+const int64_t* vmo_planner_counters(const vmo_planner* planner) {
+  static_assert(sizeof(vmo::Counters) == 9 * sizeof(int64_t), "plain array of 9 counters");
+  return &planner->core.counters().hits;
+}
+
+int32_t vmo_planner_num_resident(const vmo_planner* planner) {
+  return planner->core.num_resident();
+}
+
+int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer, int32_t expert) {
+  return planner->core.is_resident(layer, expert) ? 1 : 0;
+}
+
+int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, int32_t id_bytes,
+                             const float* weights, int32_t num_experts, float* out) {
+  return guarded<int32_t>(-1, [&] {
+    check_id_bytes(id_bytes);
+    for (int32_t e = 0; e < num_experts; ++e) out[e] = 0.0F;
+    if (id_bytes == 4) {
+      add_histogram(static_cast<const int32_t*>(ids), num_rows, top_k, weights, num_experts,
+                    out);
+    } else {
+      add_histogram(static_cast<const int64_t*>(ids), num_rows, top_k, weights, num_experts,
+                    out);
+    }
+    return 0;
+  });
+}
+
+vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_threads,
+                            const int32_t* cpus, int32_t num_cpus) {
+  return guarded<vmo_reader*>(nullptr, [&] {
+    const std::vector<int32_t> affinity(cpus, cpus + num_cpus);
+    return std::make_unique<vmo_reader>(path, direct != 0, num_threads, affinity).release();
+  });
+}
+
+void vmo_reader_close(vmo_reader* reader) { const std::unique_ptr<vmo_reader> owner(reader); }
+
+int64_t vmo_reader_file_bytes(const vmo_reader* reader) {
+  return static_cast<int64_t>(reader->core.file_bytes());
+}
+
+int32_t vmo_reader_submit(vmo_reader* reader, const vmo_read* reads, int32_t num_reads) {
+  return guarded<int32_t>(-1, [&] {
+    std::vector<vmo::ReadRequest> requests(static_cast<size_t>(num_reads));
+    for (int32_t i = 0; i < num_reads; ++i) {
+      const vmo_read& read = reads[i];
+      vmo::ReadRequest& request = requests[static_cast<size_t>(i)];
+      request.tag = read.tag;
+      request.offset = read.offset;
+      request.priority = static_cast<vmo::Priority>(read.priority);
+      request.extents.reserve(static_cast<size_t>(read.num_extents));
+      for (int32_t j = 0; j < read.num_extents; ++j) {
+        request.extents.push_back({read.extents[j].destination, read.extents[j].length});
+      }
+    }
+    reader->core.submit(std::move(requests));
+    return 0;
+  });
+}
+
+int32_t vmo_reader_promote(vmo_reader* reader, int64_t tag) {
+  return guarded<int32_t>(-1, [&] { return reader->core.promote(tag) ? 1 : 0; });
+}
+
+int32_t vmo_reader_cancel(vmo_reader* reader, int64_t tag) {
+  return guarded<int32_t>(-1, [&] { return reader->core.cancel(tag) ? 1 : 0; });
+}
+
+int32_t vmo_reader_wait(vmo_reader* reader, vmo_completion* completions, int32_t capacity,
+                        int32_t timeout_ms) {
+  return guarded<int32_t>(-1, [&] {
+    std::array<vmo::ReadResult, 64> results;
+    const size_t limit = std::min(results.size(), static_cast<size_t>(std::max(capacity, 0)));
+    const size_t count =
+        reader->core.wait(results.data(), limit, std::chrono::milliseconds(timeout_ms));
+    for (size_t i = 0; i < count; ++i) {
+      completions[i] = {results[i].tag, results[i].error, 0, results[i].bytes};
+    }
+    return static_cast<int32_t>(count);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,152 @@
+// Reads records of the expert store into memory with a few threads and preadv.
+//
+// Two priorities: no prefetch begins while a demand waits. A record is cut into chunks, so
+// that several threads work on one of them: at batch size 1 a single miss must reach the
+// disk's bandwidth too. Idle threads sleep; they never spin, because computing threads need
+// the cores.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+namespace vmo {
+
+// Alignment that O_DIRECT asks of offsets, lengths and addresses, in bytes.
+constexpr uint64_t kDirectAlignment = 4096;
+
+enum class Priority : int32_t { kDemand = 0, kPrefetch = 1 };
+
+// `iov_len` bytes to each extent's address, consecutive in the file from `offset` on.
+struct ReadRequest {
+  int64_t tag = 0;
+  uint64_t offset = 0;
+  Priority priority = Priority::kDemand;
+  std::vector<iovec> extents;
+};
+
+struct ReadResult {
+  int64_t tag = 0;
+  int32_t error = 0;   // errno of the chunk that failed first, -1: the file ends too early
+  uint64_t bytes = 0;  // bytes that arrived
+};
+
+// An open file descriptor.
+class FileDescriptor {
+ public:
+  // Throws std::runtime_error naming the path.
+  FileDescriptor(const std::string& path, int flags);
+  ~FileDescriptor();
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+// One file and the threads that read it. Safe to call from several threads, except for the
+// destructor, which must not race with anything.
+class FileReader {
+ public:
+  // Opens `path` read-only; `direct` bypasses the page cache. Threads run on `cpus`, or
+  // where the calling thread may run if there are none. Throws std::runtime_error if the
+  // file cannot be opened, its file system refuses O_DIRECT, or a thread cannot be started.
+  FileReader(const std::string& path, bool direct, int32_t num_threads,
+             const std::vector<int32_t>& cpus);
+  // Waits for chunks that are being read; drops what is queued.
+  ~FileReader();
+  FileReader(const FileReader&) = delete;
+  FileReader& operator=(const FileReader&) = delete;
+
+  uint64_t file_bytes() const { return file_bytes_; }
+
+  // Queues all requests, or none: throws std::invalid_argument on an extent that is empty,
+  // or unaligned when reading directly, and on a tag that is in use. A tag is in use until
+  // its result was taken by wait() or its request dropped by cancel().
+  void submit(std::vector<ReadRequest> requests);
+
+  // Makes the rest of a queued prefetch a demand. False if nothing of it waits as prefetch.
+  bool promote(int64_t tag);
+
+  // Drops a request of which no chunk began. False if there is none: its result comes.
+  bool cancel(int64_t tag);
+
+  // Writes up to `capacity` results and returns their number; asleep until there is one,
+  // `timeout` passed (negative: never does) or nothing is in flight. A request is reported
+  // once, when no thread writes to its extents any more.
+  size_t wait(ReadResult* results, size_t capacity, std::chrono::milliseconds timeout);
+
+ private:
+  struct Request;
+  // A request is on one list at a time and moves by splicing, which cannot fail.
+  using List = std::list<Request*>;
+  struct Request {
+    ReadRequest read;
+    uint64_t total_bytes = 0;
+    uint64_t chunk_bytes = 0;
+    uint64_t issued_bytes = 0;  // handed to threads, from the front
+    int32_t running_chunks = 0;
+    ReadResult result;
+    List* list = nullptr;
+    List::iterator position;
+  };
+  struct Chunk {
+    Request* request = nullptr;
+    uint64_t begin = 0;  // within the request
+    uint64_t end = 0;
+    Priority priority = Priority::kDemand;  // when it began
+  };
+  struct ChunkResult {
+    int32_t error = 0;
+    uint64_t bytes = 0;
+  };
+
+  void probe_direct(const std::string& path) const;
+  void start_threads(int32_t num_threads, const std::vector<int32_t>& cpus);
+  void stop_threads();
+  void check(const ReadRequest& read) const;
+  std::unique_ptr<Request> make_request(ReadRequest&& read) const;
+  static void move_to(List& list, Request* request);
+
+  void work();
+  bool may_take() const;
+  Chunk take();
+  ChunkResult read_chunk(const Chunk& chunk, std::vector<iovec>& vectors) const;
+  void end_chunk(const Chunk& chunk, const ChunkResult& result);
+
+  const bool direct_;
+  const FileDescriptor file_;
+  uint64_t file_bytes_ = 0;
+  size_t num_threads_ = 0;
+  // One thread is left to demands, so that they never queue behind running prefetches.
+  size_t max_prefetch_chunks_ = 0;
+
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable work_ready_;
+  std::condition_variable result_ready_;
+  bool stopping_ = false;
+  size_t running_prefetch_chunks_ = 0;
+  // By tag; each is on one of the lists below it.
+  std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
+  // With chunks still to be read.
+  List demands_;
+  List prefetches_;
+  // All chunks handed out.
+  List issued_;
+  // To be reported.
+  List ended_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace vmo

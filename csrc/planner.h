@@ -1,0 +1,163 @@
+// Which expert lies in which slot, and what one layer call has to change about it.
+//
+// The planner never touches bytes: it owns the page table, the slot states, the
+// keep-score table that a policy writes, the recency clock and the counters. Serving,
+// replay and tests drive this one implementation.
+//
+// Not thread safe: one planner belongs to one model runner, which calls layers in order.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace vmo {
+
+enum class Order : int32_t {
+  kScore = 0,    // least keep-score goes first
+  kRecency = 1,  // least recently used goes first
+};
+
+enum class Scope : int32_t {
+  kGlobal = 0,    // all layers compete for all slots
+  kPerLayer = 1,  // every layer owns num_slots / num_layers slots
+};
+
+struct PlannerConfig {
+  int32_t num_layers = 0;
+  int32_t num_experts = 0;
+  int32_t num_slots = 0;          // cache slots, rows [0, num_slots)
+  int32_t num_staging_slots = 0;  // rows [num_slots, num_slots + num_staging_slots)
+  Order order = Order::kScore;
+  Scope scope = Scope::kGlobal;
+  bool admission = true;           // a miss must outscore a resident to replace it
+  bool unbounded_staging = false;  // replay: staging is free and has no rows
+};
+
+enum PlanFlags : uint32_t {
+  kPlanDefault = 0,
+  // No request stands behind this call: serve it, but count and keep nothing.
+  kPlanTransient = 1U << 0,
+  // Replay of a bound (Belady) only: the current need may be evicted once counted.
+  kPlanUnpinned = 1U << 1,
+  // Replay: reads take no time, misses are resident at once.
+  kPlanInstant = 1U << 2,
+};
+
+enum class MissKind : int32_t {
+  kRead = 0,    // the record must be read into the slot
+  kAwait = 1,   // a prefetch into this slot is under way: wait for it
+  kNoSlot = 2,  // unbounded staging only: counted, held nowhere
+};
+
+// One layer call. Vectors are reserved for num_experts once: their addresses never change.
+struct Plan {
+  std::vector<int32_t> experts;  // distinct experts needed, ascending
+  std::vector<int32_t> slots;    // their rows, -1 for kNoSlot
+  std::vector<int32_t> miss_experts;
+  std::vector<int32_t> miss_slots;
+  std::vector<int32_t> miss_kinds;
+  int32_t num_hits = 0;
+};
+
+// Totals since construction. Order is the C ABI's (VMO_COUNTER_*).
+struct Counters {
+  int64_t hits = 0;
+  int64_t misses = 0;
+  int64_t bypasses = 0;  // misses that went to staging
+  int64_t evictions = 0;
+  int64_t prefetch_issued = 0;
+  int64_t prefetch_useful = 0;  // resident before first use
+  int64_t prefetch_late = 0;    // needed while still in flight
+  int64_t prefetch_wasted = 0;  // evicted, or failed, before any use
+  int64_t calls = 0;            // layer calls that counted
+};
+
+class Planner {
+ public:
+  explicit Planner(const PlannerConfig& config);
+
+  // Plans one layer call for `ids` (any order, repeats allowed).
+  // Returns false and changes nothing if the distinct experts do not fit at once.
+  // Needed experts stay pinned until finish(). Throws std::invalid_argument on an id
+  // outside [0, num_experts) and std::logic_error if a plan is still open.
+  bool plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t flags);
+  const Plan& current() const { return plan_; }
+
+  // Ends the open plan: unpins, empties staging and transient slots. Every read of the
+  // plan must have ended; one that was not completed leaves its slot empty.
+  void finish();
+
+  // A read into `slot` ended. `ok` false empties the slot.
+  void complete(int32_t slot, bool ok);
+
+  // Reserves a slot for a prefetch of (layer, expert); -1 if it is resident or in flight
+  // already, or nothing of lower score may be evicted. Score order only.
+  int32_t prefetch(int32_t layer, int32_t expert);
+
+  // Gives a reserved slot back because its read was cancelled before it began.
+  void cancel_prefetch(int32_t slot);
+
+  int32_t slot_of(int32_t layer, int32_t expert) const {
+    return page_table_[static_cast<size_t>(key_of(layer, expert))];
+  }
+  // Whether (layer, expert)'s slot holds its bytes (false while in flight).
+  bool is_resident(int32_t layer, int32_t expert) const;
+
+  const PlannerConfig& config() const { return config_; }
+  const Counters& counters() const { return counters_; }
+  int32_t num_resident() const { return num_resident_; }
+
+  // Tables of num_layers * num_experts, row major.
+  float* scores() { return scores_.data(); }
+  const int32_t* page_table() const { return page_table_.data(); }
+  // Clock of the last counted use, 0 if never used.
+  const uint64_t* last_use() const { return last_use_.data(); }
+  uint64_t clock() const { return clock_; }
+
+ private:
+  enum class SlotState : uint8_t { kFree, kLoading, kResident };
+  struct Slot {
+    int32_t key = -1;  // layer * num_experts + expert
+    SlotState state = SlotState::kFree;
+    bool pinned = false;
+    bool transient = false;   // emptied by finish()
+    bool prefetched = false;  // not used since it was prefetched
+  };
+
+  int32_t key_of(int32_t layer, int32_t expert) const {
+    return layer * config_.num_experts + expert;
+  }
+  bool has_fixed_slots() const { return fixed_slots_; }
+  int32_t pool_of(int32_t layer) const { return config_.scope == Scope::kPerLayer ? layer : 0; }
+  void collect_need(const int32_t* ids, int64_t num_ids);
+  void collect_victims(int32_t layer, size_t limit, bool unpinned);
+  bool victim_is_less(int32_t a_key, int32_t b_key) const;
+  bool outscores(int32_t key, int32_t victim_key) const;
+  void evict(int32_t slot);
+  void occupy(int32_t slot, int32_t key, SlotState state);
+  void release(int32_t slot);
+  int32_t take_free(int32_t layer);
+
+  PlannerConfig config_;
+  bool fixed_slots_ = false;
+  std::vector<Slot> slots_;
+  std::vector<int32_t> page_table_;
+  std::vector<float> scores_;
+  std::vector<uint64_t> last_use_;
+  std::vector<std::vector<int32_t>> free_slots_;  // one stack per pool, lowest on top
+  std::vector<int32_t> free_staging_;
+  std::vector<uint8_t> needed_;   // bitmap scratch [num_experts]
+  std::vector<int32_t> victims_;  // scratch: keys, best victim first
+  std::vector<int32_t> missing_;  // scratch: expert indices in plan_.experts
+  Plan plan_;
+  int32_t open_layer_ = -1;
+  uint32_t open_flags_ = 0;
+  uint64_t clock_ = 0;
+  int32_t num_resident_ = 0;
+  Counters counters_;
+};
+
+}  // namespace vmo

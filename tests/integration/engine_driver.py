@@ -1,0 +1,93 @@
+"""Runs vLLM engines in a process of their own and writes what they generated.
+
+Usage: engine_driver.py JOBS.json OUT.json
+
+JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM,
+"batches": [[prompt token ids, ...], ...], "max_tokens": n}``. OUT gets, per engine, per batch
+and per prompt, the generated ids and for every generated token the top logprobs as exact
+hexadecimal floats; and facts about the engine's layers and counters.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
+    """Greedy generation of all prompts submitted at once."""
+    parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+    )
+    return [
+        {
+            "ids": list(output.outputs[0].token_ids),
+            "logprobs": [
+                {str(token): value.logprob.hex() for token, value in position.items()}
+                for position in output.outputs[0].logprobs
+            ],
+        }
+        for output in outputs
+    ]
+
+
+def facts(llm: LLM) -> dict[str, Any]:
+    """Classes of the expert layers, and what the runtime counted (None without offload)."""
+
+    def inspect(model: Any) -> dict[str, Any]:
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+        layers = [m for m in model.modules() if isinstance(m, RoutedExperts)]
+        runtime = getattr(layers[0], "runtime", None)
+        found: dict[str, Any] = {"classes": sorted({type(layer).__name__ for layer in layers})}
+        if runtime is not None:
+            found["shape"] = [runtime.cache.shape.num_slots, runtime.cache.shape.num_staging_slots]
+            found["hits"] = runtime.cache.count("hits")
+            found["misses"] = runtime.cache.count("misses")
+            found["read_bytes"] = runtime.read_bytes
+        return found
+
+    return llm.apply_model(inspect)[0]
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One engine: start, all batches, stop."""
+    began = time.perf_counter()
+    try:
+        llm = LLM(**job["llm"])
+    except Exception as error:  # noqa: BLE001 (the test asserts on what was raised)
+        return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    started = time.perf_counter()
+    result = {
+        "start_seconds": started - began,
+        "batches": [generate(llm, batch, job["max_tokens"]) for batch in job["batches"]],
+        "facts": facts(llm),
+    }
+    result["run_seconds"] = time.perf_counter() - started
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    """See the module's docstring."""
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    results = []
+    for job in jobs:
+        results.append(run(job))
+        Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

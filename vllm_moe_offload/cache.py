@@ -1,0 +1,241 @@
+"""ExpertCache: which expert lies in which slot. A thin, numpy-facing view of the C++ planner.
+
+One object per pool. Serving, replay and tests drive the same class, so a replayed trace
+counts exactly what a server counted. It never touches the experts' bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.native import check, core, last_error
+from vllm_moe_offload.policy.base import PlannerRules
+
+PLAN_TRANSIENT = 1
+"""No request stands behind the call: serve it, count and keep nothing."""
+PLAN_UNPINNED = 2
+"""Replay of a bound only: the current need may be evicted once it is counted."""
+PLAN_INSTANT = 4
+"""Replay: reads take no time; misses are resident at once."""
+
+MISS_READ, MISS_AWAIT, MISS_NO_SLOT = 0, 1, 2
+"""Kinds of a miss: read it; wait for its prefetch; held nowhere (unbounded staging)."""
+
+COUNTER_NAMES = (
+    "hits",
+    "misses",
+    "bypasses",
+    "evictions",
+    "prefetch_issued",
+    "prefetch_useful",
+    "prefetch_late",
+    "prefetch_wasted",
+    "calls",
+)
+
+
+def _view(address: int, shape: tuple[int, ...], ctype: Any) -> npt.NDArray[Any]:
+    """Numpy array over memory of the core; valid as long as the planner lives."""
+    count = int(np.prod(shape))
+    return np.ctypeslib.as_array((ctype * count).from_address(address)).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """Sizes of one cache: experts in the model and rows in the pool.
+
+    Attributes:
+        num_layers: MoE layers that share the pool.
+        num_experts: routed experts per layer.
+        num_slots: cache slots, rows ``[0, num_slots)`` of the pool.
+        num_staging_slots: rows behind them for experts used once and not admitted.
+    """
+
+    num_layers: int
+    num_experts: int
+    num_slots: int
+    num_staging_slots: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pool."""
+        return self.num_slots + self.num_staging_slots
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether every expert has a row of its own, in logical order."""
+        return self.num_slots >= self.num_layers * self.num_experts
+
+
+class ExpertCache:
+    """Page table, slots, plan of one layer call, and counters.
+
+    Attributes:
+        scores: float32 ``[num_layers, num_experts]``; written by a policy, read by plan().
+        page_table: int32 ``[num_layers, num_experts]``, row or -1 (read only).
+        last_use: uint64 ``[num_layers, num_experts]``, clock of the last counted use.
+        counters: int64 ``[9]`` in the order of :data:`COUNTER_NAMES`, updated in place.
+        plan_info: int32 ``[4]`` of the last plan: distinct experts, hits, misses, bypasses.
+    """
+
+    def __init__(
+        self, shape: CacheShape, rules: PlannerRules, *, unbounded_staging: bool = False
+    ) -> None:
+        """Raises NativeError if a size is impossible."""
+        self.shape = shape
+        self.rules = rules
+        self.handle: int = core.vmo_planner_create(
+            shape.num_layers,
+            shape.num_experts,
+            shape.num_slots,
+            shape.num_staging_slots,
+            rules.order,
+            rules.scope,
+            rules.admission,
+            unbounded_staging,
+        )
+        if not self.handle:
+            raise last_error()
+        table = (shape.num_layers, shape.num_experts)
+        self.scores: npt.NDArray[np.float32] = _view(
+            core.vmo_planner_scores(self.handle), table, ctypes.c_float
+        )
+        self.page_table: npt.NDArray[np.int32] = _view(
+            core.vmo_planner_page_table(self.handle), table, ctypes.c_int32
+        )
+        self.last_use: npt.NDArray[np.uint64] = _view(
+            core.vmo_planner_last_use(self.handle), table, ctypes.c_uint64
+        )
+        self.counters: npt.NDArray[np.int64] = _view(
+            core.vmo_planner_counters(self.handle), (len(COUNTER_NAMES),), ctypes.c_int64
+        )
+        self.page_table.flags.writeable = False
+        self.last_use.flags.writeable = False
+        self.counters.flags.writeable = False
+        (
+            self._experts,
+            self._slots,
+            self._miss_experts,
+            self._miss_slots,
+            self._miss_kinds,
+        ) = (
+            _view(
+                core.vmo_planner_plan_array(self.handle, which),
+                (shape.num_experts,),
+                ctypes.c_int32,
+            )
+            for which in range(5)
+        )
+        self.plan_info = np.zeros(4, np.int32)
+        self._info_address = self.plan_info.ctypes.data
+
+    def close(self) -> None:
+        """Frees the planner; the tables must not be used afterwards."""
+        if self.handle:
+            core.vmo_planner_destroy(self.handle)
+            self.handle = 0
+
+    def __del__(self) -> None:
+        # Tables are views of the planner's memory: whoever keeps one keeps the cache.
+        if getattr(self, "handle", 0):
+            core.vmo_planner_destroy(self.handle)
+
+    def plan(self, layer: int, ids: npt.NDArray[np.integer[Any]], flags: int = 0) -> bool:
+        """Plans one layer call for the experts in ``ids`` (any shape, repeats allowed).
+
+        ``ids`` must be a C-contiguous int32 or int64 array.
+        Returns False, and changes nothing, if the distinct experts do not fit at once.
+        Needed experts stay pinned until :meth:`finish`.
+
+        Raises:
+            NativeError: an id or the layer is out of range, or a plan is open.
+        """
+        return self.plan_at(layer, ids.ctypes.data, ids.size, ids.itemsize, flags)
+
+    def plan_at(
+        self, layer: int, address: int, num_ids: int, id_bytes: int, flags: int = 0
+    ) -> bool:
+        """:meth:`plan` for ids at an address (a tensor's ``data_ptr()``)."""
+        return bool(
+            check(
+                core.vmo_planner_plan(
+                    self.handle, layer, address, num_ids, id_bytes, flags, self._info_address
+                )
+            )
+        )
+
+    @property
+    def experts(self) -> npt.NDArray[np.int32]:
+        """Distinct experts of the last plan, ascending (a view)."""
+        return self._experts[: self.plan_info[0]]
+
+    @property
+    def slots(self) -> npt.NDArray[np.int32]:
+        """Rows of :attr:`experts`; -1 for a miss that is held nowhere (a view)."""
+        return self._slots[: self.plan_info[0]]
+
+    @property
+    def misses(
+        self,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Missing experts of the last plan, their rows, and what each needs (views)."""
+        count = self.plan_info[2]
+        return self._miss_experts[:count], self._miss_slots[:count], self._miss_kinds[:count]
+
+    def remap(
+        self,
+        layer: int,
+        ids: npt.NDArray[np.integer[Any]],
+        rows: npt.NDArray[np.integer[Any]],
+        num_ids: int | None = None,
+    ) -> None:
+        """Writes the pool row of every planned id; ids from ``num_ids`` on are padding."""
+        count = ids.size if num_ids is None else num_ids
+        check(
+            core.vmo_planner_remap(
+                self.handle,
+                layer,
+                ids.ctypes.data,
+                count,
+                ids.size,
+                ids.itemsize,
+                rows.ctypes.data,
+            )
+        )
+
+    def finish(self) -> None:
+        """Ends the open plan: unpins its experts and empties staging."""
+        check(core.vmo_planner_finish(self.handle))
+
+    def complete(self, row: int, ok: bool) -> None:
+        """A read into ``row`` ended; ``ok`` False empties the row."""
+        check(core.vmo_planner_complete(self.handle, row, ok))
+
+    def prefetch(self, layer: int, expert: int) -> int:
+        """Row reserved for a prefetch, or -1 if there is nothing to do or to gain."""
+        row = int(core.vmo_planner_prefetch(self.handle, layer, expert))
+        if row == -2:
+            raise last_error()
+        return row
+
+    def cancel_prefetch(self, row: int) -> None:
+        """Gives back a row whose prefetch was cancelled before it began."""
+        check(core.vmo_planner_cancel_prefetch(self.handle, row))
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        """Whether the expert's bytes are in its row (False while in flight)."""
+        return bool(core.vmo_planner_is_resident(self.handle, layer, expert))
+
+    @property
+    def num_resident(self) -> int:
+        """Experts in cache slots whose bytes are there."""
+        return int(core.vmo_planner_num_resident(self.handle))
+
+    def count(self, name: str) -> int:
+        """One counter by its name in :data:`COUNTER_NAMES`."""
+        return int(self.counters[COUNTER_NAMES.index(name)])

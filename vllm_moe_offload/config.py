@@ -1,0 +1,156 @@
+"""The options of the plugin: each declared, validated and documented once.
+
+They travel as ``VllmConfig.additional_config["moe_offload"]``, which reaches every worker
+and is part of vLLM's configuration hash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Mode = Literal["off", "lru", "lru-layer", "lfu", "lrfu", "trace"]
+MODES: tuple[str, ...] = get_args(Mode)
+GIB = 1 << 30
+
+
+class OptionError(ValueError):
+    """An option has an impossible value; the message names it and what is allowed."""
+
+
+def default_store_dir() -> str:
+    """``$XDG_CACHE_HOME/vllm-moe-offload``, by default below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(base) / "vllm-moe-offload")
+
+
+class OffloadConfig(BaseModel):
+    """Everything a user can set. Field descriptions are the options' reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Annotated[
+        Mode,
+        Field(
+            description="Who stays in the cache. trace: request-level traces decide; lru, "
+            "lru-layer, lfu, lrfu: plain policies; off: vLLM untouched."
+        ),
+    ] = "off"
+    cache_gb: Annotated[
+        float | str,
+        Field(
+            description="Fast memory for experts, staging rows included: a number of GiB, a "
+            'share of all experts such as "25%", or "auto" (all experts if they fit beside '
+            "the KV cache, else what is left after it)."
+        ),
+    ] = "auto"
+    store_dir: Annotated[
+        str,
+        Field(
+            description="Directory of the expert store: fast local disk with room for all "
+            "experts, owned by you. Built on the first start, opened on later ones. "
+            "Default: vllm-moe-offload in your cache directory."
+        ),
+    ] = Field(default_factory=default_store_dir)
+    verify: Annotated[
+        bool,
+        Field(description="Check the checksum of every expert read from the store."),
+    ] = False
+    record_trace: Annotated[
+        str | None,
+        Field(description="Write the routing of all requests to this .npz file at exit."),
+    ] = None
+    record_trace_limit_gb: Annotated[
+        float,
+        Field(gt=0, description="Stop recording when the trace holds this many GiB."),
+    ] = 4.0
+    io_threads: Annotated[
+        int,
+        Field(ge=1, le=64, description="Threads that read experts from the store."),
+    ] = 4
+
+    @field_validator("cache_gb")
+    @classmethod
+    def _check_cache_gb(cls, value: float | str) -> float | str:
+        parse_cache_size(value)
+        return value
+
+    @field_validator("record_trace")
+    @classmethod
+    def _check_record_trace(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".npz"):
+            raise ValueError("must end in .npz")
+        return value
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the plugin does anything at all."""
+        return self.mode != "off"
+
+
+def parse_cache_size(value: float | str) -> tuple[Literal["bytes", "share", "auto"], float]:
+    """Kind and amount of a ``cache_gb`` value: bytes, share of all experts in (0, 1], auto.
+
+    Raises:
+        ValueError: not a positive number, percentage or "auto".
+    """
+    allowed = 'a positive number of GiB, a share such as "25%", or "auto"'
+    if isinstance(value, str):
+        text = value.strip()
+        if text == "auto":
+            return "auto", 0.0
+        try:
+            amount = float(text.removesuffix("%"))
+        except ValueError as error:
+            raise ValueError(f"allowed: {allowed}") from error
+        if text.endswith("%"):
+            if not 0 < amount <= 100:
+                raise ValueError(f"allowed: {allowed}; a share lies in (0%, 100%]")
+            return "share", amount / 100
+    else:
+        amount = float(value)
+    if not 0 < amount < float("inf"):
+        raise ValueError(f"allowed: {allowed}")
+    return "bytes", amount * GIB
+
+
+def parse_options(options: Mapping[str, Any]) -> OffloadConfig:
+    """Validated options.
+
+    Raises:
+        OptionError: names every wrong option, its value and what is allowed.
+    """
+    if not isinstance(options, Mapping):
+        raise OptionError(
+            f"moe_offload must be a mapping of options, got {options!r}; "
+            f"allowed keys: {', '.join(OffloadConfig.model_fields)}"
+        )
+    try:
+        return OffloadConfig(**options)
+    except ValidationError as error:
+        raise OptionError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            lines.append(
+                f"moe-offload: unknown option {name!r}; allowed: "
+                f"{', '.join(OffloadConfig.model_fields)}"
+            )
+            continue
+        value = item.get("input")
+        if name == "mode":
+            message = f"allowed: {', '.join(MODES)}"
+        else:
+            message = str(item["msg"]).removeprefix("Value error, ")
+        line = f"moe-offload: {name}={value!r} is not possible: {message}"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""``--moe-offload`` and ``--moe-offload-config``, on every command that has EngineArgs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_options
+from vllm_moe_offload.integration import compat, endpoint, supported
+from vllm_moe_offload.integration.counters_dir import ensure_counters_dir
+
+KEY = "moe_offload"
+"""Where the options lie in ``VllmConfig.additional_config``."""
+
+
+def options_of(vllm_config: VllmConfig) -> OffloadConfig:
+    """The plugin's options in a vLLM configuration; mode ``off`` where there are none."""
+    additional = vllm_config.additional_config
+    return parse_options(additional.get(KEY, {}) if isinstance(additional, dict) else {})
+
+
+def install() -> None:
+    """Wraps EngineArgs so that the options are parsed, carried and checked."""
+    compat.wrap(EngineArgs, "add_cli_args", _add_cli_args, kind=staticmethod)
+    compat.wrap(EngineArgs, "from_cli_args", _from_cli_args, kind=classmethod)
+    compat.wrap(EngineArgs, "create_engine_config", _create_engine_config)
+
+
+def _describe_options() -> str:
+    lines = []
+    for name, field in OffloadConfig.model_fields.items():
+        if name != "mode":
+            default = "" if field.default_factory else f" (default: {json.dumps(field.default)})"
+            lines.append(f"{name}: {field.description}{default}")
+    return "Options as JSON, or one by one as --moe-offload-config.KEY VALUE. " + " ".join(lines)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {text!r} ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object of options, got {text!r}")
+    return value
+
+
+def _add_cli_args(original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = original(parser)
+    group = parser.add_argument_group(
+        title="MoE offload",
+        description="Serve Mixture-of-Experts models whose experts do not fit in memory.",
+    )
+    group.add_argument(
+        "--moe-offload",
+        choices=MODES,
+        default=None,
+        metavar="MODE",
+        help="Keep experts in a store and cache them: " + ", ".join(MODES) + ". "
+        "trace is the full system; off (the default) leaves vLLM untouched.",
+    )
+    group.add_argument(
+        "--moe-offload-config",
+        type=_json_object,
+        default=None,
+        metavar="JSON",
+        help=_describe_options().replace("%", "%%"),
+    )
+    return parser
+
+
+def _from_cli_args(original: Any, cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+    engine_args: EngineArgs = original(args)
+    mode = getattr(args, "moe_offload", None)
+    options = getattr(args, "moe_offload_config", None)
+    if mode is None and options is None:
+        return engine_args
+    if mode is None and "mode" not in options:
+        raise OptionError(
+            "--moe-offload-config is given without --moe-offload; add --moe-offload=MODE, "
+            f"MODE one of {', '.join(MODES)}"
+        )
+    additional = dict(engine_args.additional_config or {})
+    merged = {**additional.get(KEY, {}), **(options or {})}
+    if mode is not None:
+        merged["mode"] = mode
+    additional[KEY] = merged
+    engine_args.additional_config = additional
+    return engine_args
+
+
+def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+    additional = self.additional_config
+    raw = additional.get(KEY, {}) if isinstance(additional, dict) else {}
+    options = parse_options(raw)  # before the model's config is read: typos fail first
+    vllm_config: VllmConfig = original(self, *args, **kwargs)
+    if options.enabled:
+        supported.check(vllm_config, options)
+        ensure_counters_dir()
+        endpoint.install()
+    return vllm_config

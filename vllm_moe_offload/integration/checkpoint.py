@@ -1,0 +1,100 @@
+"""A checkpoint's tensors in the order that offloading needs: dense first, then experts by layer.
+
+vLLM's own stream follows the files. Sorting it lets each layer's experts be complete, put
+in the store and freed before the next layer's are read, so that the model is never in
+memory as a whole; and later starts skip experts altogether.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from vllm_moe_offload.config import OptionError
+
+_EXPERT_TENSOR = re.compile(r"\.experts\.")
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+
+
+def layer_number(name: str) -> int | None:
+    """Decoder layer in a tensor's or module's name, None if it has none."""
+    match = _LAYER_NUMBER.search(name)
+    return int(match.group(1)) if match else None
+
+
+class SortedCheckpoint:
+    """Where every tensor of a checkpoint lies; tensors are read one at a time when asked for."""
+
+    def __init__(self, loader: DefaultModelLoader, model_config: Any, model: torch.nn.Module) -> None:
+        """Reads the headers of the safetensors files, no weights.
+
+        Raises:
+            OptionError: the checkpoint is not in safetensors files.
+        """
+        self._dense: list[tuple[str, str, str]] = []  # name for the model, file, name in file
+        self._experts: dict[int, list[tuple[str, str, str]]] = {}
+        sources = [
+            DefaultModelLoader.Source(
+                model_config.model,
+                model_config.revision,
+                fall_back_to_pt=getattr(model, "fall_back_to_pt_during_load", True),
+                allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
+            ),
+            *getattr(model, "secondary_weights", ()),
+        ]
+        for source in sources:
+            self._index(loader, source)
+        if loader.counter_before_loading_weights == 0.0:
+            loader.counter_before_loading_weights = time.perf_counter()
+
+    def _index(self, loader: DefaultModelLoader, source: Any) -> None:
+        folder, files, is_safetensors, _ = loader._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        if not is_safetensors:
+            raise OptionError(
+                f"--moe-offload: {folder} holds no safetensors files; convert the checkpoint "
+                "(pickled weights are neither safe nor seekable)"
+            )
+        for file in sorted(files):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    entry = (source.prefix + name, file, name)
+                    number = layer_number(name)
+                    if _EXPERT_TENSOR.search(name) and number is not None:
+                        self._experts.setdefault(number, []).append(entry)
+                    else:
+                        self._dense.append(entry)
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """Decoder layers that have routed experts, ascending."""
+        return sorted(self._experts)
+
+    def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors that are not routed experts'."""
+        return self._read(self._dense)
+
+    def experts(self, number: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The routed experts' tensors of one decoder layer."""
+        return self._read(self._experts[number])
+
+    @staticmethod
+    def _read(entries: list[tuple[str, str, str]]) -> Iterator[tuple[str, torch.Tensor]]:
+        by_file: dict[str, list[tuple[str, str]]] = {}
+        for name, file, name_in_file in entries:
+            by_file.setdefault(file, []).append((name, name_in_file))
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as tensors:
+                for name, name_in_file in names:
+                    yield name, tensors.get_tensor(name_in_file)

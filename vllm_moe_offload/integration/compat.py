@@ -1,0 +1,177 @@
+"""Every place where stock vLLM is changed, with why, upstream reference and when to remove.
+
+Patches check what they patch and fail loudly on a vLLM they do not know. Nothing here runs
+unless the plugin is installed; what changes the model or the runner is installed in workers
+only, and only if ``--moe-offload`` is on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+SUPPORTED = (("0.32", "0.34"), "vllm>=0.32,<0.34")
+
+
+class UnsupportedVLLM(RuntimeError):
+    """The installed vLLM is not one that the plugin's patches were written for."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution it came in."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def check_version() -> None:
+    """Raises UnsupportedVLLM unless vLLM is >=0.32,<0.34."""
+    version = vllm_version()
+    parts = version.split("+")[0].split(".")
+    try:
+        release = (int(parts[0]), int(parts[1]))
+    except (ValueError, IndexError) as error:
+        raise UnsupportedVLLM(f"cannot read the version of vLLM: {version!r}") from error
+    if not (0, 32) <= release < (0, 34):
+        own = importlib.metadata.version("vllm-moe-offload")
+        raise UnsupportedVLLM(
+            f"vllm-moe-offload {own} supports {SUPPORTED[1]}, but vLLM {version} is installed. "
+            "Install a supported vLLM, or uninstall vllm-moe-offload."
+        )
+
+
+def require(owner: Any, name: str) -> Any:
+    """Attribute ``name`` of ``owner``, or UnsupportedVLLM naming what is missing."""
+    found = inspect.getattr_static(owner, name, None)
+    if found is None:
+        where = getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))
+        raise UnsupportedVLLM(
+            f"vLLM {vllm_version()} has no {where}.{name}, which vllm-moe-offload hooks into; "
+            f"supported is {SUPPORTED[1]}"
+        )
+    return getattr(owner, name)
+
+
+def wrap(
+    owner: Any,
+    name: str,
+    wrapper: Callable[..., Any],
+    kind: type | None = None,
+) -> None:
+    """Replaces ``owner.name`` by ``wrapper(original, ...)``; once, even if called again.
+
+    Args:
+        owner: class or module.
+        name: attribute to replace.
+        wrapper: called with the original first, then the call's own arguments (for a
+            classmethod: original already bound to the class, then the class).
+        kind: None for a plain function or method, else ``staticmethod`` or ``classmethod``.
+    """
+    original = require(owner, name)
+    if getattr(original, "__moe_offload__", False):
+        return
+    static = inspect.getattr_static(owner, name)
+    if kind is not None and not isinstance(static, kind):
+        raise UnsupportedVLLM(
+            f"{owner.__qualname__}.{name} of vLLM {vllm_version()} is not a {kind.__name__}"
+        )
+    if kind is classmethod:
+        function = static.__func__
+
+        @functools.wraps(function)
+        def on_class(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = functools.partial(function, cls)
+            return wrapper(bound, cls, *args, **kwargs)
+
+        on_class.__moe_offload__ = True  # type: ignore[attr-defined]
+        setattr(owner, name, classmethod(on_class))
+        return
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    replacement.__moe_offload__ = True  # type: ignore[attr-defined]
+    setattr(owner, name, staticmethod(replacement) if kind is staticmethod else replacement)
+
+
+# --------------------------------------------------------------------------------------
+# WorkerBase.__init__ (v1/worker/worker_base.py)
+#   why: the first place in a worker that knows the configuration and runs before the model
+#     is built; the patches below must not touch processes or servers without offload.
+#   upstream: no plugin hook receives the VllmConfig in a worker.
+#   remove when: general plugins are told the configuration.
+def install_worker_hook() -> None:
+    """Installs the model and runner patches when a worker with offload is created."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    wrap(WorkerBase, "__init__", _worker_init)
+
+
+def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    from vllm_moe_offload.integration.arguments import options_of
+
+    if options_of(vllm_config).enabled:
+        install_model_patches()
+        install_runner_patches()
+    original(self, vllm_config, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------
+# RoutedExperts.__new__ (model_executor/layers/fused_moe/routed_experts.py)
+#   why: PluggableLayer.register_oot replaces a class by its name and misses subclasses
+#     (GptOssRoutedExperts and others would silently run without offload); a __new__ on the
+#     base covers every subclass, and asks the configuration, so that `off` and a second
+#     model in the same process keep vLLM's classes.
+#   upstream: model_executor/custom_op.py, PluggableLayer.__new__.
+#   remove when: register_oot covers subclasses and can be scoped to a configuration.
+# BaseModelLoader.load_weights of the default and dummy loaders (model_loader/*.py)
+#   why: experts must be taken out of memory layer by layer while the checkpoint streams.
+#   upstream: no hook between the loader's stream and the model.
+#   remove when: vLLM can load a model without ever holding it.
+def install_model_patches() -> None:
+    """Swaps the expert layers and hooks into the loaders."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    from vllm_moe_offload.integration import experts, loading
+
+    for name in ("forward_modular", "layer_name", "quant_method"):
+        if name == "forward_modular":
+            require(RoutedExperts, name)
+    if "__new__" not in RoutedExperts.__dict__:
+        inherited = RoutedExperts.__new__
+
+        def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            return experts.instantiate(inherited, cls, *args, **kwargs)
+
+        RoutedExperts.__new__ = new
+    wrap(DefaultModelLoader, "get_all_weights", loading.stream_weights)
+    wrap(DummyModelLoader, "load_weights", loading.load_dummy_weights)
+
+
+# --------------------------------------------------------------------------------------
+# GPUModelRunner (v1/worker/gpu_model_runner.py, V1) and its V2 namesake
+# (v1/worker/gpu/model_runner.py)
+#   why: the rows of a forward pass have to be told apart by request; only the runner knows.
+#   upstream: --enable-return-routed-experts captures routing per request (V2 only), after
+#     the fact, without positions of the running batch.
+#   remove when: ForwardContext carries the request of every row.
+def install_runner_patches() -> None:
+    """Tells the runtime which request each row belongs to, and which runs are dummies."""
+    import vllm.v1.worker.gpu.model_runner as v2
+    import vllm.v1.worker.gpu_model_runner as v1
+
+    from vllm_moe_offload.integration import requests
+
+    wrap(v1.GPUModelRunner, "_prepare_inputs", requests.v1_prepare_inputs)
+    wrap(v2.GPUModelRunner, "prepare_inputs", requests.v2_prepare_inputs)
+    for runner in (v1.GPUModelRunner, v2.GPUModelRunner):
+        wrap(runner, "execute_model", requests.execute_model)
+        wrap(runner, "_dummy_run", requests.dummy_run)
+        wrap(runner, "shutdown", requests.shutdown)
+    wrap(v1.GPUModelRunner, "reload_weights", requests.refuse_reload)

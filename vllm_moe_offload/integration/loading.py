@@ -1,0 +1,280 @@
+"""From a checkpoint to a store and a slot pool, without ever holding the model.
+
+First start: dense weights load as always; then, layer by layer, a layer's experts load into
+its full parameters, are put into kernel form, written to the store and freed. Later starts
+leave experts out of the stream and open the store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+from vllm.model_executor.utils import weights_already_processed
+
+from vllm_moe_offload.config import OffloadConfig, OptionError
+from vllm_moe_offload.integration import compat
+from vllm_moe_offload.integration.arguments import options_of
+from vllm_moe_offload.integration.checkpoint import SortedCheckpoint, layer_number
+from vllm_moe_offload.integration.experts import offloaded_layers
+from vllm_moe_offload.integration.startup import start_runtime
+from vllm_moe_offload.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, open_store, store_lock
+
+logger = logging.getLogger("vllm.moe_offload")
+
+NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
+"""Parameters of RoutedExperts that are not rows per expert (vLLM lists them likewise in
+``RoutedExperts.get_expert_weights``)."""
+
+
+def stream_weights(
+    original: Any, loader: Any, model_config: Any, model: torch.nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """DefaultModelLoader.get_all_weights for a model with offloaded experts."""
+    vllm_config = get_current_vllm_config()
+    load = _begin(vllm_config, model)
+    if load is None:
+        yield from original(loader, model_config, model)
+        return
+    checkpoint = SortedCheckpoint(loader, model_config, model)
+    load.check_layers(checkpoint.expert_layers)
+    with store_lock(load.directory):
+        store = load.open_store()
+        yield from checkpoint.dense()
+        if store is None:
+            with load.builder() as builder:
+                for index, number in load.progress():
+                    yield from checkpoint.experts(number)
+                    load.store_layer(builder, index)
+                load.commit(builder)
+    load.finish()
+
+
+def load_dummy_weights(original: Any, loader: Any, model: torch.nn.Module, model_config: Any) -> None:
+    """DummyModelLoader.load_weights: random experts too, one layer in memory at a time."""
+    load = _begin(get_current_vllm_config(), model)
+    if load is None:
+        original(loader, model, model_config)
+        return
+    original(loader, _WithoutExperts(model), model_config)
+    with store_lock(load.directory):
+        if load.open_store() is None:
+            with load.builder() as builder:
+                for index, _ in load.progress():
+                    for tensor in _expert_tensors(load.layers[index]).values():
+                        initialize_single_dummy_weight(tensor)
+                    load.store_layer(builder, index)
+                load.commit(builder)
+    load.finish()
+
+
+class _WithoutExperts:
+    """A model as the dummy loader sees it: its modules less the offloaded layers."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        hidden = set(map(id, offloaded_layers(self._model)))
+        return (module for module in self._model.modules() if id(module) not in hidden)
+
+
+def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
+    options = options_of(vllm_config)
+    if not options.enabled:
+        return None
+    layers = offloaded_layers(model)
+    if not layers:
+        raise OptionError(
+            f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
+            "routed expert layer; use --moe-offload=off"
+        )
+    return ExpertLoad(vllm_config, options, layers)
+
+
+class ExpertLoad:
+    """One model's way from its checkpoint into store and pool."""
+
+    def __init__(self, vllm_config: Any, options: OffloadConfig, layers: list[Any]) -> None:
+        self.options = options
+        self.layers = layers
+        self._vllm_config = vllm_config
+        for layer in layers:
+            _check_kernel(layer)
+        self._numbers = [layer_number(f"{layer.layer_name}.") for layer in layers]
+        experts = {layer.local_num_experts for layer in layers}
+        if len(experts) != 1:
+            raise OptionError(
+                f"--moe-offload: layers with different numbers of experts {sorted(experts)} are "
+                "not supported; use --moe-offload=off"
+            )
+        self.num_experts = experts.pop()
+        self._identity = _identity(vllm_config, layers[0])
+        self.directory: Path = self._identity.directory(
+            Path(options.store_dir), str(vllm_config.model_config.model)
+        )
+        self._store: ExpertStore | None = None
+        self._layout: ExpertLayout | None = None
+
+    def check_layers(self, in_checkpoint: list[int]) -> None:
+        """Raises OptionError unless checkpoint and model agree on which layers have experts."""
+        expected = [number for number in self._numbers if number is not None]
+        if len(expected) != len(self.layers) or sorted(expected) != in_checkpoint:
+            names = [layer.layer_name for layer in self.layers]
+            raise OptionError(
+                f"--moe-offload: the model has experts in {names}, but the checkpoint names "
+                f"experts in layers {in_checkpoint}; this checkpoint is not supported, use "
+                "--moe-offload=off"
+            )
+
+    def open_store(self) -> ExpertStore | None:
+        """The store if it was built before."""
+        self._store = open_store(self.directory, self._identity)
+        if self._store is not None:
+            logger.info("MoE offload: store %s opened, experts are not loaded", self.directory)
+        return self._store
+
+    def builder(self) -> StoreBuilder:
+        """A builder for the missing store; its layout is known after the first layer."""
+        logger.info("MoE offload: building the expert store in %s", self.directory)
+        return StoreBuilder(
+            self.directory, self._identity, len(self.layers), self.num_experts
+        )
+
+    def progress(self) -> Iterator[tuple[int, int]]:
+        """(index, decoder layer) of every MoE layer, behind a progress bar."""
+        bar = tqdm(
+            list(enumerate(self._numbers)),
+            desc="Building expert store",
+            unit="layer",
+            disable=not self._vllm_config.load_config.use_tqdm_on_load,
+        )
+        return iter(bar)
+
+    def store_layer(self, builder: StoreBuilder, index: int) -> None:
+        """Puts a loaded layer into kernel form, writes its records, frees its memory."""
+        layer = self.layers[index]
+        layer.quant_method.process_weights_after_loading(layer)
+        tensors = _expert_tensors(layer)
+        layout = _layout_of(tensors)
+        if self._layout is None:
+            self._layout = layout
+        elif layout != self._layout:
+            raise OptionError(
+                f"--moe-offload: the experts of {layer.layer_name} differ in shape from those of "
+                f"{self.layers[0].layer_name}; use --moe-offload=off"
+            )
+        builder.write_layer(
+            index, layout, {name: _as_bytes(tensor) for name, tensor in tensors.items()}
+        )
+        _free(layer)
+
+    def commit(self, builder: StoreBuilder) -> None:
+        """Makes the store the one that later starts open."""
+        self._store = builder.commit()
+
+    def finish(self) -> None:
+        """Pool, cache and transfer; parameters become rows of the pool."""
+        store = self._store
+        if store is None:
+            raise RuntimeError("the expert store was neither opened nor built")
+        for layer in self.layers:
+            if layer.quant_method.moe_kernel is None:  # opened: only the kernel is missing
+                _free(layer)
+                with weights_already_processed():
+                    layer.quant_method.process_weights_after_loading(layer)
+            # vLLM's own pass over all modules must not process the pool's rows again.
+            layer.quant_method.process_weights_after_loading = _already_processed
+        start_runtime(self._vllm_config, self.options, store, self.layers)
+
+
+def _already_processed(layer: torch.nn.Module) -> None:
+    del layer
+
+
+def _check_kernel(layer: Any) -> None:
+    """Raises OptionError for quantised experts and monolithic kernels, by name."""
+    method = layer.quant_method
+    if type(method) is not UnquantizedFusedMoEMethod:
+        raise OptionError(
+            f"--moe-offload: {layer.layer_name} uses {type(method).__name__}; experts must be "
+            "unquantised (bf16, fp16 or fp32). Use --moe-offload=off"
+        )
+    if method.is_monolithic:
+        raise OptionError(
+            f"--moe-offload: the kernel {method.experts_cls.__name__} of {layer.layer_name} does "
+            "its own routing (monolithic), so expert ids cannot be mapped to slots. "
+            "Use --moe-offload=off"
+        )
+
+
+def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:
+    model_config = vllm_config.model_config
+    method = layer.quant_method
+    parallel = layer.moe_config.moe_parallel_config
+    return StoreIdentity.of_checkpoint(
+        Path(model_config.model),
+        load_format=str(
+            getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format)
+        ),
+        dtype=str(layer.params_dtype).removeprefix("torch."),
+        quantization=model_config.quantization or "none",
+        kernel=f"{method.experts_cls.__name__}:{getattr(method.experts_cls, 'isa', '')}",
+        padded_shape=(layer.hidden_size, layer.intermediate_size_per_partition),
+        tp_rank=parallel.tp_rank,
+        tp_size=parallel.tp_size,
+        vllm_version=compat.vllm_version(),
+    )
+
+
+def _expert_tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """Parameters with one row per expert, in registration order."""
+    tensors = {}
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name in NOT_EXPERT_TENSORS:
+            continue
+        if parameter.shape[:1] != (layer.local_num_experts,):
+            raise OptionError(
+                f"--moe-offload: parameter {name} of {layer.layer_name} has shape "
+                f"{tuple(parameter.shape)}, not one row for each of "
+                f"{layer.local_num_experts} experts; use --moe-offload=off"
+            )
+        tensors[name] = parameter.data
+    return tensors
+
+
+def _layout_of(tensors: dict[str, torch.Tensor]) -> ExpertLayout:
+    return ExpertLayout(
+        tuple(
+            TensorSpec(
+                name,
+                tuple(tensor.shape[1:]),
+                str(tensor.dtype).removeprefix("torch."),
+                tensor[0].numel() * tensor.element_size(),
+            )
+            for name, tensor in tensors.items()
+        )
+    )
+
+
+def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    rows = tensor.contiguous().view(tensor.shape[0], -1)
+    return rows.view(torch.uint8).numpy()
+
+
+def _free(layer: Any) -> None:
+    """Gives a layer's own expert memory back; its rows come from the pool."""
+    for name in _expert_tensors(layer):
+        parameter = getattr(layer, name)
+        parameter.data = parameter.data.new_empty((layer.local_num_experts, 0))

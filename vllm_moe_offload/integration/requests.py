@@ -1,0 +1,104 @@
+"""Which rows of a forward pass belong to which request: vLLM's runners, V1 and V2.
+
+The wrappers below translate a runner's batch into :class:`StepRows` and hand it to the
+worker's runtime. A runner whose model has no offloaded layer passes straight through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vllm_moe_offload.integration.experts import find_runtime
+from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.runtime import OffloadRuntime
+
+_UNKNOWN = object()
+
+
+def runtime_of(runner: Any) -> OffloadRuntime | None:
+    """The runtime behind a model runner's model, remembered on the runner."""
+    runtime = getattr(runner, "_moe_offload_runtime", _UNKNOWN)
+    if runtime is _UNKNOWN:
+        if getattr(runner, "model", None) is None:
+            return None  # not loaded yet
+        runtime = find_runtime(runner.get_model())
+        runner._moe_offload_runtime = runtime
+    return runtime  # type: ignore[no-any-return]
+
+
+def v1_prepare_inputs(
+    original: Any, self: Any, scheduler_output: Any, num_scheduled_tokens: Any, *args: Any
+) -> Any:
+    """V1: the order of ``input_batch`` is final when the inputs are prepared."""
+    runtime = runtime_of(self)
+    if runtime is not None:
+        batch = self.input_batch
+        count = batch.num_reqs
+        computed = batch.num_computed_tokens_cpu[:count]
+        runtime.begin_step(
+            StepRows.of_lengths(
+                list(batch.req_ids[:count]),
+                num_scheduled_tokens[:count],
+                computed,
+                computed < batch.num_prompt_tokens[:count],
+            )
+        )
+    return original(self, scheduler_output, num_scheduled_tokens, *args)
+
+
+def v2_prepare_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """V2: the prepared batch itself names its requests."""
+    batch = original(self, *args, **kwargs)
+    runtime = runtime_of(self)
+    if runtime is not None:
+        count = batch.num_reqs
+        runtime.begin_step(
+            StepRows.of_lengths(
+                list(batch.req_ids[:count]),
+                np.asarray(batch.num_scheduled_tokens[:count]),
+                np.asarray(batch.num_computed_tokens_np[:count]),
+                np.asarray(batch.is_prefilling_np[:count]),
+            )
+        )
+    return batch
+
+
+def execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    """Ends requests that the scheduler reports as finished, and only those.
+
+    V2 shows a preemption as removal and re-adding; ``finished_req_ids`` never names it.
+    """
+    runtime = runtime_of(self)
+    if runtime is not None:
+        for request in scheduler_output.finished_req_ids:
+            runtime.end_request(request)
+    return original(self, scheduler_output, *args, **kwargs)
+
+
+def dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Profile, warm-up and capture runs: no request stands behind them."""
+    runtime = runtime_of(self)
+    if runtime is None:
+        return original(self, *args, **kwargs)
+    with runtime.dummy_run():
+        return original(self, *args, **kwargs)
+
+
+def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The worker goes: close the store, finish the recording, print the summary."""
+    runtime = runtime_of(self)
+    if runtime is not None:
+        runtime.close()
+    return original(self, *args, **kwargs)
+
+
+def refuse_reload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Reloading would write weights into rows that belong to other experts."""
+    if runtime_of(self) is not None:
+        raise NotImplementedError(
+            "reload_weights is not possible with --moe-offload: experts lie in a store that was "
+            "built from the checkpoint at start. Restart the server with the new weights."
+        )
+    return original(self, *args, **kwargs)

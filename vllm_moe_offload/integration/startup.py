@@ -1,0 +1,163 @@
+"""Puts a worker's runtime together once store and layers are known, and says what fits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.config import GIB, OffloadConfig
+from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.integration.counters_dir import counters_dir
+from vllm_moe_offload.metrics import SUFFIX, CounterFile
+from vllm_moe_offload.policy import POLICIES, Policy, make_policy
+from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
+from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.trace.recorder import TraceRecorder
+from vllm_moe_offload.transfer import TransferEngine
+
+logger = logging.getLogger("vllm.moe_offload")
+
+
+def start_runtime(
+    vllm_config: Any, options: OffloadConfig, store: ExpertStore, layers: list[Any]
+) -> OffloadRuntime:
+    """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool."""
+    first = layers[0]
+    policy = make_policy(options.mode, len(layers), first.local_num_experts)
+    shape = _shape(vllm_config, options, store, first, policy)
+    _log_plan(options, store, shape)
+    pool = SlotPool(store.layout, shape.num_rows)
+    parallel = first.moe_config.moe_parallel_config
+    transfer = TransferEngine(
+        store,
+        pool.destinations(),
+        num_threads=options.io_threads,
+        cpus=io_cpus(),
+        verify=options.verify,
+    )
+    runtime = OffloadRuntime(
+        cache=ExpertCache(shape, policy.rules),
+        pool=pool,
+        transfer=transfer,
+        policy=policy,
+        recorder=_recorder(options, store, shape, first.top_k, parallel),
+        counter_file=_counter_file(vllm_config, options, parallel),
+    )
+    for index, layer in enumerate(layers):
+        _attach(layer, index, runtime)
+    if shape.holds_everything:
+        runtime.load_everything()
+    return runtime
+
+
+def _attach(layer: Any, index: int, runtime: OffloadRuntime) -> None:
+    """Makes a layer's parameters rows of the pool.
+
+    ``.data`` is swapped and the Parameter kept: quantisation configs and kernels hold on
+    to biases and scales. With a row for every expert the layer sees its own, in logical
+    order, so that the kernel runs on exactly the tensors that plain vLLM has.
+    """
+    for name, tensor in runtime.pool.tensors.items():
+        parameter = getattr(layer, name)
+        if runtime.cache.shape.holds_everything:
+            begin = index * layer.local_num_experts
+            parameter.data = tensor[begin : begin + layer.local_num_experts]
+        else:
+            parameter.data = tensor
+    layer.moe_layer = index
+    layer.runtime = runtime
+
+
+def _shape(
+    vllm_config: Any, options: OffloadConfig, store: ExpertStore, layer: Any, policy: Policy
+) -> CacheShape:
+    sizes = {
+        "num_layers": store.num_layers,
+        "num_experts": store.num_experts,
+        "top_k": layer.top_k,
+    }
+    expert_bytes = store.layout.expert_bytes
+    auto_bytes = auto_cache_bytes(
+        store.num_layers * store.num_experts * expert_bytes,
+        available_memory_bytes(vllm_config),
+        vllm_config.cache_config.kv_cache_memory_bytes,
+    )
+    rows = cache_rows(
+        options.cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **sizes
+    )
+    return cache_shape(rows, rules=policy.rules, **sizes)
+
+
+def available_memory_bytes(vllm_config: Any) -> int:
+    """What experts and KV cache may take together: vLLM's share of RAM less what is used.
+
+    As vLLM's CPU worker computes it: ``gpu_memory_utilization`` of the machine's memory,
+    less this process's resident set; never more than the system says is available.
+    """
+    memory = psutil.virtual_memory()
+    requested = memory.total * vllm_config.cache_config.gpu_memory_utilization
+    resident = psutil.Process(os.getpid()).memory_info().rss
+    return int(min(requested - resident, memory.available - GIB // 2))
+
+
+def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> None:
+    total = store.num_layers * store.num_experts
+    expert_bytes = store.layout.expert_bytes
+    logger.info(
+        "MoE offload (%s): %d layers x %d experts of %.2f MB = %.2f GiB in %s",
+        options.mode,
+        store.num_layers,
+        store.num_experts,
+        expert_bytes / 1e6,
+        total * expert_bytes / GIB,
+        store.path,
+    )
+    logger.info(
+        "MoE offload: cache_gb=%s -> %.2f GiB: %d cache slots (%.0f%% of all experts) + %d "
+        "staging rows%s",
+        options.cache_gb,
+        shape.num_rows * expert_bytes / GIB,
+        shape.num_slots,
+        100 * shape.num_slots / total,
+        shape.num_staging_slots,
+        "; everything fits" if shape.holds_everything else "",
+    )
+
+
+def _recorder(
+    options: OffloadConfig, store: ExpertStore, shape: CacheShape, top_k: int, parallel: Any
+) -> TraceRecorder | None:
+    # All TP ranks see the same routing: one trace is enough.
+    if options.record_trace is None or parallel.tp_rank != 0:
+        return None
+    return TraceRecorder(
+        Path(options.record_trace),
+        num_layers=store.num_layers,
+        num_experts=store.num_experts,
+        top_k=top_k,
+        num_slots=shape.num_slots,
+        num_staging_slots=shape.num_staging_slots,
+        limit_bytes=int(options.record_trace_limit_gb * GIB),
+    )
+
+
+def _counter_file(vllm_config: Any, options: OffloadConfig, parallel: Any) -> CounterFile | None:
+    directory = counters_dir()
+    if directory is None:
+        return None
+    served = vllm_config.model_config.served_model_name
+    labels: dict[str, str | int] = {
+        "model_name": served if isinstance(served, str) else served[0],
+        "engine": str(vllm_config.parallel_config.data_parallel_index),
+        "rank": parallel.tp_rank,
+        "policy": options.mode,
+    }
+    name = f"rank{parallel.tp_rank}of{parallel.tp_size}-{os.getpid()}-{id(parallel)}{SUFFIX}"
+    return CounterFile(directory / name, labels)

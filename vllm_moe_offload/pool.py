@@ -1,0 +1,62 @@
+"""The slot pool: for every parameter of an expert one dense tensor ``[rows, ...]``."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_moe_offload.layout import ExpertLayout
+
+
+class SlotPool:
+    """Fast memory for experts, page aligned so that O_DIRECT reads land in the rows.
+
+    Attributes:
+        layout: what one row of each tensor holds.
+        num_rows: rows of every tensor; a row index names the same expert in all of them,
+            so that weights and biases can never disagree.
+        tensors: parameter name to tensor ``[num_rows, *shape]``, zero at first.
+    """
+
+    def __init__(self, layout: ExpertLayout, num_rows: int) -> None:
+        """Allocates and pre-faults the pool.
+
+        vLLM's CPU worker sizes the KV cache from its resident set, so the pages must be
+        there before it looks. Raises MemoryError if the system refuses the memory.
+        """
+        self.layout = layout
+        self.num_rows = num_rows
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._bytes: dict[str, npt.NDArray[np.uint8]] = {}
+        for spec in layout.tensors:
+            nbytes = num_rows * spec.nbytes
+            try:
+                region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:
+                raise MemoryError(
+                    f"cannot allocate {nbytes} bytes for {num_rows} rows of {spec.name}: {error}; "
+                    "lower cache_gb"
+                ) from error
+            region.madvise(mmap.MADV_HUGEPAGE)
+            rows = np.frombuffer(region, np.uint8).reshape(num_rows, spec.nbytes)
+            rows.fill(0)
+            self._bytes[spec.name] = rows
+            flat = torch.from_numpy(rows.reshape(-1)).view(getattr(torch, spec.dtype))
+            self.tensors[spec.name] = flat.view(num_rows, *spec.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_rows * self.layout.expert_bytes
+
+    def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
+        """The rows of one parameter as uint8 ``[num_rows, nbytes]``, sharing memory."""
+        return self._bytes[name]
+
+    def destinations(self) -> dict[str, npt.NDArray[Any]]:
+        """All parameters' rows as bytes, the targets of a TransferEngine."""
+        return dict(self._bytes)

@@ -1,0 +1,342 @@
+"""Replay of a routing trace: the cache and policy objects that serve, without the model.
+
+Rules (so that numbers compare): capacity c means ``floor(c * layers * experts)`` slots over
+all layers. The first B requests are active; when one ends, the next in file order starts at
+the following step; each step decodes one token of every active request. The need of a layer
+is its set of distinct experts, each counted once, hits before any change. Staging is free and
+unlimited, reads take no time, experts of the current need are not evicted. A recorded
+schedule (``vllm_moe_offload/trace/routing.py``) replays the server's own steps instead, with
+its slots and staging slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.cache import PLAN_INSTANT, PLAN_UNPINNED, CacheShape, ExpertCache
+from vllm_moe_offload.native import check, core
+from vllm_moe_offload.policy import Policy, StepRows, make_policy
+from vllm_moe_offload.policy.belady import Belady
+from vllm_moe_offload.predictor import CrossLayerPredictor
+from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.trace.routing import RoutingTrace
+
+Progress = Callable[[int], object]
+
+
+class ReplayError(ValueError):
+    """A replay was asked for that the trace cannot give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which tokens run in which step.
+
+    Attributes:
+        offsets: int64 ``[steps + 1]``; rows of step i are ``offsets[i]:offsets[i + 1]``.
+        row_token: int64 ``[rows]``, index into the routing.
+        row_request: int32 ``[rows]``, index among the trace's requests.
+        row_position: int64 ``[rows]``, position in the request.
+        ended: per step, the requests that ended before it.
+        prefill_lens: int64 ``[requests]``, prompt tokens of each request.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    row_token: npt.NDArray[np.int64]
+    row_request: npt.NDArray[np.int32]
+    row_position: npt.NDArray[np.int64]
+    ended: list[list[int]]
+    prefill_lens: npt.NDArray[np.int64]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps."""
+        return self.offsets.size - 1
+
+    def rows(self, step: int) -> StepRows:
+        """The step as a policy sees it; requests in the order of their first row."""
+        rows = slice(self.offsets[step], self.offsets[step + 1])
+        requests = self.row_request[rows]
+        positions = self.row_position[rows]
+        starts = np.flatnonzero(np.diff(requests, prepend=-1))
+        first = positions[starts]
+        return StepRows.of_lengths(
+            [str(request) for request in requests[starts]],
+            np.diff(starts, append=requests.size),
+            first,
+            first < self.prefill_lens[requests[starts]],
+        )
+
+
+def decode_schedule(
+    trace: RoutingTrace, concurrency: int, num_requests: int | None = None
+) -> Schedule:
+    """One token of every active request per step, ``concurrency`` requests at a time."""
+    if concurrency < 1:
+        raise ReplayError(f"concurrency must be at least 1, got {concurrency}")
+    count = trace.num_requests if num_requests is None else num_requests
+    if not 1 <= count <= trace.num_requests:
+        raise ReplayError(
+            f"requests must lie between 1 and the trace's {trace.num_requests}, got {count}"
+        )
+    pending = [request for request in range(count) if trace.lens[request] > 0]
+    pending.reverse()
+    active: list[list[int]] = []  # [request, next position]
+    sizes, tokens, requests, positions = [], [], [], []
+    ended: list[list[int]] = []
+    finished: list[int] = []
+    while True:
+        while len(active) < concurrency and pending:
+            active.append([pending.pop(), 0])
+        if not active:
+            break
+        ended.append(finished)
+        sizes.append(len(active))
+        for entry in active:
+            request, position = entry
+            tokens.append(int(trace.starts[request]) + position)
+            requests.append(request)
+            positions.append(position)
+            entry[1] = position + 1
+        finished = [request for request, position in active if position >= trace.lens[request]]
+        active = [entry for entry in active if entry[1] < trace.lens[entry[0]]]
+    prefill = trace.prefill_lens
+    return Schedule(
+        offsets=np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))).astype(np.int64),
+        row_token=np.asarray(tokens, np.int64),
+        row_request=np.asarray(requests, np.int32),
+        row_position=np.asarray(positions, np.int64),
+        ended=ended,
+        prefill_lens=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
+    )
+
+
+def recorded_schedule(trace: RoutingTrace) -> Schedule:
+    """The steps of the server that recorded the trace."""
+    recorded = trace.schedule
+    if recorded is None:
+        raise ReplayError(
+            "the trace carries no schedule: it was not written by record_trace; "
+            "replay it with --schedule decode"
+        )
+    steps, starts = np.unique(recorded.row_step, return_index=True)
+    by_step: dict[int, list[int]] = {}
+    for request in np.flatnonzero(recorded.end_steps >= 0):
+        # Served steps only: an end is seen at the next step that computed something.
+        at = int(np.searchsorted(steps, recorded.end_steps[request]))
+        by_step.setdefault(at, []).append(int(request))
+    prefill = trace.prefill_lens
+    return Schedule(
+        offsets=np.append(starts, recorded.row_step.size).astype(np.int64),
+        row_token=recorded.row_token,
+        row_request=recorded.row_request,
+        row_position=recorded.row_position,
+        ended=[by_step.get(step, []) for step in range(steps.size)],
+        prefill_lens=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """What one policy did at one capacity and concurrency.
+
+    ``prefetch_coverage`` is the share of misses that the cross-layer predictor named at least
+    one layer call ahead, ``prefetch_waste`` the share of the experts it named that were then
+    not used; None for policies that do not predict.
+    """
+
+    policy: str
+    capacity: float
+    concurrency: int | None
+    hit_rate: float
+    misses_per_token: float
+    hits: int
+    misses: int
+    tokens: int
+    prefetch_coverage: float | None = None
+    prefetch_waste: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: without the figures that do not apply."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def capacity_slots(capacity: float, num_layers: int, num_experts: int) -> int:
+    """Slots that ``capacity``, a share of all experts in (0, 1], stands for."""
+    if not 0 < capacity <= 1:
+        raise ReplayError(f"capacity must lie in (0, 1], got {capacity:g}")
+    return int(capacity * num_layers * num_experts)
+
+
+def replay(
+    trace: RoutingTrace,
+    policy: str,
+    capacity: float,
+    concurrency: int,
+    *,
+    num_requests: int | None = None,
+    prefetch_depth: int = 0,
+    progress: Progress | None = None,
+) -> ReplayResult:
+    """Replays the first ``num_requests`` requests by the rules of the module.
+
+    ``prefetch_depth`` above 0 also scores the cross-layer predictor that many layers ahead.
+    ``progress`` is called with the number of tokens done since its last call.
+
+    Raises:
+        ReplayError, ValueError: a parameter is out of range; says which and why.
+    """
+    shape = (trace.num_layers, trace.num_experts)
+    slots = capacity_slots(capacity, *shape)
+    chosen = make_policy(policy, *shape)
+    cache = ExpertCache(CacheShape(*shape, slots), chosen.rules, unbounded_staging=True)
+    schedule = decode_schedule(trace, concurrency, num_requests)
+    predictor = CrossLayerPredictor(*shape, depth=prefetch_depth) if prefetch_depth else None
+    return _run(trace, schedule, chosen, cache, predictor, policy, capacity, concurrency, progress)
+
+
+def replay_recorded(
+    trace: RoutingTrace,
+    policy: str,
+    *,
+    capacity: float | None = None,
+    progress: Progress | None = None,
+) -> ReplayResult:
+    """Replays the server's own steps with its slots (or those of ``capacity``)."""
+    schedule = recorded_schedule(trace)
+    recorded = trace.schedule
+    assert recorded is not None
+    shape = (trace.num_layers, trace.num_experts)
+    slots = recorded.slots if capacity is None else capacity_slots(capacity, *shape)
+    chosen = make_policy(policy, *shape)
+    cache = ExpertCache(
+        CacheShape(*shape, slots, recorded.staging_slots),
+        chosen.rules,
+        unbounded_staging=recorded.staging_slots == 0,
+    )
+    share = slots / (shape[0] * shape[1])
+    return _run(trace, schedule, chosen, cache, None, policy, share, None, progress)
+
+
+def _run(
+    trace: RoutingTrace,
+    schedule: Schedule,
+    policy: Policy,
+    cache: ExpertCache,
+    predictor: CrossLayerPredictor | None,
+    name: str,
+    capacity: float,
+    concurrency: int | None,
+    progress: Progress | None,
+) -> ReplayResult:
+    bind_policy(policy, cache)
+    flags = PLAN_INSTANT
+    if isinstance(policy, Belady):
+        policy.foresee(schedule.offsets, _routing(trace, schedule))
+        flags |= PLAN_UNPINNED
+    votes = np.zeros(trace.num_experts, np.float32)
+    forecast = _Forecast(predictor, cache) if predictor is not None else None
+    for step in range(schedule.num_steps):
+        for request in schedule.ended[step]:
+            policy.end_request(str(request))
+        rows = schedule.rows(step)
+        ids = _step_ids(trace, schedule, step)
+        policy.begin_step(rows)
+        if forecast is not None:
+            forecast.begin_step(rows)
+        for layer in range(trace.num_layers):
+            layer_ids = ids[layer]
+            _count_votes(layer_ids, rows, trace.num_experts, votes)
+            policy.observe(layer, layer_ids, votes)
+            if forecast is not None:
+                forecast.observe(layer, layer_ids)
+            plan_waves(cache, layer, layer_ids, flags)
+        policy.end_step()
+        if forecast is not None:
+            forecast.end_step()
+        if progress is not None:
+            progress(rows.request_of_row.size)
+    hits, misses = cache.count("hits"), cache.count("misses")
+    tokens = int(schedule.row_token.size)
+    return ReplayResult(
+        policy=name,
+        capacity=capacity,
+        concurrency=concurrency,
+        hit_rate=hits / max(hits + misses, 1),
+        misses_per_token=misses / max(tokens, 1),
+        hits=hits,
+        misses=misses,
+        tokens=tokens,
+        prefetch_coverage=None if forecast is None else forecast.coverage,
+        prefetch_waste=None if forecast is None else forecast.waste,
+    )
+
+
+def plan_waves(
+    cache: ExpertCache, layer: int, ids: npt.NDArray[np.integer[Any]], flags: int
+) -> None:
+    """Plans and finishes one layer call, in waves where its experts do not fit at once.
+
+    A wave takes as many experts, ascending, as the pool has rows.
+    """
+    if cache.plan(layer, ids, flags):
+        cache.finish()
+        return
+    experts = np.unique(ids).astype(np.int32)
+    wave = cache.shape.num_rows
+    if wave < 1:
+        raise ReplayError("a cache without any slot or staging slot cannot serve a layer")
+    for start in range(0, experts.size, wave):
+        part = np.ascontiguousarray(experts[start : start + wave])
+        if not cache.plan(layer, part, flags):
+            raise ReplayError(
+                f"layer {layer}: {part.size} experts do not fit {wave} rows in "
+                f"{cache.rules.scope=}"
+            )
+        cache.finish()
+
+
+def _count_votes(
+    ids: npt.NDArray[np.int32],
+    rows: StepRows,
+    num_experts: int,
+    votes: npt.NDArray[np.float32],
+) -> None:
+    """Sums the weights of the rows per expert, in the order and precision of serving."""
+    check(
+        core.vmo_expert_histogram(
+            ids.ctypes.data,
+            ids.shape[0],
+            ids.shape[1],
+            ids.itemsize,
+            rows.weights.ctypes.data,
+            num_experts,
+            votes.ctypes.data_as(_FLOAT_POINTER),
+        )
+    )
+
+
+def _routing(trace: RoutingTrace, schedule: Schedule) -> npt.NDArray[np.integer[Any]]:
+    """Ids ``[rows, layers, top_k]`` of the whole schedule."""
+    if trace.schedule is None or not trace.schedule.recomputed_ids.size:
+        return np.asarray(trace.ids[schedule.row_token])
+    both = np.concatenate([trace.ids, trace.schedule.recomputed_ids])
+    return np.asarray(both[schedule.row_token])
+
+
+def _step_ids(trace: RoutingTrace, schedule: Schedule, step: int) -> npt.NDArray[np.int32]:
+    """Ids ``[layers, rows, top_k]`` of one step."""
+    tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
+    if trace.schedule is not None:
+        own = trace.ids.shape[0]
+        again = tokens >= own
+        if again.any():
+            ids = trace.ids[np.where(again, 0, tokens)]
+            ids[again] = trace.schedule.recomputed_ids[tokens[again] - own]
+            return np.ascontiguousarray(ids.transpose(1, 0, 2), dtype=np.int32)
+    return np.ascontiguousarray(trace.ids[tokens].transpose(1, 0, 2), dtype=np.int32)

@@ -1,0 +1,284 @@
+"""One per worker: a layer call goes in, rows with the right bytes in them come out.
+
+Wires policy, cache, store and transfer together. Knows nothing of vLLM: the integration
+tells it which request each row of a step belongs to, and calls :meth:`begin_layer` and
+:meth:`end_layer` around every layer's kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from vllm_moe_offload import _C  # noqa: F401  (registers the operators)
+from vllm_moe_offload.cache import MISS_READ, PLAN_TRANSIENT, ExpertCache
+from vllm_moe_offload.metrics import VALUES, CounterFile, hit_rate
+from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
+from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.trace.recorder import TraceRecorder
+from vllm_moe_offload.transfer import TransferEngine, TransferError
+
+logger = logging.getLogger("vllm.moe_offload")
+
+_plan = torch.ops.vllm_moe_offload.plan.default
+_expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
+_COUNTERS = len(VALUES) - 5
+
+
+class OffloadRuntime:
+    """The expert cache at work.
+
+    Attributes:
+        cache: page table and counters.
+        pool: the rows that kernels read.
+        stall_ns: time that layer calls spent waiting for reads.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: ExpertCache,
+        pool: SlotPool,
+        transfer: TransferEngine,
+        policy: Policy,
+        recorder: TraceRecorder | None = None,
+        counter_file: CounterFile | None = None,
+    ) -> None:
+        policy.bind(cache.scores)
+        self.cache = cache
+        self.pool = pool
+        self.policy = policy
+        self.stall_ns = 0
+        self.busy_ns = 0
+        self.num_tokens = 0
+        self._transfer = transfer
+        self._recorder = recorder
+        self._counter_file = counter_file
+        self._last_layer = cache.shape.num_layers - 1
+        # Everything fits: a layer's parameters are a view in logical order, ids need no map.
+        self._passes_ids_through = cache.shape.holds_everything
+        self._votes = torch.zeros(cache.shape.num_experts, dtype=torch.float32)
+        self._votes_array = self._votes.numpy()
+        self._plan_info = torch.from_numpy(cache.plan_info)
+        self._rows: StepRows | None = None
+        self._row_weights = torch.zeros(0)
+        self._step_began_ns = 0
+        self._is_dummy = False
+        self._warned_of_waves = False
+        self._closed = False
+
+    # ---- steps and requests ----------------------------------------------------------
+
+    def begin_step(self, rows: StepRows) -> None:
+        """A forward pass for real requests begins; it ends with the last layer."""
+        self._step_began_ns = time.perf_counter_ns()
+        self._rows = rows
+        self._row_weights = torch.from_numpy(rows.weights)
+        self.policy.begin_step(rows)
+        if self._recorder is not None:
+            self._recorder.begin_step(rows)
+
+    def _end_step(self) -> None:
+        rows = self._rows
+        if rows is None:
+            return
+        self._rows = None
+        self.policy.end_step()
+        if self._recorder is not None:
+            self._recorder.end_step()
+        self.num_tokens += rows.request_of_row.size
+        self.busy_ns += time.perf_counter_ns() - self._step_began_ns
+        self._publish()
+
+    def end_request(self, request: str) -> None:
+        """A request will never run again."""
+        self.policy.end_request(request)
+        if self._recorder is not None:
+            self._recorder.end_request(request)
+
+    @contextlib.contextmanager
+    def dummy_run(self) -> Iterator[None]:
+        """While open, layer calls are for shapes only: nothing is read, counted or kept.
+
+        Their results are thrown away, so any row will do. (Serving them for real would
+        read the whole model at every start.)
+        """
+        self._is_dummy = True
+        try:
+            yield
+        finally:
+            self._is_dummy = False
+
+    # ---- layer calls -----------------------------------------------------------------
+
+    def begin_layer(self, layer: int, topk_ids: torch.Tensor) -> torch.Tensor | None:
+        """Makes the experts of ``topk_ids`` resident; returns their rows.
+
+        Args:
+            layer: index among the MoE layers.
+            topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's rows are
+                padding, for which nothing is fetched or counted.
+
+        Returns:
+            Rows of the layer's parameters, shaped and typed like ``topk_ids``; or None if
+            the experts do not fit at once: then :meth:`waves` serves the call. A result
+            must be followed by :meth:`end_layer` once the kernel is done.
+
+        Raises:
+            TransferError: an expert could not be read; the call left nothing behind.
+        """
+        if self._is_dummy:
+            return topk_ids if self._passes_ids_through else torch.zeros_like(topk_ids)
+        topk_ids = topk_ids.contiguous()
+        num_tokens, flags = topk_ids.shape[0], PLAN_TRANSIENT
+        if self._rows is not None:
+            num_tokens, flags = self._row_weights.numel(), 0
+            self._observe(layer, topk_ids, num_tokens)
+        slot_ids = torch.empty_like(topk_ids)
+        cache = self.cache
+        if not _plan(cache.handle, layer, topk_ids, num_tokens, flags, slot_ids, self._plan_info):
+            return None
+        if cache.plan_info[2]:
+            self._read_misses(layer)
+        return topk_ids if self._passes_ids_through else slot_ids
+
+    def end_layer(self, layer: int) -> None:
+        """The kernel of the layer is done with its rows."""
+        if self._is_dummy:
+            return
+        self.cache.finish()
+        if layer == self._last_layer:
+            self._end_step()
+
+    def waves(self, layer: int, topk_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Serves a layer whose experts do not fit at once, some experts at a time.
+
+        Follows a :meth:`begin_layer` that returned None. Yields, per wave, rows like
+        ``topk_ids`` and a bool mask of the entries that belong to the wave (the others
+        point at a valid row and must weigh nothing). The consumer runs the kernel before
+        it asks for the next wave. Ends the layer by itself.
+        """
+        self._warn_of_waves()
+        ids = topk_ids.contiguous().numpy()
+        num_tokens, flags = ids.shape[0], PLAN_TRANSIENT
+        if self._rows is not None:
+            num_tokens, flags = self._row_weights.numel(), 0
+        needed = np.unique(ids[:num_tokens]).astype(np.int32)
+        # What is resident first, so that no wave evicts what a later one would have hit.
+        resident = self.cache.page_table[layer, needed] >= 0
+        order = np.concatenate([needed[resident], needed[~resident]])
+        size = self._wave_size()
+        for begin in range(0, order.size, size):
+            wave = np.ascontiguousarray(order[begin : begin + size])
+            if not self.cache.plan(layer, wave, flags):
+                raise RuntimeError(
+                    f"{wave.size} experts of layer {layer} do not fit in {self.cache.shape}"
+                )
+            self._read_misses(layer)
+            rows = np.full(self.cache.shape.num_experts, self.cache.slots[0], ids.dtype)
+            rows[self.cache.experts] = self.cache.slots
+            in_wave = np.zeros(self.cache.shape.num_experts, np.bool_)
+            in_wave[self.cache.experts] = True
+            yield torch.from_numpy(rows[ids]), torch.from_numpy(in_wave[ids])
+            self.cache.finish()
+        if layer == self._last_layer:
+            self._end_step()
+
+    def _wave_size(self) -> int:
+        shape = self.cache.shape
+        slots = shape.num_slots
+        if self.cache.rules.scope == SCOPE_PER_LAYER:
+            slots //= shape.num_layers
+        return slots + shape.num_staging_slots
+
+    def _warn_of_waves(self) -> None:
+        if not self._warned_of_waves:
+            self._warned_of_waves = True
+            logger.warning(
+                "MoE offload: the cache (%d rows) is smaller than what one layer call needs; "
+                "such calls run in waves, and their output equals plain vLLM's only up to the "
+                "rounding of a split sum. Raise cache_gb to at least one layer for exact output.",
+                self.cache.shape.num_rows,
+            )
+
+    def _observe(self, layer: int, topk_ids: torch.Tensor, num_tokens: int) -> None:
+        _expert_votes(topk_ids, self._row_weights, self._votes)
+        ids = topk_ids.numpy()[:num_tokens]
+        self.policy.observe(layer, ids, self._votes_array)
+        if self._recorder is not None:
+            self._recorder.observe(layer, ids)
+
+    def _read_misses(self, layer: int) -> None:
+        experts, rows, kinds = self.cache.misses
+        if not experts.size:
+            return
+        began = time.perf_counter_ns()
+        requests = [
+            (layer, int(expert), int(row))
+            for expert, row, kind in zip(experts, rows, kinds, strict=True)
+            if kind == MISS_READ
+        ]
+        try:
+            self._transfer.read(requests)
+        except TransferError:
+            # All reads of the batch ended: finish() empties the rows that were to be filled.
+            self.cache.finish()
+            self._rows = None
+            raise
+        for _, _, row in requests:
+            self.cache.complete(row, True)
+        self.stall_ns += time.perf_counter_ns() - began
+
+    def load_everything(self) -> None:
+        """Fills a cache that holds all experts, in store order, as plain vLLM's start does."""
+        shape = self.cache.shape
+        experts = np.arange(shape.num_experts, dtype=np.int32)
+        for layer in range(shape.num_layers):
+            self.cache.plan(layer, experts, PLAN_TRANSIENT)
+            self._read_misses(layer)
+            self.cache.finish()
+        self.stall_ns = 0
+
+    # ---- figures ---------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        if self._counter_file is None:
+            return
+        values = self._counter_file.values
+        values[:_COUNTERS] = self.cache.counters
+        values[_COUNTERS:] = (
+            self._transfer.read_bytes,
+            self.stall_ns / 1e9,
+            self.busy_ns / 1e9,
+            self.num_tokens,
+            self.cache.num_resident,
+        )
+
+    def summary(self) -> str:
+        """One paragraph about what the cache did since start."""
+        cache = self.cache
+        hits, misses = cache.count("hits"), cache.count("misses")
+        per_token = self._transfer.read_bytes / max(self.num_tokens, 1) / 1e6
+        stall = self.stall_ns / max(self.busy_ns, 1)
+        return (
+            f"MoE offload ({self.policy.name}): {self.num_tokens} tokens, hit rate "
+            f"{hit_rate(hits, misses):.1%} ({hits} hits, {misses} misses), "
+            f"{self._transfer.read_bytes / 1e9:.2f} GB read ({per_token:.1f} MB/token), "
+            f"{stall:.0%} of step time stalled on reads"
+        )
+
+    def close(self) -> None:
+        """Stops reading, finishes the recording, logs the summary; safe to call again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._publish()
+        logger.info("%s", self.summary())
+        if self._recorder is not None:
+            self._recorder.close()
+        self._transfer.close()

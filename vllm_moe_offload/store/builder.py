@@ -1,0 +1,216 @@
+"""Builds a store layer by layer, so that no more than one layer is in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.store.direct_io import Bytes, DirectWriter
+from vllm_moe_offload.store.directory import building_directory, sync_directory
+from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.expert_store import (
+    EXPERTS_NAME,
+    MANIFEST_NAME,
+    ExpertStore,
+    Manifest,
+    open_store,
+)
+from vllm_moe_offload.store.identity import StoreIdentity
+
+_MANIFEST_ALLOWANCE_BYTES = 8 << 20
+
+
+class StoreBuilder:
+    """Writes a store beside its final place and moves it there when it is complete.
+
+    A context manager: leaving it without :meth:`commit`, by exception or not, removes all
+    that was written. What a killed process leaves does not open and is removed by the next
+    builder. Use it under :func:`store_lock`.
+    """
+
+    def __init__(
+        self, directory: Path, identity: StoreIdentity, num_layers: int, num_experts: int
+    ) -> None:
+        """Touches nothing yet.
+
+        Args:
+            directory: final place, :meth:`StoreIdentity.directory`.
+            identity: what the store is built from.
+            num_layers: MoE layers, each to be written once.
+            num_experts: routed experts per layer.
+        """
+        self._directory = directory
+        self._identity = identity
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self._layout: ExpertLayout | None = None
+        self._checksums: dict[int, list[str]] = {}
+        self._cleanup = contextlib.ExitStack()
+        self._building: Path | None = None
+        self._writer: DirectWriter | None = None
+
+    def __enter__(self) -> StoreBuilder:
+        with contextlib.ExitStack() as cleanup:
+            self._building = cleanup.enter_context(building_directory(self._directory))
+            self._writer = self._create(self._building / EXPERTS_NAME)
+            cleanup.callback(self._writer.close)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._building = self._writer = None
+        self._cleanup.close()
+
+    def write_layer(
+        self, layer: int, layout: ExpertLayout, tensors: Mapping[str, npt.NDArray[np.uint8]]
+    ) -> None:
+        """Writes the records of one layer; its arrays are not used after the return.
+
+        Args:
+            layer: index among the MoE layers; any order, each once.
+            layout: tensors of one expert; the same for all layers.
+            tensors: for each of them the rows as uint8 ``[num_experts, nbytes]``.
+
+        Raises:
+            StoreError: disk full or not writable; names path, bytes and remedy.
+            ValueError: layer, layout or an array is not what the store holds.
+        """
+        writer = self._open_writer()
+        if self._layout is None:
+            self._layout = layout
+            self._check_space(layout)
+        self._check_layer(layer, layout, tensors)
+        checksums = []
+        try:
+            writer.seek(layer * self._num_experts * layout.record_bytes)
+            for expert in range(self._num_experts):
+                checksums.append(_write_record(writer, layout, tensors, expert))
+        except OSError as error:
+            raise self._write_error(error) from error
+        self._checksums[layer] = checksums
+
+    def commit(self) -> ExpertStore:
+        """Makes the store the one that opens: data first, manifest, then one rename.
+
+        Raises:
+            StoreError: the disk is full, or another process put a store there meanwhile.
+            ValueError: a layer is missing.
+        """
+        writer, layout, building = self._open_writer(), self._layout, self._building
+        missing = sorted(set(range(self._num_layers)) - set(self._checksums))
+        if missing or layout is None or building is None:
+            raise ValueError(f"cannot commit a store without its layers {missing}")
+        manifest = Manifest(
+            identity=self._identity,
+            layout=layout.to_json(),
+            num_layers=self._num_layers,
+            num_experts=self._num_experts,
+            file_bytes=self._file_bytes(layout),
+            checksums=[self._checksums[layer] for layer in range(self._num_layers)],
+        )
+        try:
+            writer.finish()
+            _write_synced(building / MANIFEST_NAME, manifest.model_dump_json(indent=1))
+            building.rename(self._directory)
+            sync_directory(self._directory.parent)
+        except OSError as error:
+            raise self._write_error(error) from error
+        store = open_store(self._directory, self._identity, layout)
+        if store is None:
+            raise StoreError(f"{self._directory} vanished right after it was built")
+        return store
+
+    def _open_writer(self) -> DirectWriter:
+        if self._writer is None:
+            raise ValueError("a StoreBuilder works only inside its `with` block")
+        return self._writer
+
+    def _create(self, path: Path) -> DirectWriter:
+        try:
+            return DirectWriter(path)
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def _file_bytes(self, layout: ExpertLayout) -> int:
+        return self._num_layers * self._num_experts * layout.record_bytes
+
+    def _free_bytes(self) -> int:
+        status = os.statvfs(self._directory.parent)
+        return status.f_bavail * status.f_frsize
+
+    def _check_space(self, layout: ExpertLayout) -> None:
+        if self._free_bytes() < self._file_bytes(layout) + _MANIFEST_ALLOWANCE_BYTES:
+            raise self._write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    def _write_error(self, error: OSError) -> StoreError:
+        reason = f"cannot write the expert store {self._directory}: {error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._layout is not None:
+            reason += (
+                f"; it needs {self._file_bytes(self._layout)} bytes, "
+                f"{self._free_bytes()} are free"
+            )
+        return StoreError(f"{reason}; set store_dir to a directory on a disk with enough space")
+
+    def _check_layer(
+        self, layer: int, layout: ExpertLayout, tensors: Mapping[str, npt.NDArray[np.uint8]]
+    ) -> None:
+        if not 0 <= layer < self._num_layers or layer in self._checksums:
+            raise ValueError(
+                f"layer {layer} is not one of {self._num_layers}, or written already"
+            )
+        if layout != self._layout:
+            raise ValueError(f"layer {layer} has another layout than the layers before it")
+        if tensors.keys() != {spec.name for spec in layout.tensors}:
+            raise ValueError(
+                f"layer {layer}: tensors {sorted(tensors)} are not those of {layout}"
+            )
+        for spec in layout.tensors:
+            array = tensors[spec.name]
+            if array.dtype != np.uint8 or array.shape != (self._num_experts, spec.nbytes):
+                raise ValueError(
+                    f"layer {layer}: {spec.name} must be uint8 "
+                    f"[{self._num_experts}, {spec.nbytes}], got {array.dtype} {array.shape}"
+                )
+
+
+def _write_record(
+    writer: DirectWriter,
+    layout: ExpertLayout,
+    tensors: Mapping[str, npt.NDArray[np.uint8]],
+    expert: int,
+) -> str:
+    """Appends one record; returns its checksum, 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    parts: list[Bytes] = [tensors[spec.name][expert] for spec in (*layout.direct, *layout.tail)]
+    padding = layout.record_bytes - layout.expert_bytes
+    for part in (*parts, np.zeros(padding, np.uint8)):
+        contiguous = np.ascontiguousarray(part)
+        digest.update(contiguous)
+        writer.write(contiguous)
+    return str(digest.hexdigest())
+
+
+def _write_synced(path: Path, text: str) -> None:
+    """Writes ``path`` (0600) so that it is either complete on disk or absent."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)

@@ -1,0 +1,132 @@
+"""Directories of stores: who may use them, and one builder at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_moe_offload.store.errors import StoreError
+
+logger = logging.getLogger("vllm.moe_offload")
+
+
+def prepare_store_dir(directory: Path) -> None:
+    """Creates the directories above a store's ``directory`` (0700) and checks them.
+
+    ``directory`` is as :meth:`StoreIdentity.directory` gives it; the directory two levels
+    up is the option ``store_dir``.
+
+    Raises:
+        StoreError: names ``store_dir``: not a directory, not writable, or another user's.
+    """
+    model_dir = directory.parent
+    store_dir = model_dir.parent
+    for path in (store_dir, model_dir):
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"cannot create {path} for the expert store: {error}; set store_dir to a "
+                "directory that you may write to"
+            ) from error
+        _check_own(path, store_dir)
+
+
+def _check_own(path: Path, store_dir: Path) -> None:
+    remedy = f"(store_dir={str(store_dir)!r}); set store_dir to a directory of your own"
+    owner, user = path.stat().st_uid, os.geteuid()
+    # Whoever owns the directory decides which weights are served.
+    if user not in (0, owner):
+        raise StoreError(f"{path} belongs to user {owner}, not to you (user {user}) {remedy}")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StoreError(f"{path} is not writable {remedy}")
+
+
+@contextlib.contextmanager
+def store_lock(directory: Path) -> Iterator[None]:
+    """Holds ``<directory>.lock``, so that servers that share a store build it once.
+
+    Waits, and says so in the log, while another process holds it. The kernel releases the
+    lock of a process that dies. The file stays: removing it would let two processes hold
+    locks on two files of one name.
+
+    Raises:
+        StoreError: as :func:`prepare_store_dir`, or the lock file cannot be made.
+    """
+    prepare_store_dir(directory)
+    path = directory.with_name(f"{directory.name}.lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StoreError(
+            f"cannot open the lock {path}: {error}; set store_dir to a directory of your own"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("MoE offload: waiting for another process that uses %s", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def building_directory(directory: Path) -> Iterator[Path]:
+    """A fresh ``<directory>.building-<pid>-<random>`` (0700), removed at exit if it is left.
+
+    Holds a lock on the directory itself, which tells it from what a killed builder left
+    behind; such leftovers are removed first. Call it under :func:`store_lock`.
+
+    Raises:
+        StoreError: the directory cannot be made.
+    """
+    prepare_store_dir(directory)
+    _remove_leftovers(directory)
+    path = directory.with_name(f"{directory.name}.building-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        path.mkdir(mode=0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"cannot create {path} for the expert store: {error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
+    finally:
+        # After a commit it has another name, and nothing is left under this one.
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for path in directory.parent.glob(f"{directory.name}.building-*"):
+        if not path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # its builder lives
+        else:
+            logger.info("MoE offload: removing %s, left by a build that was killed", path)
+            shutil.rmtree(path)
+        finally:
+            os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in ``path`` survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,264 @@
+"""A finished store: opening, where records lie, and whether they are what was written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.store.direct_io import (
+    BUFFER_BYTES,
+    aligned_buffer,
+    open_direct,
+    read_into,
+)
+from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.identity import FORMAT_VERSION, StoreIdentity
+
+MANIFEST_NAME = "manifest.json"
+EXPERTS_NAME = "experts.bin"
+
+
+class Manifest(BaseModel):
+    """``manifest.json``: what the store holds and what it was built from.
+
+    Attributes:
+        format: tells the file from any other JSON.
+        format_version: :data:`FORMAT_VERSION` of the code that wrote it.
+        identity: what the store was built from.
+        layout: tensors of one expert, :meth:`ExpertLayout.to_json`.
+        num_layers, num_experts: MoE layers, and routed experts in each.
+        file_bytes: size of ``experts.bin``.
+        checksums: xxh3_64 of every record ``[num_layers][num_experts]``, 16 hex digits.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["vllm-moe-offload expert store"] = "vllm-moe-offload expert store"
+    format_version: int = FORMAT_VERSION
+    identity: StoreIdentity
+    layout: list[dict[str, Any]]
+    num_layers: int
+    num_experts: int
+    file_bytes: int
+    checksums: list[list[str]]
+
+
+@dataclass(frozen=True)
+class ExpertStore:
+    """An opened store. Holds no file open; the reads are the transfer engine's.
+
+    Attributes:
+        directory: holds ``experts.bin`` and ``manifest.json``.
+        identity: what it was built from.
+        layout: tensors of one expert and their place in a record.
+        num_layers: MoE layers.
+        num_experts: routed experts per layer.
+        checksums: xxh3_64 of every record ``[num_layers][num_experts]``.
+    """
+
+    directory: Path
+    identity: StoreIdentity
+    layout: ExpertLayout
+    num_layers: int
+    num_experts: int
+    checksums: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def path(self) -> Path:
+        """The file of all records."""
+        return self.directory / EXPERTS_NAME
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Size of the file of all records."""
+        return self.num_layers * self.num_experts * self._record_bytes
+
+    @cached_property
+    def _record_bytes(self) -> int:
+        return self.layout.record_bytes
+
+    def record_offset(self, layer: int, expert: int) -> int:
+        """Bytes before the record of ``(layer, expert)``; a multiple of 4 KiB.
+
+        Raises:
+            IndexError: there is no such layer or expert.
+        """
+        if not (0 <= layer < self.num_layers and 0 <= expert < self.num_experts):
+            raise IndexError(
+                f"expert {expert} of layer {layer} is not in {self.path}, which holds "
+                f"{self.num_layers} layers of {self.num_experts} experts"
+            )
+        return (layer * self.num_experts + expert) * self._record_bytes
+
+    def checksum(self, layer: int, expert: int) -> int:
+        """xxh3_64 of the record, padding included."""
+        return self.checksums[layer][expert]
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads every record from the disk and compares its checksum.
+
+        Args:
+            progress: called with the number of records checked and their total.
+
+        Raises:
+            StoreError: names file, damaged experts and remedy; or the file cannot be read.
+        """
+        damaged = []
+        total = self.num_layers * self.num_experts
+        view = memoryview(aligned_buffer(min(BUFFER_BYTES, self._record_bytes)))
+        try:
+            descriptor = open_direct(self.path, os.O_RDONLY)
+            try:
+                for index in range(total):
+                    layer, expert = divmod(index, self.num_experts)
+                    checksum = self._checksum_on_disk(descriptor, view, layer, expert)
+                    if checksum != self.checksum(layer, expert):
+                        damaged.append(f"({layer}, {expert})")
+                    if progress is not None:
+                        progress(index + 1, total)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {self.path}: {error}; {_remedy(self.directory)}"
+            ) from error
+        if damaged:
+            shown = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
+            raise StoreError(
+                f"{self.path}: {len(damaged)} of {total} records are damaged, "
+                f"(layer, expert): {shown}; {_remedy(self.directory)}"
+            )
+
+    def _checksum_on_disk(
+        self, descriptor: int, view: memoryview, layer: int, expert: int
+    ) -> int | None:
+        """xxh3_64 of the record as it is in the file; None if the file ends within it."""
+        digest = xxhash.xxh3_64()
+        offset = self.record_offset(layer, expert)
+        end = offset + self._record_bytes
+        while offset < end:
+            part = view[: end - offset]
+            if read_into(descriptor, part, offset) < len(part):
+                return None
+            digest.update(part)
+            offset += len(part)
+        return int(digest.intdigest())
+
+
+def open_store(
+    directory: Path, identity: StoreIdentity, layout: ExpertLayout | None = None
+) -> ExpertStore | None:
+    """The store in ``directory``; None if there is none yet.
+
+    Args:
+        directory: :meth:`StoreIdentity.directory`.
+        identity: what the store must have been built from.
+        layout: what the experts must look like, if the caller knows.
+
+    Raises:
+        StoreError: there is one, but damaged, truncated, or of something else; names the
+            file, what differs and the remedy.
+    """
+    if not directory.exists():
+        return None
+    path = directory / MANIFEST_NAME
+    _check_owner(directory)
+    manifest = _read_manifest(path)
+    differences = identity.differences(manifest.identity)
+    if differences:
+        raise StoreError(
+            f"{path} is of another model or build ({'; '.join(differences)}); "
+            f"{_remedy(directory)}"
+        )
+    store = _store_of(directory, manifest)
+    if layout is not None and layout != store.layout:
+        raise StoreError(
+            f"{path}: its experts hold {store.layout.to_json()}, not {layout.to_json()}; "
+            f"{_remedy(directory)}"
+        )
+    _check_file(store)
+    return store
+
+
+def _remedy(directory: Path) -> str:
+    return f"delete {directory} to have it built again"
+
+
+def _check_owner(directory: Path) -> None:
+    user = os.geteuid()
+    for path in (directory, directory / MANIFEST_NAME, directory / EXPERTS_NAME):
+        if path.exists() and user not in (0, path.stat().st_uid):
+            raise StoreError(
+                f"{path} belongs to user {path.stat().st_uid}, not to you (user {user}); set "
+                "store_dir to a directory of your own"
+            )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error}; {_remedy(path.parent)}") from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise StoreError(
+            f"{path} is not a valid manifest ({where}: {first['msg']}); {_remedy(path.parent)}"
+        ) from error
+
+
+def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
+    path = directory / MANIFEST_NAME
+    if manifest.format_version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {manifest.format_version}, this code reads "
+            f"{FORMAT_VERSION}; {_remedy(directory)}"
+        )
+    try:
+        layout = ExpertLayout.from_json(manifest.layout)
+        checksums = tuple(tuple(int(c, 16) for c in row) for row in manifest.checksums)
+    except ValueError as error:
+        raise StoreError(f"{path} is not valid ({error}); {_remedy(directory)}") from error
+    if [len(row) for row in checksums] != [manifest.num_experts] * manifest.num_layers:
+        raise StoreError(
+            f"{path} does not list checksums of {manifest.num_layers} x "
+            f"{manifest.num_experts} records; {_remedy(directory)}"
+        )
+    store = ExpertStore(
+        directory,
+        manifest.identity,
+        layout,
+        manifest.num_layers,
+        manifest.num_experts,
+        checksums,
+    )
+    if store.file_bytes != manifest.file_bytes:
+        raise StoreError(
+            f"{path} says {manifest.file_bytes} bytes, but its layout needs "
+            f"{store.file_bytes}; {_remedy(directory)}"
+        )
+    return store
+
+
+def _check_file(store: ExpertStore) -> None:
+    try:
+        size = store.path.stat().st_size
+    except OSError as error:
+        raise StoreError(
+            f"cannot read {store.path}: {error}; {_remedy(store.directory)}"
+        ) from error
+    if size != store.file_bytes:
+        raise StoreError(
+            f"{store.path} has {size} bytes instead of {store.file_bytes}; "
+            f"{_remedy(store.directory)}"
+        )

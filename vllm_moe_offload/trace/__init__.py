@@ -1,0 +1,1 @@
+"""Traces: which experts requests activated, while they run, afterwards, and on disk."""
