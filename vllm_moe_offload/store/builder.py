@@ -59,6 +59,11 @@ class StoreBuilder:
         self._writer: DirectWriter | None = None
 
     def __enter__(self) -> StoreBuilder:
+        """Creates directory and file. Raises StoreError if that or the final place fails."""
+        if self._directory.exists():
+            raise StoreError(
+                f"{self._directory} exists already; open it, or delete it to build again"
+            )
         with contextlib.ExitStack() as cleanup:
             self._building = cleanup.enter_context(building_directory(self._directory))
             self._writer = self._create(self._building / EXPERTS_NAME)
@@ -158,12 +163,14 @@ class StoreBuilder:
 
     def _write_error(self, error: OSError) -> StoreError:
         reason = f"cannot write the expert store {self._directory}: {error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._layout is not None:
-            reason += (
-                f"; it needs {self._file_bytes(self._layout)} bytes, "
-                f"{self._free_bytes()} are free"
-            )
-        return StoreError(f"{reason}; set store_dir to a directory on a disk with enough space")
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return StoreError(f"{reason}; set store_dir to a directory that can be written")
+        if self._layout is not None:
+            reason += f"; it needs {self._file_bytes(self._layout)} bytes"
+        return StoreError(
+            f"{reason}; {self._free_bytes()} are free; set store_dir to a directory on a disk "
+            "with enough space"
+        )
 
     def _check_layer(
         self, layer: int, layout: ExpertLayout, tensors: Mapping[str, npt.NDArray[np.uint8]]
@@ -199,7 +206,7 @@ def _write_record(
     padding = layout.record_bytes - layout.expert_bytes
     for part in (*parts, np.zeros(padding, np.uint8)):
         contiguous = np.ascontiguousarray(part)
-        digest.update(contiguous)
+        digest.update(contiguous.data)
         writer.write(contiguous)
     return str(digest.hexdigest())
 

@@ -95,7 +95,7 @@ class DirectWriter:
         self._offset = 0
 
     def seek(self, offset: int) -> None:
-        """The next :meth:`write` goes to ``offset``; it and what was written must be aligned."""
+        """The next :meth:`write` goes to ``offset``, which must be aligned."""
         self._submit()
         if offset % ALIGNMENT:
             raise ValueError(f"offset {offset} is not a multiple of {ALIGNMENT}")
@@ -132,7 +132,7 @@ class DirectWriter:
             return
         if self._filled_bytes % ALIGNMENT:
             raise ValueError(f"{self._filled_bytes} bytes are not a multiple of {ALIGNMENT}")
-        view = memoryview(self._buffers[self._current])[: self._filled_bytes]
+        view = self._buffers[self._current].data[: self._filled_bytes]
         self._writes[self._current] = self._thread.submit(self._write_all, view, self._offset)
         self._offset += self._filled_bytes
         self._filled_bytes = 0

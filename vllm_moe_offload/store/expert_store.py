@@ -51,6 +51,10 @@ class Manifest(BaseModel):
     checksums: list[list[str]]
 
 
+class _ManifestVersion(BaseModel):
+    format_version: int
+
+
 @dataclass(frozen=True)
 class ExpertStore:
     """An opened store. Holds no file open; the reads are the transfer engine's.
@@ -113,7 +117,7 @@ class ExpertStore:
         """
         damaged = []
         total = self.num_layers * self.num_experts
-        view = memoryview(aligned_buffer(min(BUFFER_BYTES, self._record_bytes)))
+        view = aligned_buffer(min(BUFFER_BYTES, self._record_bytes)).data
         try:
             descriptor = open_direct(self.path, os.O_RDONLY)
             try:
@@ -154,13 +158,14 @@ class ExpertStore:
 
 
 def open_store(
-    directory: Path, identity: StoreIdentity, layout: ExpertLayout | None = None
+    directory: Path, identity: StoreIdentity | None, layout: ExpertLayout | None = None
 ) -> ExpertStore | None:
     """The store in ``directory``; None if there is none yet.
 
     Args:
         directory: :meth:`StoreIdentity.directory`.
-        identity: what the store must have been built from.
+        identity: what the store must have been built from; None accepts any, for tools
+            that look at a store without serving from it.
         layout: what the experts must look like, if the caller knows.
 
     Raises:
@@ -172,11 +177,10 @@ def open_store(
     path = directory / MANIFEST_NAME
     _check_owner(directory)
     manifest = _read_manifest(path)
-    differences = identity.differences(manifest.identity)
-    if differences:
+    if identity is not None and identity != manifest.identity:
         raise StoreError(
-            f"{path} is of another model or build ({'; '.join(differences)}); "
-            f"{_remedy(directory)}"
+            f"{path} is of another model or build "
+            f"({'; '.join(manifest.identity.differences(identity))}); {_remedy(directory)}"
         )
     store = _store_of(directory, manifest)
     if layout is not None and layout != store.layout:
@@ -208,22 +212,24 @@ def _read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error}; {_remedy(path.parent)}") from error
     try:
-        return Manifest.model_validate_json(text)
+        # First of all: the fields of another version may be others.
+        version = _ManifestVersion.model_validate_json(text).format_version
+        if version == FORMAT_VERSION:
+            return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise StoreError(
             f"{path} is not a valid manifest ({where}: {first['msg']}); {_remedy(path.parent)}"
         ) from error
+    raise StoreError(
+        f"{path} has format version {version}, this code reads {FORMAT_VERSION}; "
+        f"{_remedy(path.parent)}"
+    )
 
 
 def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
     path = directory / MANIFEST_NAME
-    if manifest.format_version != FORMAT_VERSION:
-        raise StoreError(
-            f"{path} has format version {manifest.format_version}, this code reads "
-            f"{FORMAT_VERSION}; {_remedy(directory)}"
-        )
     try:
         layout = ExpertLayout.from_json(manifest.layout)
         checksums = tuple(tuple(int(c, 16) for c in row) for row in manifest.checksums)

@@ -1,0 +1,68 @@
+"""Bytes to rows, rows to slots and staging: always enough for one layer where possible."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_moe_offload.config import GIB, OptionError
+from vllm_moe_offload.policy import POLICIES
+from vllm_moe_offload.policy.base import SCOPE_PER_LAYER
+from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
+
+MODEL = {"num_layers": 4, "num_experts": 8, "top_k": 2}
+
+
+def rows(cache_gb, expert_bytes=GIB // 4, auto_bytes=3 * GIB):
+    return cache_rows(cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **MODEL)
+
+
+def test_rows_of_each_kind_of_size():
+    assert rows(2) == 8
+    assert rows("50%") == 16
+    assert rows("100%") == 32
+    assert rows("auto") == 12
+    assert rows(1000) == 32  # never more rows than experts
+
+
+def test_too_little_names_the_minimum():
+    with pytest.raises(OptionError) as caught:
+        rows(0.25)
+    message = str(caught.value)
+    assert "cache_gb=0.25" in message
+    assert "Minimum: 0.500 GiB" in message
+    assert "2.000 GiB hold one layer" in message
+
+
+@given(
+    num_layers=st.integers(1, 60),
+    num_experts=st.integers(1, 256),
+    share=st.floats(0, 1),
+    policy=st.sampled_from(sorted(POLICIES)),
+    data=st.data(),
+)
+def test_shape_uses_no_more_rows_and_fits_a_layer_if_it_can(
+    num_layers, num_experts, share, policy, data
+):
+    top_k = data.draw(st.integers(1, num_experts))
+    total = num_layers * num_experts
+    count = max(top_k, int(share * total))
+    rules = POLICIES[policy].rules
+    shape = cache_shape(
+        count, num_layers=num_layers, num_experts=num_experts, top_k=top_k, rules=rules
+    )
+    assert shape.num_rows <= count
+    assert shape.holds_everything == (count >= total)
+    own = shape.num_slots
+    if rules.scope == SCOPE_PER_LAYER:
+        own //= num_layers
+    reachable = own + shape.num_staging_slots
+    if count >= num_experts:
+        assert reachable >= num_experts or shape.holds_everything
+    assert reachable >= min(top_k, count)
+
+
+def test_auto_takes_everything_if_it_fits_beside_the_kv_cache():
+    assert auto_cache_bytes(3 * GIB, 8 * GIB, None) == 3 * GIB
+    assert auto_cache_bytes(30 * GIB, 8 * GIB, None) == 6 * GIB
+    assert auto_cache_bytes(30 * GIB, 8 * GIB, GIB) == 7 * GIB
+    assert auto_cache_bytes(30 * GIB, GIB, 2 * GIB) == 0

@@ -1,0 +1,330 @@
+"""TransferEngine: which rows are being filled, and how callers learn that they are.
+
+A row is *in flight* from the call that asks for it until its end was reported (by the same
+call, :meth:`TransferEngine.poll` or :meth:`TransferEngine.await_row`) or it was cancelled.
+The page table goes by the same rule, so that an expert in flight is never read, evicted or
+fetched twice; asking for that is an error here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vllm_moe_offload.native import NativeError
+from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
+from vllm_moe_offload.transfer.record_reader import DEMAND, PREFETCH, Bytes, RecordReader
+
+DEFAULT_THREADS = 4
+"""Reach the bandwidth of the disks measured so far; more threads did not read faster."""
+
+# Waits return now and then, so that the interpreter can handle signals.
+_WAIT_MS = 500
+
+
+@dataclass(slots=True)
+class _Flight:
+    layer: int
+    expert: int
+    row: int
+    is_prefetch: bool
+    ticket: int = -1  # -1: the reader does not have it, or not any more
+    done: bool = False
+    error: str | None = None
+
+
+class TransferEngine:
+    """Reads experts of one store into the rows of one pool.
+
+    For one thread at a time: the model runner's.
+
+    Attributes:
+        read_ns: time that callers spent waiting in :meth:`read` and :meth:`await_row`.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        destinations: Mapping[str, Bytes],
+        *,
+        num_threads: int = DEFAULT_THREADS,
+        cpus: Sequence[int] = (),
+        direct: bool = True,
+        verify: bool = False,
+    ) -> None:
+        """Opens the store's file and starts the I/O threads.
+
+        Args:
+            store: what to read.
+            destinations: for every tensor of ``store.layout`` its rows as contiguous uint8
+                ``[num_rows, nbytes]``. Those of direct tensors must begin at a multiple of
+                4 KiB. Kept alive by the engine.
+            num_threads: I/O threads; each has one read of up to 1 MiB under way.
+            cpus: cores they may run on; empty: where the calling thread may.
+            direct: bypass the page cache. Where the file system refuses, a warning is
+                logged and reads go through it.
+            verify: check the checksum of every record read.
+
+        Raises:
+            TransferError: the file cannot be opened, or its size changed.
+            ValueError: a destination is missing, misaligned or of the wrong shape.
+        """
+        self.read_ns = 0
+        self._store = store
+        try:
+            self._reader = RecordReader(
+                store,
+                destinations,
+                num_threads=num_threads,
+                cpus=cpus,
+                direct=direct,
+                verify=verify,
+            )
+        except NativeError as error:
+            raise TransferError(f"cannot open the expert store: {error}") from error
+        # Prefetches must not make a demand wait for a ticket.
+        self._tickets_for_demand = self._reader.num_tickets // 2
+        self._by_ticket: dict[int, _Flight] = {}
+        self._by_row: dict[int, _Flight] = {}
+        self._experts_in_flight: set[tuple[int, int]] = set()
+        self._unreported: list[_Flight] = []  # prefetches that ended
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return self._reader.direct
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of records that arrived."""
+        return self._reader.read_bytes
+
+    @property
+    def verify_failures(self) -> int:
+        """Records whose checksum was wrong."""
+        return self._reader.verify_failures
+
+    # ---- demand ----------------------------------------------------------------------
+
+    def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
+        """Reads experts and returns when all are in their rows.
+
+        Args:
+            requests: ``(layer, expert, row)``, of any number.
+
+        Raises:
+            TransferError: some could not be read. All reads of the call ended.
+            ValueError: a row or expert is in flight, twice in the call, or does not exist;
+                nothing was read.
+        """
+        began = time.perf_counter_ns()
+        flights = self._register(requests, is_prefetch=False)
+        try:
+            self._complete(flights)
+        except BaseException:
+            self._abandon(flights)
+            raise
+        finally:
+            self._forget(flights)
+            self.read_ns += time.perf_counter_ns() - began
+        self._raise_for_errors(flights)
+
+    def await_row(self, row: int) -> None:
+        """Waits for the prefetch into ``row``, now with a demand's priority.
+
+        Its end is reported by the return, not by :meth:`poll`.
+
+        Raises:
+            TransferError: the expert could not be read.
+            ValueError: ``row`` is not in flight.
+        """
+        began = time.perf_counter_ns()
+        flight = self._flight_into(row)
+        if not flight.done:
+            self._reader.promote(flight.ticket)
+            while not flight.done:
+                self._collect(_WAIT_MS)
+        self._unreported.remove(flight)
+        self._forget([flight])
+        self.read_ns += time.perf_counter_ns() - began
+        self._raise_for_errors([flight])
+
+    # ---- prefetch --------------------------------------------------------------------
+
+    def prefetch(self, layer: int, expert: int, row: int) -> bool:
+        """Reads an expert when no demand waits; returns at once.
+
+        Returns:
+            False if too many reads are in flight already; then nothing changed.
+
+        Raises:
+            ValueError: as in :meth:`read`.
+        """
+        if len(self._reader.free_tickets) <= self._tickets_for_demand:
+            return False
+        flights = self._register([(layer, expert, row)], is_prefetch=True)
+        try:
+            self._submit(flights[0])
+        except NativeError:
+            self._forget(flights)
+            raise
+        return True
+
+    def poll(self) -> list[FinishedPrefetch]:
+        """Prefetches that ended and were not reported yet; does not wait."""
+        if self._by_ticket:
+            self._collect(0)
+        ended, self._unreported = self._unreported, []
+        self._forget(ended)
+        return [
+            FinishedPrefetch(
+                flight.layer,
+                flight.expert,
+                flight.row,
+                None if flight.error is None else self._explain(flight),
+            )
+            for flight in ended
+        ]
+
+    def cancel(self, row: int) -> bool:
+        """Drops the prefetch into ``row`` if it has not begun.
+
+        Returns:
+            True if dropped: ``row`` is free and unchanged. False if it began: its end will
+            be reported.
+
+        Raises:
+            ValueError: ``row`` is not in flight.
+        """
+        flight = self._flight_into(row)
+        if flight.done or not self._reader.cancel(flight.ticket):
+            return False
+        self._by_ticket.pop(flight.ticket)
+        self._forget([flight])
+        return True
+
+    def cancel_all(self) -> list[int]:
+        """Drops all prefetches that have not begun; returns their rows."""
+        return [row for row in list(self._by_row) if self.cancel(row)]
+
+    def drain(self) -> None:
+        """Waits until nothing is being read; :meth:`poll` reports what ended."""
+        while self._by_ticket:
+            self._collect(_WAIT_MS)
+
+    def close(self) -> None:
+        """Waits for running reads, drops the others, ends the threads. Safe to repeat."""
+        self._reader.close()
+        self._by_ticket.clear()
+        self._forget(list(self._by_row.values()))
+        self._unreported.clear()
+
+    # ---- flights -----------------------------------------------------------------------
+
+    def _register(
+        self, requests: Sequence[tuple[int, int, int]], *, is_prefetch: bool
+    ) -> list[_Flight]:
+        """Puts requests in flight: all, or none and a ValueError."""
+        if self._reader.is_closed:
+            raise ValueError("the transfer engine is closed")
+        flights: list[_Flight] = []
+        try:
+            for layer, expert, row in requests:
+                self._check(layer, expert, row)
+                flight = _Flight(layer, expert, row, is_prefetch)
+                self._by_row[row] = flight
+                self._experts_in_flight.add((layer, expert))
+                flights.append(flight)
+        except ValueError:
+            self._forget(flights)
+            raise
+        return flights
+
+    def _check(self, layer: int, expert: int, row: int) -> None:
+        store = self._store
+        if not (0 <= layer < store.num_layers and 0 <= expert < store.num_experts):
+            raise ValueError(f"there is no expert {expert} in layer {layer}")
+        if not 0 <= row < self._reader.num_rows:
+            raise ValueError(f"row {row} is outside [0, {self._reader.num_rows})")
+        if row in self._by_row:
+            other = self._by_row[row]
+            raise ValueError(
+                f"row {row} is in flight for expert {other.expert} of layer {other.layer}: "
+                f"expert {expert} of layer {layer} cannot be read into it"
+            )
+        if (layer, expert) in self._experts_in_flight:
+            raise ValueError(f"expert {expert} of layer {layer} is in flight to another row")
+
+    def _complete(self, flights: list[_Flight]) -> None:
+        """Submits all, as tickets allow, and waits for all."""
+        num_submitted = num_done = 0
+        while num_done < len(flights):
+            while num_submitted < len(flights) and self._reader.free_tickets:
+                self._submit(flights[num_submitted])
+                num_submitted += 1
+            self._collect(_WAIT_MS)
+            while num_done < num_submitted and flights[num_done].done:
+                num_done += 1
+
+    def _submit(self, flight: _Flight) -> None:
+        priority = PREFETCH if flight.is_prefetch else DEMAND
+        flight.ticket = self._reader.submit(flight.layer, flight.expert, flight.row, priority)
+        self._by_ticket[flight.ticket] = flight
+
+    def _collect(self, timeout_ms: int) -> bool:
+        """Notes what ended, waiting for something up to ``timeout_ms``; whether it did."""
+        any_ended = False
+        for ticket, error in self._reader.wait(timeout_ms):
+            flight = self._by_ticket.pop(ticket)
+            flight.ticket = -1
+            flight.done = True
+            flight.error = error
+            if flight.is_prefetch:
+                self._unreported.append(flight)
+            any_ended = True
+        return any_ended
+
+    def _abandon(self, flights: list[_Flight]) -> None:
+        """Ends the reads of a call that was interrupted: none may write into a row later."""
+        for flight in flights:
+            if flight.ticket >= 0 and self._reader.cancel(flight.ticket):
+                self._by_ticket.pop(flight.ticket)
+                flight.ticket = -1
+        while any(flight.ticket >= 0 for flight in flights) and self._collect(-1):
+            pass
+
+    def _forget(self, flights: Iterable[_Flight]) -> None:
+        """The flights are not in flight any more."""
+        for flight in flights:
+            del self._by_row[flight.row]
+            self._experts_in_flight.discard((flight.layer, flight.expert))
+
+    def _flight_into(self, row: int) -> _Flight:
+        flight = self._by_row.get(row)
+        if flight is None:
+            raise ValueError(f"row {row} is not in flight")
+        return flight
+
+    def _explain(self, flight: _Flight) -> str:
+        store = self._store
+        return (
+            f"cannot read expert {flight.expert} of layer {flight.layer} from {store.path} "
+            f"(byte {store.record_offset(flight.layer, flight.expert)}): {flight.error}; if "
+            f"the disk is healthy, stop the server and delete {store.directory} to have the "
+            "store built again"
+        )
+
+    def _raise_for_errors(self, flights: Sequence[_Flight]) -> None:
+        failed = [flight for flight in flights if flight.error is not None]
+        if not failed:
+            return
+        message = self._explain(failed[0])
+        if len(failed) > 1:
+            message += f" ({len(failed)} of {len(flights)} experts failed, this one first)"
+        raise TransferError(
+            message,
+            [flight.row for flight in flights if flight.error is None],
+            [flight.row for flight in failed],
+        )

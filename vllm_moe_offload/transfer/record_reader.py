@@ -1,0 +1,238 @@
+"""Reads of whole records by the C++ file reader: a ticket each, from submission to its end."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from vllm_moe_offload.layout import ALIGNMENT, ExpertLayout
+from vllm_moe_offload.native import (
+    Completion,
+    Extent,
+    NativeError,
+    Read,
+    check,
+    core,
+    last_error,
+)
+from vllm_moe_offload.store import ExpertStore
+
+logger = logging.getLogger("vllm.moe_offload")
+
+Bytes = npt.NDArray[np.uint8]
+
+DEMAND, PREFETCH = 0, 1
+"""Priorities: no prefetch begins while a demand waits."""
+
+_MAX_TICKETS = 64
+_MIN_TICKETS = 4
+_MAX_TAIL_BUFFERS_BYTES = 64 << 20
+_END_OF_FILE = -1
+
+
+class _Ticket:
+    """A native request and its tail buffer, made once and used for many records."""
+
+    def __init__(self, layout: ExpertLayout, index: int) -> None:
+        num_extents = len(layout.direct) + bool(layout.tail_bytes)
+        extents = (Extent * num_extents)()
+        self.direct = [extents[i] for i in range(len(layout.direct))]
+        for extent, spec in zip(self.direct, layout.direct, strict=True):
+            extent.length = spec.nbytes
+        self.tail = np.zeros(0, np.uint8)
+        if layout.tail_bytes:
+            self.tail = np.frombuffer(mmap.mmap(-1, layout.tail_bytes), np.uint8)
+            extents[-1].destination = self.tail.ctypes.data
+            extents[-1].length = layout.tail_bytes
+        self.read = Read(extents=extents, num_extents=num_extents, tag=index)
+        self.pointer = ctypes.pointer(self.read)
+        self.record = (-1, -1, -1)  # layer, expert, row
+
+
+class RecordReader:
+    """Reads records of one store into rows, several at a time.
+
+    Tensors of a record that O_DIRECT can place go straight into their rows; the tail goes
+    through the ticket's buffer and is copied when all bytes are there.
+
+    Attributes:
+        read_bytes: bytes of records that arrived.
+        verify_failures: records whose checksum was wrong.
+        direct: whether reads bypass the page cache.
+        num_rows: rows that every destination has.
+        num_tickets: most reads in flight at once.
+        free_tickets: tickets that :meth:`submit` may use.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        destinations: Mapping[str, Bytes],
+        *,
+        num_threads: int,
+        cpus: Sequence[int],
+        direct: bool,
+        verify: bool,
+    ) -> None:
+        """As :class:`TransferEngine`; NativeError if the file cannot be opened."""
+        layout = store.layout
+        self.read_bytes = 0
+        self.verify_failures = 0
+        self.num_rows = _check_destinations(layout, destinations)
+        self._store = store
+        self._verify = verify
+        self._direct_rows = [destinations[spec.name] for spec in layout.direct]
+        self._direct_bases = [(rows.ctypes.data, rows.shape[1]) for rows in self._direct_rows]
+        self._tail_parts: list[tuple[Bytes, int, int]] = []
+        begin = 0
+        for spec in layout.tail:
+            self._tail_parts.append((destinations[spec.name], begin, begin + spec.nbytes))
+            begin += spec.nbytes
+
+        affordable = _MAX_TAIL_BUFFERS_BYTES // max(layout.tail_bytes, 1)
+        self.num_tickets = min(max(affordable, _MIN_TICKETS), _MAX_TICKETS)
+        self.free_tickets = list(range(self.num_tickets))
+        self._tickets = [_Ticket(layout, index) for index in self.free_tickets]
+        self._completions = (Completion * self.num_tickets)()
+        self._reader, self.direct = _open(store, num_threads, cpus, direct)
+        # The threads must end before the rows they write to are freed.
+        self._finalizer = weakref.finalize(self, core.vmo_reader_close, self._reader)
+        self._finalizer.atexit = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no ticket is out."""
+        return len(self.free_tickets) == self.num_tickets
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return not self._finalizer.alive
+
+    def submit(self, layer: int, expert: int, row: int, priority: int) -> int:
+        """Begins to read a record into ``row``; returns its ticket.
+
+        One of :attr:`free_tickets` must be left. Raises NativeError if the request is
+        impossible, with nothing changed.
+        """
+        index = self.free_tickets[-1]
+        ticket = self._tickets[index]
+        for extent, (base, nbytes) in zip(ticket.direct, self._direct_bases, strict=True):
+            extent.destination = base + row * nbytes
+        ticket.read.offset = self._store.record_offset(layer, expert)
+        ticket.read.priority = priority
+        ticket.record = (layer, expert, row)
+        check(core.vmo_reader_submit(self._reader, ticket.pointer, 1))
+        self.free_tickets.pop()
+        return index
+
+    def promote(self, index: int) -> None:
+        """Makes what is left of a prefetch a demand."""
+        check(core.vmo_reader_promote(self._reader, index))
+
+    def cancel(self, index: int) -> bool:
+        """Drops a read that has not begun; False if it has, then its end comes."""
+        dropped = bool(check(core.vmo_reader_cancel(self._reader, index)))
+        if dropped:
+            self.free_tickets.append(index)
+        return dropped
+
+    def wait(self, timeout_ms: int) -> Iterator[tuple[int, str | None]]:
+        """Tickets of reads that ended, each with the reason why its row is not good.
+
+        Sleeps until there is one, ``timeout_ms`` passed (0: at once, -1: never does) or
+        nothing is in flight. The iterator must be consumed.
+        """
+        completions = self._completions
+        count = check(
+            core.vmo_reader_wait(self._reader, completions, self.num_tickets, timeout_ms)
+        )
+        for i in range(count):
+            completion = completions[i]
+            index = completion.tag
+            reason: str | None
+            if completion.error:
+                reason = _reason(completion.error)
+            else:
+                self.read_bytes += completion.bytes
+                reason = self._land(self._tickets[index])
+            self.free_tickets.append(index)
+            yield index, reason
+
+    def close(self) -> None:
+        """Waits for running reads, drops the others, ends the threads. Safe to repeat."""
+        self._finalizer()
+
+    def _land(self, ticket: _Ticket) -> str | None:
+        """All bytes arrived: copies the tail, unless the record turns out to be damaged."""
+        layer, expert, row = ticket.record
+        if self._verify:
+            digest = xxhash.xxh3_64()
+            for rows in self._direct_rows:
+                digest.update(rows[row].data)
+            digest.update(ticket.tail.data)
+            wanted = self._store.checksum(layer, expert)
+            if digest.intdigest() != wanted:
+                self.verify_failures += 1
+                return f"its checksum is {digest.hexdigest()}, not {wanted:016x}"
+        for rows, begin, end in self._tail_parts:
+            rows[row] = ticket.tail[begin:end]
+        return None
+
+
+def _open(
+    store: ExpertStore, num_threads: int, cpus: Sequence[int], direct: bool
+) -> tuple[int, bool]:
+    """The native reader, and whether it bypasses the page cache."""
+    path = os.fsencode(store.path)
+    affinity = (ctypes.c_int32 * len(cpus))(*cpus)
+    reader = core.vmo_reader_open(path, direct, num_threads, affinity, len(cpus))
+    if not reader and direct:
+        refused = last_error()
+        reader = core.vmo_reader_open(path, False, num_threads, affinity, len(cpus))
+        if reader:
+            direct = False
+            logger.warning(
+                "MoE offload: %s; reading through the page cache, which is slower and takes "
+                "memory. Set store_dir to a local disk.",
+                refused,
+            )
+    if not reader:
+        raise last_error()
+    size = core.vmo_reader_file_bytes(reader)
+    if size != store.file_bytes:
+        core.vmo_reader_close(reader)
+        raise NativeError(f"{store.path} has {size} bytes instead of {store.file_bytes}")
+    return reader, direct
+
+
+def _check_destinations(layout: ExpertLayout, destinations: Mapping[str, Bytes]) -> int:
+    """Number of rows, if every tensor has as many, and reads can go to them."""
+    names = {spec.name for spec in layout.tensors}
+    if destinations.keys() != names:
+        raise ValueError(f"destinations {sorted(destinations)} are not {sorted(names)}")
+    num_rows = len(destinations[layout.tensors[0].name])
+    for spec in layout.tensors:
+        rows = destinations[spec.name]
+        if rows.dtype != np.uint8 or rows.shape != (num_rows, spec.nbytes):
+            raise ValueError(
+                f"{spec.name} must be uint8 [{num_rows}, {spec.nbytes}], got {rows.dtype} "
+                f"{rows.shape}"
+            )
+        if not (rows.flags.c_contiguous and rows.flags.writeable):
+            raise ValueError(f"{spec.name} must be contiguous and writeable")
+        if spec.is_direct and rows.ctypes.data % ALIGNMENT:
+            raise ValueError(f"{spec.name} must begin at a multiple of {ALIGNMENT} bytes")
+    return num_rows
+
+
+def _reason(error: int) -> str:
+    return "the file ends too early" if error == _END_OF_FILE else os.strerror(error)
