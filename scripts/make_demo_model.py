@@ -428,11 +428,11 @@ class Gains:
     token: float = 0.76
     popularity: float = 0.65
     route_topic: float = 0.7
-    route_token: float = 1.05
+    route_token: float = 1.15
     experts: float = 0.6
     dense: float = 0.2
     context: float = 1.5
-    repeat: float = 12.0
+    repeat: float = 16.0
     logit_topic: float = 7.0
     logit_next: float = 4.0
     recency: float = 20.0
@@ -878,6 +878,9 @@ class Checkpoint:
                 "qk_nope_head_dim": MLA_NOPE_DIM,
                 "qk_rope_head_dim": MLA_ROPE_DIM,
                 "v_head_dim": MLA_V_DIM,
+                # With plain rotary embedding vLLM 0.32 rotates latent attention wrongly on
+                # CPU in eager mode; this type, which real checkpoints have too, is right.
+                "rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
             },
             "gpt_oss": {
                 "head_dim": self.head_dim,
@@ -890,19 +893,20 @@ class Checkpoint:
                     for layer in range(shape.layers)
                 ],
                 "swiglu_limit": 7.0,
-                "rope_parameters": {
-                    "rope_type": "yarn",
-                    "rope_theta": 10000.0,
-                    "factor": 2.0,
-                    "original_max_position_embeddings": MAX_POSITIONS // 2,
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "truncate": False,
-                },
+                "rope_parameters": _YARN | {"truncate": False},
             },
         }
         return per_arch[self.arch]
 
+
+_YARN: dict[str, object] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": MAX_POSITIONS // 2,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 
 # vLLM's CPU kernels for latent attention are compiled for a latent of 512 + 64.
 MLA_RANK = 512

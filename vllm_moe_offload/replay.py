@@ -11,7 +11,8 @@ its slots and staging slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import ctypes
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,10 +22,13 @@ import numpy.typing as npt
 from vllm_moe_offload.cache import PLAN_INSTANT, PLAN_UNPINNED, CacheShape, ExpertCache
 from vllm_moe_offload.native import check, core
 from vllm_moe_offload.policy import Policy, StepRows, make_policy
+from vllm_moe_offload.policy.base import SCOPE_PER_LAYER
 from vllm_moe_offload.policy.belady import Belady
 from vllm_moe_offload.predictor import CrossLayerPredictor
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.routing import RoutingTrace
+
+_FLOAT_POINTER = ctypes.POINTER(ctypes.c_float)
 
 Progress = Callable[[int], object]
 
@@ -197,7 +201,9 @@ def replay(
     cache = ExpertCache(CacheShape(*shape, slots), chosen.rules, unbounded_staging=True)
     schedule = decode_schedule(trace, concurrency, num_requests)
     predictor = CrossLayerPredictor(*shape, depth=prefetch_depth) if prefetch_depth else None
-    return _run(trace, schedule, chosen, cache, predictor, policy, capacity, concurrency, progress)
+    return _run(
+        trace, schedule, chosen, cache, predictor, policy, capacity, concurrency, progress
+    )
 
 
 def replay_recorded(
@@ -244,6 +250,8 @@ def _run(
     for step in range(schedule.num_steps):
         for request in schedule.ended[step]:
             policy.end_request(str(request))
+            if forecast is not None:
+                forecast.end_request(str(request))
         rows = schedule.rows(step)
         ids = _step_ids(trace, schedule, step)
         policy.begin_step(rows)
@@ -282,23 +290,76 @@ def plan_waves(
 ) -> None:
     """Plans and finishes one layer call, in waves where its experts do not fit at once.
 
-    A wave takes as many experts, ascending, as the pool has rows.
+    Waves as serving makes them: resident experts first, as many as the pool has rows.
+
+    Raises:
+        ReplayError: the cache has no rows at all.
     """
     if cache.plan(layer, ids, flags):
         cache.finish()
         return
-    experts = np.unique(ids).astype(np.int32)
-    wave = cache.shape.num_rows
-    if wave < 1:
-        raise ReplayError("a cache without any slot or staging slot cannot serve a layer")
-    for start in range(0, experts.size, wave):
-        part = np.ascontiguousarray(experts[start : start + wave])
-        if not cache.plan(layer, part, flags):
+    needed = np.unique(ids).astype(np.int32)
+    resident = cache.page_table[layer, needed] >= 0
+    order = np.concatenate([needed[resident], needed[~resident]])
+    size = cache.shape.num_slots
+    if cache.rules.scope == SCOPE_PER_LAYER:
+        size //= cache.shape.num_layers
+    size += cache.shape.num_staging_slots
+    for begin in range(0, order.size, max(size, 1)):
+        wave = np.ascontiguousarray(order[begin : begin + max(size, 1)])
+        if not cache.plan(layer, wave, flags):
             raise ReplayError(
-                f"layer {layer}: {part.size} experts do not fit {wave} rows in "
-                f"{cache.rules.scope=}"
+                f"{wave.size} experts of layer {layer} do not fit in {cache.shape}"
             )
         cache.finish()
+
+
+class _Forecast:
+    """Scores the cross-layer predictor without touching the cache.
+
+    One layer ahead and up, an expert that is not resident counts as named if at least one
+    token is expected to use it; budgets and transfer times are serving's business.
+    """
+
+    THRESHOLD = 0.5
+
+    def __init__(self, predictor: CrossLayerPredictor, cache: ExpertCache) -> None:
+        self._predictor = predictor
+        self._cache = cache
+        shape = cache.shape
+        self._named = np.zeros((shape.num_layers, shape.num_experts), np.bool_)
+        self._issued = self._useful = self._misses = 0
+
+    def begin_step(self, rows: StepRows) -> None:
+        self._predictor.begin_step(rows)
+
+    def observe(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
+        absent = self._cache.page_table[layer] < 0
+        needed = np.zeros(absent.size, np.bool_)
+        needed[ids.reshape(-1)] = True
+        missing = needed & absent
+        named = self._named[layer] & absent
+        self._misses += int(np.count_nonzero(missing))
+        self._issued += int(np.count_nonzero(named))
+        self._useful += int(np.count_nonzero(named & missing))
+        self._named[layer] = False
+        self._predictor.observe(layer, ids)
+        likely = self._predictor.predict(layer)
+        self._named[layer + 1 : layer + 1 + len(likely)] |= likely >= self.THRESHOLD
+
+    def end_step(self) -> None:
+        self._predictor.end_step()
+
+    def end_request(self, request: str) -> None:
+        self._predictor.end_request(request)
+
+    @property
+    def coverage(self) -> float:
+        return self._useful / max(self._misses, 1)
+
+    @property
+    def waste(self) -> float:
+        return 1.0 - self._useful / max(self._issued, 1)
 
 
 def _count_votes(

@@ -17,7 +17,7 @@ import torch
 
 from vllm_moe_offload import _C  # noqa: F401  (registers the operators)
 from vllm_moe_offload.cache import MISS_READ, PLAN_TRANSIENT, ExpertCache
-from vllm_moe_offload.metrics import VALUES, CounterFile, hit_rate
+from vllm_moe_offload.metrics import VALUES, CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.trace.recorder import TraceRecorder
@@ -246,39 +246,30 @@ class OffloadRuntime:
 
     # ---- figures ---------------------------------------------------------------------
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of records that arrived since start."""
+        return self._transfer.read_bytes
+
     def _publish(self) -> None:
         if self._counter_file is None:
             return
         values = self._counter_file.values
         values[:_COUNTERS] = self.cache.counters
         values[_COUNTERS:] = (
-            self._transfer.read_bytes,
+            self.read_bytes,
             self.stall_ns / 1e9,
             self.busy_ns / 1e9,
             self.num_tokens,
             self.cache.num_resident,
         )
 
-    def summary(self) -> str:
-        """One paragraph about what the cache did since start."""
-        cache = self.cache
-        hits, misses = cache.count("hits"), cache.count("misses")
-        per_token = self._transfer.read_bytes / max(self.num_tokens, 1) / 1e6
-        stall = self.stall_ns / max(self.busy_ns, 1)
-        return (
-            f"MoE offload ({self.policy.name}): {self.num_tokens} tokens, hit rate "
-            f"{hit_rate(hits, misses):.1%} ({hits} hits, {misses} misses), "
-            f"{self._transfer.read_bytes / 1e9:.2f} GB read ({per_token:.1f} MB/token), "
-            f"{stall:.0%} of step time stalled on reads"
-        )
-
     def close(self) -> None:
-        """Stops reading, finishes the recording, logs the summary; safe to call again."""
+        """Stops reading and finishes the recording; safe to call again."""
         if self._closed:
             return
         self._closed = True
         self._publish()
-        logger.info("%s", self.summary())
         if self._recorder is not None:
             self._recorder.close()
         self._transfer.close()

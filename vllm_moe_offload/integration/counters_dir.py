@@ -11,6 +11,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ENVIRONMENT = "VLLM_MOE_OFFLOAD_COUNTERS_DIR"
@@ -22,6 +23,9 @@ def counters_dir() -> Path | None:
     return Path(value) if value and os.path.isdir(value) else None
 
 
+_at_exit: list[Callable[[Path], None]] = []
+
+
 def ensure_counters_dir() -> Path:
     """The directory (0700), created and removed at exit by the first process that asks."""
     existing = counters_dir()
@@ -29,11 +33,25 @@ def ensure_counters_dir() -> Path:
         return existing
     path = Path(tempfile.mkdtemp(prefix="vllm-moe-offload-"))
     os.environ[ENVIRONMENT] = str(path)
-    creator = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == creator:
-            shutil.rmtree(path, ignore_errors=True)
-
-    atexit.register(remove)
+    atexit.register(_close, path, os.getpid())
     return path
+
+
+def at_exit_of_creator(function: Callable[[Path], None]) -> None:
+    """Calls ``function`` with the directory before it is removed, in its creator only.
+
+    vLLM kills its workers when a server stops, so what is to be said or finished at the
+    end has to be done here, from what they left.
+    """
+    if function not in _at_exit:
+        _at_exit.append(function)
+
+
+def _close(path: Path, creator: int) -> None:
+    if os.getpid() != creator:  # a forked child
+        return
+    try:
+        for function in _at_exit:
+            function(path)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

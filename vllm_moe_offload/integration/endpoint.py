@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from vllm_moe_offload.integration import compat
-from vllm_moe_offload.integration.counters_dir import counters_dir
+from vllm_moe_offload.integration.counters_dir import at_exit_of_creator, counters_dir
 from vllm_moe_offload.metrics import CounterReading, hit_rate, read_counters
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -63,6 +63,7 @@ def install() -> None:
     if importer is not None:
         importer.get_prometheus_registry = prometheus.get_prometheus_registry
     compat.wrap(loggers.LoggingStatLogger, "log", _log_with_offload)
+    at_exit_of_creator(_log_summary)
 
 
 _has_collector: set[int] = set()
@@ -88,6 +89,12 @@ def _log_with_offload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
         if line:
             logger.info("%s", line)
     return result
+
+
+def _log_summary(directory: Path) -> None:
+    line = stats_line(sum_values(read_counters(directory)), Counter())
+    if line:
+        logger.info("%s", line.replace("MoE offload:", "MoE offload, all in all:", 1))
 
 
 def sum_values(readings: Iterator[CounterReading]) -> Counter[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from vllm_moe_offload.policy.base import PlannerRules, Policy, StepRows
+from vllm_moe_offload.policy.belady import Belady
+from vllm_moe_offload.policy.eamc import EAMC
 from vllm_moe_offload.policy.lfu import LFU
 from vllm_moe_offload.policy.lrfu import LRFU
 from vllm_moe_offload.policy.lru import LRU, LayerLRU
+from vllm_moe_offload.policy.trace import TracePolicy
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (LRU, LayerLRU, LFU, LRFU)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (LRU, LayerLRU, LFU, LRFU, EAMC, TracePolicy, Belady)
+}
 
-__all__ = ["POLICIES", "PlannerRules", "Policy", "StepRows", "make_policy"]
+__all__ = ["POLICIES", "PlannerRules", "Policy", "StepRows", "TracePolicy", "make_policy"]
 
 
 def make_policy(spec: str, num_layers: int, num_experts: int) -> Policy:
@@ -27,7 +32,9 @@ def make_policy(spec: str, num_layers: int, num_experts: int) -> Policy:
         try:
             keywords[key] = float(value)
         except ValueError as error:
-            raise ValueError(f"policy {spec!r}: {item!r} is not of the form key=number") from error
+            raise ValueError(
+                f"policy {spec!r}: {item!r} is not of the form key=number"
+            ) from error
         if not separator:
             raise ValueError(f"policy {spec!r}: {item!r} is not of the form key=number")
     try:

@@ -29,7 +29,9 @@ class LRFU(Policy):
         """``half_life`` in steps, positive."""
         super().__init__(num_layers, num_experts)
         if not half_life > 0:
-            raise ValueError(f"lrfu:half_life must be a positive number of steps, got {half_life}")
+            raise ValueError(
+                f"lrfu:half_life must be a positive number of steps, got {half_life}"
+            )
         self._decay = 2.0 ** (-1.0 / half_life)
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:

@@ -17,8 +17,10 @@ from vllm_moe_offload.layout import ALIGNMENT
 
 Bytes = npt.NDArray[np.uint8]
 
-BUFFER_BYTES = 16 << 20
-_NUM_BUFFERS = 3
+BUFFER_BYTES = 8 << 20
+_NUM_BUFFERS = 6
+# With one, the disk idles while the thread waits for the interpreter's lock.
+_WRITER_THREADS = 2
 
 
 def aligned_buffer(nbytes: int) -> Bytes:
@@ -79,9 +81,9 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> int:
 class DirectWriter:
     """Writes byte streams to a new file from a few reused aligned buffers.
 
-    Copying into one buffer overlaps with writing another in a background thread; memory
-    stays at 48 MiB whatever is written. A failed write raises its OSError from the next
-    call.
+    Filling a buffer overlaps with writing others in background threads; memory stays at
+    48 MiB whatever is written. A failed write raises its OSError from a later call,
+    :meth:`finish` at the latest.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +91,7 @@ class DirectWriter:
         self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         self._buffers = [aligned_buffer(BUFFER_BYTES) for _ in range(_NUM_BUFFERS)]
         self._writes: list[Future[None] | None] = [None] * _NUM_BUFFERS
-        self._thread = ThreadPoolExecutor(1, "vmo-store-writer")
+        self._threads = ThreadPoolExecutor(_WRITER_THREADS, "vmo-store-writer")
         self._current = 0
         self._filled_bytes = 0
         self._offset = 0
@@ -123,8 +125,8 @@ class DirectWriter:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Ends the thread and closes the file; what was not finished may be missing."""
-        self._thread.shutdown(cancel_futures=True)
+        """Ends the threads and closes the file; what was not finished may be missing."""
+        self._threads.shutdown(cancel_futures=True)
         os.close(self._descriptor)
 
     def _submit(self) -> None:
@@ -133,7 +135,7 @@ class DirectWriter:
         if self._filled_bytes % ALIGNMENT:
             raise ValueError(f"{self._filled_bytes} bytes are not a multiple of {ALIGNMENT}")
         view = self._buffers[self._current].data[: self._filled_bytes]
-        self._writes[self._current] = self._thread.submit(self._write_all, view, self._offset)
+        self._writes[self._current] = self._threads.submit(self._write_all, view, self._offset)
         self._offset += self._filled_bytes
         self._filled_bytes = 0
         self._current = (self._current + 1) % _NUM_BUFFERS

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from vllm_moe_offload.store.identity import FORMAT_VERSION, StoreIdentity
 
 MANIFEST_NAME = "manifest.json"
 EXPERTS_NAME = "experts.bin"
+_VERIFY_THREADS = 4
 
 
 class Manifest(BaseModel):
@@ -115,19 +118,19 @@ class ExpertStore:
         Raises:
             StoreError: names file, damaged experts and remedy; or the file cannot be read.
         """
-        damaged = []
         total = self.num_layers * self.num_experts
-        view = aligned_buffer(min(BUFFER_BYTES, self._record_bytes)).data
+        damaged = []
+        buffers = threading.local()
         try:
             descriptor = open_direct(self.path, os.O_RDONLY)
             try:
-                for index in range(total):
-                    layer, expert = divmod(index, self.num_experts)
-                    checksum = self._checksum_on_disk(descriptor, view, layer, expert)
-                    if checksum != self.checksum(layer, expert):
-                        damaged.append(f"({layer}, {expert})")
-                    if progress is not None:
-                        progress(index + 1, total)
+                with ThreadPoolExecutor(_VERIFY_THREADS) as threads:
+                    check = partial(self._is_intact, descriptor, buffers)
+                    for index, intact in enumerate(threads.map(check, range(total))):
+                        if not intact:
+                            damaged.append(str(divmod(index, self.num_experts)))
+                        if progress is not None:
+                            progress(index + 1, total)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -141,20 +144,22 @@ class ExpertStore:
                 f"(layer, expert): {shown}; {_remedy(self.directory)}"
             )
 
-    def _checksum_on_disk(
-        self, descriptor: int, view: memoryview, layer: int, expert: int
-    ) -> int | None:
-        """xxh3_64 of the record as it is in the file; None if the file ends within it."""
+    def _is_intact(self, descriptor: int, buffers: threading.local, index: int) -> bool:
+        """Whether the record at ``index`` in the file is all there and unchanged."""
+        if not hasattr(buffers, "view"):
+            buffers.view = aligned_buffer(min(BUFFER_BYTES, self._record_bytes)).data
+        view: memoryview = buffers.view
+        layer, expert = divmod(index, self.num_experts)
         digest = xxhash.xxh3_64()
         offset = self.record_offset(layer, expert)
         end = offset + self._record_bytes
         while offset < end:
             part = view[: end - offset]
             if read_into(descriptor, part, offset) < len(part):
-                return None
+                return False
             digest.update(part)
             offset += len(part)
-        return int(digest.intdigest())
+        return bool(digest.intdigest() == self.checksum(layer, expert))
 
 
 def open_store(

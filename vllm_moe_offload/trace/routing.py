@@ -132,9 +132,7 @@ def load_trace(path: str | Path) -> RoutingTrace:
         raise TraceError(f"{path} is not a routing trace: it lacks {', '.join(missing)}")
     ids, starts, lens = arrays["ids"], arrays["starts"], arrays["lens"]
     _require(path, ids.ndim == 3, f"ids must have shape [tokens, layers, k], has {ids.shape}")
-    _require(
-        path, ids.dtype.kind in "ui", f"ids must be unsigned integers, are {ids.dtype}"
-    )
+    _require(path, ids.dtype.kind in "ui", f"ids must be unsigned integers, are {ids.dtype}")
     _require(
         path,
         starts.ndim == 1 and starts.shape == lens.shape,

@@ -1,0 +1,100 @@
+"""Engines in processes of their own, and the small models they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.make_demo_model import write_demo_model
+
+DRIVER = Path(__file__).with_name("engine_driver.py")
+ARCHS = ("mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss")
+MAX_MODEL_LEN = 384
+PREFILL_TOKENS = 128
+"""max_num_batched_tokens: prompts longer than this are prefilled in chunks."""
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+SHAPE = {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K, "hidden": 128, "intermediate": 128}
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+Job = dict[str, Any]
+Run = Callable[[list[Job]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny model of an architecture, written once per session."""
+    root = tmp_path_factory.mktemp("models")
+
+    def path(arch: str) -> Path:
+        directory = root / arch
+        if not directory.exists():
+            write_demo_model(directory, arch, **SHAPE)
+        return directory
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores shared by all engines of the session, as servers of one user would."""
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="session")
+def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs jobs (see engine_driver.py) one after the other in one fresh process."""
+
+    def run(jobs: list[Job]) -> list[dict[str, Any]]:
+        directory = tmp_path_factory.mktemp("run")
+        (directory / "jobs.json").write_text(json.dumps(jobs))
+        done = subprocess.run(
+            [sys.executable, str(DRIVER), str(directory / "jobs.json"), str(directory / "out.json")],
+            env={**os.environ, **ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        return json.loads((directory / "out.json").read_text())
+
+    return run
+
+
+def engine(model: Path, *, eager: bool, offload: dict[str, Any] | None = None, **extra: Any) -> Job:
+    """A job: one engine that generates for one prompt, then for eight at once."""
+    llm: dict[str, Any] = {
+        "model": str(model),
+        "enforce_eager": eager,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": PREFILL_TOKENS,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 64 << 20,
+        "seed": 0,
+        **extra,
+    }
+    if offload is not None:
+        llm["additional_config"] = {"moe_offload": offload}
+    return {"llm": llm, "batches": [[prompt(0, 300)], BATCH], "max_tokens": 12}
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Token ids that differ from seed to seed; deterministic."""
+    return [10 + (seed * 37 + i * (13 + seed)) % 600 for i in range(length)]
+
+
+BATCH = [prompt(seed, 10 + 35 * seed) for seed in range(1, 9)]
+"""Eight prompts of 45 to 290 tokens: several are prefilled in chunks beside others' decode."""

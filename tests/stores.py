@@ -1,0 +1,82 @@
+"""Small stores with known content, for the tests of store, reader and transfer."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from vllm_moe_offload.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, store_lock
+
+
+def layout_of(*sizes: int) -> ExpertLayout:
+    """Layout of tensors ``t0``, ``t1``, ... with rows of these bytes."""
+    return ExpertLayout(
+        tuple(TensorSpec(f"t{i}", (size,), "uint8", size) for i, size in enumerate(sizes))
+    )
+
+
+MIXED = layout_of(8192, 100, 4096, 11520, 1)
+"""Two direct tensors and a tail of three, one of a single byte."""
+
+
+def identity(**changes: object) -> StoreIdentity:
+    fields: dict[str, object] = {
+        "checkpoint": "c0ffee",
+        "load_format": "auto",
+        "dtype": "bfloat16",
+        "quantization": "none",
+        "kernel": "CPUExperts:avx512",
+        "padded_shape": (64, 128),
+        "tp_rank": 0,
+        "tp_size": 1,
+        "vllm_version": "0.32.0",
+    }
+    return StoreIdentity.model_validate(fields | changes)
+
+
+def layer_tensors(
+    layout: ExpertLayout, num_experts: int, layer: int, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows of one layer, different for every layer, expert, tensor and seed."""
+    rng = np.random.default_rng([seed, layer])
+    return {
+        spec.name: rng.integers(0, 256, (num_experts, spec.nbytes), dtype=np.uint8)
+        for spec in layout.tensors
+    }
+
+
+def build(
+    store_dir: Path,
+    layout: ExpertLayout = MIXED,
+    num_layers: int = 3,
+    num_experts: int = 4,
+    seed: int = 0,
+    **changes: object,
+) -> ExpertStore:
+    """Builds a store of :func:`layer_tensors`."""
+    which = identity(**changes)
+    directory = which.directory(store_dir, "test/model")
+    with (
+        store_lock(directory),
+        StoreBuilder(directory, which, num_layers, num_experts) as builder,
+    ):
+        for layer in range(num_layers):
+            builder.write_layer(layer, layout, layer_tensors(layout, num_experts, layer, seed))
+        return builder.commit()
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Zeroed page-aligned bytes."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
+
+
+def rows_for(layout: ExpertLayout, num_rows: int) -> dict[str, np.ndarray]:
+    """Destinations of a transfer engine, filled with 0xEE."""
+    rows = {}
+    for spec in layout.tensors:
+        rows[spec.name] = aligned(num_rows * spec.nbytes).reshape(num_rows, spec.nbytes)
+        rows[spec.name].fill(0xEE)
+    return rows

@@ -1,0 +1,457 @@
+"""The C++ file reader through its C ABI: bytes, priorities, cancellation, errors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.stores import aligned
+from vllm_moe_offload.native import (
+    Completion,
+    Extent,
+    NativeError,
+    Read,
+    check,
+    core,
+    last_error,
+)
+
+BLOCK = 4096
+MIB = 1 << 20
+FILE_BYTES = 40 * MIB
+DEMAND, PREFETCH = 0, 1
+
+
+@dataclass
+class Request:
+    tag: int
+    offset: int
+    parts: list[np.ndarray]
+    priority: int = DEMAND
+
+
+@dataclass
+class Reader:
+    """One native reader, closed at the end of the ``with`` block."""
+
+    path: Path
+    direct: bool = True
+    threads: int = 4
+    cpus: list[int] = field(default_factory=list)
+    handle: int | None = None
+    # Memory must outlive the reads that go to it.
+    kept: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> Reader:
+        cpus = (ctypes.c_int32 * len(self.cpus))(*self.cpus)
+        path = os.fsencode(self.path)
+        self.handle = core.vmo_reader_open(
+            path, self.direct, self.threads, cpus, len(self.cpus)
+        )
+        if not self.handle:
+            raise last_error()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        core.vmo_reader_close(self.handle)
+
+    def submit(self, *requests: Request) -> None:
+        self.kept += requests
+        reads = (Read * len(requests))()
+        for read, request in zip(reads, requests, strict=True):
+            extents = (Extent * len(request.parts))()
+            for extent, part in zip(extents, request.parts, strict=True):
+                extent.destination = part.ctypes.data
+                extent.length = part.size
+            read.offset = request.offset
+            read.extents = extents
+            read.num_extents = len(request.parts)
+            read.priority = request.priority
+            read.tag = request.tag
+        check(core.vmo_reader_submit(self.handle, reads, len(requests)))
+
+    def wait(self, timeout_ms: int = -1, capacity: int = 16) -> list[tuple[int, int, int]]:
+        """(tag, error, bytes) of what ended."""
+        ended = (Completion * capacity)()
+        count = check(core.vmo_reader_wait(self.handle, ended, capacity, timeout_ms))
+        return [(c.tag, c.error, c.bytes) for c in ended[:count]]
+
+    def wait_all(self) -> list[tuple[int, int, int]]:
+        ended: list[tuple[int, int, int]] = []
+        while batch := self.wait():
+            ended += batch
+        return ended
+
+    def promote(self, tag: int) -> int:
+        return check(core.vmo_reader_promote(self.handle, tag))
+
+    def cancel(self, tag: int) -> int:
+        return check(core.vmo_reader_cancel(self.handle, tag))
+
+
+@pytest.fixture(scope="module")
+def content() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, FILE_BYTES, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def file(content: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reader") / "experts.bin"
+    path.write_bytes(content.tobytes())
+    return path
+
+
+def reader_threads() -> list[Path]:
+    return [
+        task
+        for task in Path("/proc/self/task").iterdir()
+        if (task / "comm").read_text().strip() == "vmo-reader"
+    ]
+
+
+def status_of(task: Path) -> dict[str, str]:
+    lines = (task / "status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+# ---- bytes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_bytes_land_where_they_belong(file, content, direct, threads):
+    sizes = [BLOCK, 3 * BLOCK, MIB - BLOCK, MIB, MIB + BLOCK, 5 * MIB + 3 * BLOCK, 20 * MIB]
+    with Reader(file, direct, threads) as reader:
+        requests, offset = [], 0
+        for tag, size in enumerate(sizes):
+            requests.append(Request(tag, offset, [aligned(size)]))
+            offset += size
+        reader.submit(*requests)
+        ended = reader.wait_all()
+    assert sorted(ended) == [(tag, 0, size) for tag, size in enumerate(sizes)]
+    for request in requests:
+        (part,) = request.parts
+        assert (part == content[request.offset : request.offset + part.size]).all()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_extents_of_one_request_are_consecutive_in_the_file(file, content, direct):
+    parts = [aligned(size) for size in (BLOCK, 2 * MIB, BLOCK, 700 * BLOCK, 3 * BLOCK)]
+    with Reader(file, direct) as reader:
+        reader.submit(Request(9, 5 * BLOCK, parts))
+        assert reader.wait_all() == [(9, 0, sum(part.size for part in parts))]
+    together = np.concatenate(parts)
+    assert (together == content[5 * BLOCK : 5 * BLOCK + together.size]).all()
+
+
+def test_more_extents_than_one_system_call_takes(file, content):
+    parts = [aligned(BLOCK) for _ in range(3000)]
+    with Reader(file, threads=2) as reader:
+        reader.submit(Request(0, 0, parts))
+        assert reader.wait_all() == [(0, 0, 3000 * BLOCK)]
+    assert (np.concatenate(parts) == content[: 3000 * BLOCK]).all()
+
+
+def test_without_o_direct_nothing_needs_to_be_aligned(file, content):
+    whole = np.zeros(3 * MIB, np.uint8)
+    parts = [whole[1:8], whole[100 : 2 * MIB], whole[2 * MIB + 1 :]]
+    with Reader(file, direct=False) as reader:
+        reader.submit(Request(0, 12345, parts))
+        assert [error for _, error, _ in reader.wait_all()] == [0]
+    together = np.concatenate(parts)
+    assert (together == content[12345 : 12345 + together.size]).all()
+    assert whole[0] == whole[8] == whole[2 * MIB] == 0
+
+
+def test_file_bytes(file):
+    with Reader(file) as reader:
+        assert core.vmo_reader_file_bytes(reader.handle) == FILE_BYTES
+
+
+# ---- priorities ----------------------------------------------------------------------------
+
+
+def test_no_prefetch_begins_while_a_demand_waits(file):
+    with Reader(file, threads=1) as reader:
+        requests = [
+            Request(tag, tag * MIB, [aligned(MIB)], PREFETCH if tag % 2 else DEMAND)
+            for tag in range(20)
+        ]
+        reader.submit(*requests)
+        order = [tag for tag, _, _ in reader.wait_all()]
+    assert order == [*range(0, 20, 2), *range(1, 20, 2)]
+
+
+def test_a_demand_overtakes_the_rest_of_a_prefetch(file):
+    with Reader(file, threads=1) as reader:
+        reader.submit(Request(0, 0, [aligned(32 * MIB)], PREFETCH))
+        reader.submit(Request(1, 0, [aligned(BLOCK)]))
+        assert [tag for tag, _, _ in reader.wait_all()] == [1, 0]
+
+
+def test_promoted_prefetch_goes_first(file):
+    with Reader(file, threads=1) as reader:
+        reader.submit(
+            Request(0, 0, [aligned(32 * MIB)]),
+            *(Request(tag, 0, [aligned(BLOCK)], PREFETCH) for tag in range(1, 6)),
+        )
+        assert reader.promote(4) == 1
+        assert reader.promote(4) == 0  # a demand by now
+        assert reader.promote(99) == 0
+        assert [tag for tag, _, _ in reader.wait_all()] == [0, 4, 1, 2, 3, 5]
+
+
+def test_prefetch_works_with_any_number_of_threads(file):
+    for threads in (1, 2, 3):
+        with Reader(file, threads=threads) as reader:
+            reader.submit(*(Request(t, 0, [aligned(MIB)], PREFETCH) for t in range(6)))
+            assert sorted(tag for tag, _, _ in reader.wait_all()) == list(range(6))
+
+
+# ---- cancellation --------------------------------------------------------------------------
+
+
+def test_cancelled_read_is_not_reported_and_writes_nothing(file):
+    with Reader(file, threads=1) as reader:
+        target = aligned(BLOCK)
+        reader.submit(
+            Request(0, 0, [aligned(32 * MIB)]),
+            Request(1, 0, [target], PREFETCH),
+            Request(2, 0, [aligned(BLOCK)]),
+        )
+        assert reader.cancel(1) == 1
+        assert reader.cancel(1) == 0
+        assert reader.cancel(2) == 1
+        assert [tag for tag, _, _ in reader.wait_all()] == [0]
+        assert not target.any()
+        reader.submit(Request(1, 0, [target]))  # the tag is free again
+        assert [tag for tag, _, _ in reader.wait_all()] == [1]
+
+
+def test_what_began_or_ended_cannot_be_cancelled(file):
+    with Reader(file) as reader:
+        reader.submit(Request(0, 0, [aligned(BLOCK)]))
+        while not (ended := reader.wait(timeout_ms=1)):
+            pass
+        assert ended == [(0, 0, BLOCK)]
+        assert reader.cancel(0) == 0
+
+
+def test_cancelling_the_last_read_wakes_a_waiter(file):
+    with Reader(file, threads=1) as reader:
+        reader.submit(
+            Request(0, 0, [aligned(32 * MIB)]), Request(1, 0, [aligned(BLOCK)], PREFETCH)
+        )
+        waiter = threading.Thread(target=reader.wait_all)
+        waiter.start()
+        reader.cancel(1)
+        waiter.join(timeout=10)
+        assert not waiter.is_alive()
+
+
+def test_close_drops_what_is_queued(file):
+    before = len(os.listdir("/proc/self/fd"))
+    targets = [aligned(MIB) for _ in range(200)]
+    with Reader(file, threads=2) as reader:
+        reader.submit(*(Request(t, 0, [part]) for t, part in enumerate(targets)))
+    assert not reader_threads()
+    assert len(os.listdir("/proc/self/fd")) == before
+    copies = [part.copy() for part in targets]
+    time.sleep(0.05)
+    assert all((a == b).all() for a, b in zip(copies, targets, strict=True))
+
+
+# ---- waiting -------------------------------------------------------------------------------
+
+
+def test_wait_does_not_block_when_nothing_is_in_flight(file):
+    with Reader(file) as reader:
+        assert reader.wait(timeout_ms=-1) == []
+
+
+def test_capacity_limits_one_wait(file):
+    with Reader(file) as reader:
+        reader.submit(*(Request(t, 0, [aligned(BLOCK)]) for t in range(10)))
+        seen = []
+        while batch := reader.wait(capacity=3):
+            assert len(batch) <= 3
+            seen += [tag for tag, _, _ in batch]
+        assert sorted(seen) == list(range(10))
+
+
+def test_idle_threads_sleep(file):
+    with Reader(file, threads=8):
+        began = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - began < 0.1
+
+
+# ---- threads -------------------------------------------------------------------------------
+
+
+def test_threads_run_on_the_cores_given(file):
+    cpu = max(os.sched_getaffinity(0))
+    with Reader(file, threads=3, cpus=[cpu]):
+        tasks = reader_threads()
+        assert len(tasks) == 3
+        assert {status_of(task)["Cpus_allowed_list"] for task in tasks} == {str(cpu)}
+
+
+def test_threads_do_not_run_signal_handlers(file):
+    with Reader(file, threads=1):
+        (task,) = reader_threads()
+        assert int(status_of(task)["SigBlk"], 16) & 1 << 1  # SIGINT
+
+
+@pytest.mark.parametrize("cpus", [[-1], [100_000]])
+def test_impossible_cores_are_refused(file, cpus):
+    with pytest.raises(NativeError, match=r"cpu|bind"), Reader(file, cpus=cpus):
+        pass
+    assert not reader_threads()
+
+
+# ---- errors --------------------------------------------------------------------------------
+
+
+def test_file_that_is_missing_or_not_a_file_is_named(tmp_path):
+    with (
+        pytest.raises(NativeError, match=r"none\.bin.*No such file"),
+        Reader(tmp_path / "none.bin"),
+    ):
+        pass
+    with pytest.raises(NativeError, match="not a regular file"), Reader(tmp_path, direct=False):
+        pass
+
+
+def test_refused_o_direct_is_an_error():
+    with pytest.raises(NativeError, match="O_DIRECT"), Reader(Path("/proc/self/status")):
+        pass
+
+
+def test_no_threads_is_an_error(file):
+    with pytest.raises(NativeError, match="at least 1 thread"), Reader(file, threads=0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: Request(1, 512, [aligned(BLOCK)]), "multiples of 4096"),
+        (lambda: Request(1, 0, [aligned(2 * BLOCK)[100 : 100 + BLOCK]]), "multiples of 4096"),
+        (lambda: Request(1, 0, [aligned(BLOCK + 512)]), "multiples of 4096"),
+        (lambda: Request(1, 0, [aligned(BLOCK), aligned(0)]), "empty"),
+        (lambda: Request(1, 0, []), "no extents"),
+        (lambda: Request(1, 0, [aligned(BLOCK)], 2), "priority"),
+        (lambda: Request(1, 1 << 63, [aligned(BLOCK)]), "largest file offset"),
+        (lambda: Request(0, 0, [aligned(BLOCK)]), "tag 0 is in use"),
+    ],
+)
+def test_an_impossible_request_queues_nothing(file, bad, message):
+    with Reader(file) as reader:
+        with pytest.raises(NativeError, match=message):
+            reader.submit(Request(0, 0, [aligned(BLOCK)]), bad())
+        assert reader.wait() == []
+
+
+def test_tag_is_in_use_until_its_end_was_taken(file):
+    with Reader(file) as reader:
+        reader.submit(Request(0, 0, [aligned(BLOCK)]))
+        with pytest.raises(NativeError, match="in use"):
+            reader.submit(Request(0, 0, [aligned(BLOCK)]))
+        assert len(reader.wait_all()) == 1
+        reader.submit(Request(0, 0, [aligned(BLOCK)]))
+        assert len(reader.wait_all()) == 1
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("kept", [0, BLOCK, 100, 2 * MIB + 700])
+def test_a_file_that_ends_too_early_is_an_error(tmp_path, content, direct, kept):
+    path = tmp_path / "short.bin"
+    path.write_bytes(content[: 4 * MIB].tobytes())
+    with Reader(path, direct) as reader:
+        os.truncate(path, kept)
+        reader.submit(Request(5, 0, [aligned(4 * MIB)]))
+        ((tag, error, arrived),) = reader.wait_all()
+    assert (tag, error) == (5, -1)
+    assert arrived <= kept
+
+
+def test_one_failed_read_does_not_hurt_others(tmp_path, content):
+    path = tmp_path / "short.bin"
+    path.write_bytes(content[: 4 * MIB].tobytes())
+    good = aligned(MIB)
+    with Reader(path) as reader:
+        reader.submit(Request(0, 8 * MIB, [aligned(8 * MIB)]), Request(1, 0, [good]))
+        assert sorted(reader.wait_all()) == [(0, -1, 0), (1, 0, MIB)]
+    assert (good == content[:MIB]).all()
+
+
+def test_unwritable_destination_is_an_errno(file):
+    with Reader(file) as reader:
+        extents = (Extent * 1)(Extent(BLOCK, BLOCK))  # nothing is mapped there
+        read = Read(0, extents, 1, DEMAND, 3)
+        check(core.vmo_reader_submit(reader.handle, ctypes.byref(read), 1))
+        ((tag, error, _),) = reader.wait_all()
+    assert (tag, os.strerror(error)) == (3, "Bad address")
+
+
+# ---- any order of operations -----------------------------------------------------------------
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("submit"), st.integers(0, 30), st.integers(1, 600), st.sampled_from([0, 1])
+        ),
+        st.tuples(st.just("cancel"), st.integers(0, 40)),
+        st.tuples(st.just("promote"), st.integers(0, 40)),
+        st.tuples(st.just("wait"), st.sampled_from([0, 1])),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(operations=operations, threads=st.integers(1, 5), direct=st.booleans())
+def test_every_read_ends_once_or_is_cancelled(file, content, operations, threads, direct):
+    pending: dict[int, Request] = {}
+    ended: list[int] = []
+
+    def note(batch):
+        for tag, error, arrived in batch:
+            (part,) = pending.pop(tag).parts  # KeyError: reported twice, or after its cancel
+            begin = tag % 50 * BLOCK
+            assert (error, arrived) == (0, part.size)
+            assert (part == content[begin : begin + part.size]).all()
+            ended.append(tag)
+
+    tag = 0
+    with Reader(file, direct, threads) as reader:
+        for name, *arguments in operations:
+            if name == "submit":
+                _, blocks, priority = arguments
+                begin = tag % 50 * BLOCK
+                pending[tag] = Request(tag, begin, [aligned(blocks * BLOCK)], priority)
+                reader.submit(pending[tag])
+                tag += 1
+            elif name == "cancel":
+                if reader.cancel(arguments[0]):
+                    (part,) = pending.pop(arguments[0]).parts
+                    assert not part.any()
+            elif name == "promote":
+                if reader.promote(arguments[0]):
+                    assert pending[arguments[0]].priority == PREFETCH
+                    pending[arguments[0]].priority = DEMAND
+            else:
+                note(reader.wait(timeout_ms=arguments[0]))
+        note(reader.wait_all())
+        assert not pending
+    assert len(set(ended)) == len(ended)

@@ -1,0 +1,340 @@
+"""The ``trace`` policy: request-level traces decide what stays.
+
+Score of an expert = what the running requests are expected to use at their next tokens:
+
+* *value*: the successor model (``policy/value.py``) on each request's recent routing, joined
+  over requests as the probability that at least one of them uses the expert;
+* *history*: the mean of the requests' own decayed frequencies (LRFU), which needs nothing
+  learned and carries the first requests;
+* *prior*: for a request without much history, what the collection knows: the finished
+  requests nearest to its own matrix (prompt included), else the collection's mean;
+* *distance*: layers are visited in a cycle, so an expert of the layer just passed waits a
+  whole step for its next use and one of the next layer a moment. Scores shrink by
+  ``exp(-distance_weight)`` over one cycle (Belady's rule seen from a forecast);
+* *fall-back*: plain policies run as shadows (page tables without bytes) on the same routing;
+  while one of them hits more, the cache follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
+from vllm_moe_offload.policy.fallback import Fallback, Shadow
+from vllm_moe_offload.policy.value import SuccessorModel
+from vllm_moe_offload.trace.activation import ActivationTracer
+from vllm_moe_offload.trace.collection import ActivationCollection
+
+LARGEST_MODELLED = 16384
+"""Experts in all layers beyond which the successor model costs more than it brings."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """Constants of the policy; none is tuned to a model.
+
+    Attributes:
+        value: weight of the successor model; 0 turns it off.
+        history: weight of the requests' own decayed frequency.
+        history_half_life: tokens after which a use counts half.
+        state_half_life: the same for the successor model's state.
+        discount: of the successor model, per token.
+        ridge: its regularisation, in tokens of evidence.
+        memory_tokens: evidence kept; older routing fades, so that a shift is followed.
+        distance_weight: see the module; 0 turns it off.
+        prior: weight of the collection's forecast for a request without history.
+        prior_tokens: tokens of own history that halve the prior's weight.
+        entries: capacity of the collection.
+        layers_ahead: layers whose scores follow each layer call at once; the rest is
+            refreshed at the next step.
+        fallback: whether shadows are heeded (1) or not (0).
+    """
+
+    value: float = 1.0
+    history: float = 1.0
+    history_half_life: float = 8.0
+    state_half_life: float = 3.0
+    discount: float = 0.7
+    ridge: float = 40.0
+    memory_tokens: float = 50_000.0
+    distance_weight: float = 0.5
+    prior: float = 0.5
+    prior_tokens: float = 4.0
+    entries: float = 300
+    layers_ahead: float = 4
+    fallback: float = 1.0
+
+
+class _Requests:
+    """Per-request rows in arrays that grow, without holes: row i is ``order[i]``'s."""
+
+    def __init__(self, size: int, width: int) -> None:
+        self.order: list[str] = []
+        self.row_of: dict[str, int] = {}
+        self.activity: FloatArray = np.zeros((8, size), np.float32)
+        self.history: FloatArray = np.zeros((8, size), np.float32)
+        self.value: FloatArray = np.zeros((8, size), np.float32)
+        self.prior: FloatArray = np.zeros((8, size), np.float32)
+        self.used: FloatArray = np.zeros((8, size), np.float32)
+        self.trace: FloatArray = np.zeros((8, width), np.float32)
+        self.tokens: npt.NDArray[np.int64] = np.zeros(8, np.int64)
+
+    _ARRAYS = ("activity", "history", "value", "prior", "used", "trace", "tokens")
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def add(self, request: str) -> int:
+        row = len(self.order)
+        if row == len(self.tokens):
+            for name in self._ARRAYS:
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
+        self.order.append(request)
+        self.row_of[request] = row
+        for name in self._ARRAYS:
+            getattr(self, name)[row] = 0
+        return row
+
+    def remove(self, request: str) -> None:
+        row, last = self.row_of.pop(request), len(self.order) - 1
+        if row != last:
+            for name in self._ARRAYS:
+                array = getattr(self, name)
+                array[row] = array[last]
+            self.order[row] = self.order[last]
+            self.row_of[self.order[row]] = row
+        self.order.pop()
+
+
+class TracePolicy(Policy):
+    """Keeps what the running requests' traces say they will use."""
+
+    name: ClassVar[str] = "trace"
+    rules: ClassVar[PlannerRules] = PlannerRules(admission=True)
+
+    def __init__(self, num_layers: int, num_experts: int, **options: float) -> None:
+        """``options``: fields of :class:`TraceOptions`."""
+        super().__init__(num_layers, num_experts)
+        self.options = chosen = TraceOptions(**options)
+        size = num_layers * num_experts
+        self.collection = ActivationCollection(num_layers, num_experts, int(chosen.entries))
+        self.tracer = ActivationTracer(num_layers, num_experts)
+        self.model: SuccessorModel | None = None
+        if chosen.value > 0 and size <= LARGEST_MODELLED:
+            self.model = SuccessorModel(
+                num_layers,
+                num_experts,
+                discount=chosen.discount,
+                ridge=chosen.ridge,
+                memory_tokens=chosen.memory_tokens,
+            )
+        width = self.model.state_size + 1 if self.model is not None else 1
+        self._requests = _Requests(size, width)
+        self._table: FloatArray = self.scores
+        self._fallback: Fallback | None = None
+        self._state_decay = 2.0 ** (-1.0 / chosen.state_half_life)
+        self._history_decay = 2.0 ** (-1.0 / chosen.history_half_life)
+        position = np.arange(num_layers, dtype=np.float32) / num_layers
+        self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
+        self._visited_factor = np.float32(np.exp(-chosen.distance_weight))
+        self._ahead = int(chosen.layers_ahead)
+        self._share = np.float32(1.0)
+
+    def bind(self, scores: FloatArray) -> None:
+        """See :meth:`Policy.bind`; without shadows the own scores are the cache's."""
+        super().bind(scores)
+        self._table = self.scores
+
+    def attach_shadows(
+        self, own: Shadow, plain: Sequence[Shadow], counters: npt.NDArray[np.int64]
+    ) -> None:
+        """Lets shadows compete.
+
+        Args:
+            own: shadow that plans from this policy's own scores while another one rules.
+            plain: shadows of the plain policies.
+            counters: the cache's own counters; hits first.
+        """
+        own.scores[...] = self._table
+        self._table = own.scores
+        self._fallback = Fallback(own, plain, counters)
+
+    # ---- one step ----------------------------------------------------------------------
+
+    def begin_step(self, rows: StepRows) -> None:
+        """Takes new requests in and refreshes the scores of all layers."""
+        super().begin_step(rows)
+        self.tracer.begin_step(rows)
+        state = self._requests
+        self._rows_in_step = np.array(
+            [
+                state.row_of[request] if request in state.row_of else state.add(request)
+                for request in rows.requests
+            ],
+            np.int64,
+        )
+        count = len(rows.requests)
+        lengths = np.bincount(rows.request_of_row, minlength=count)
+        self._prepare_decay(rows, lengths)
+        self._refresh_priors(rows)
+        self._discount_traces()
+        state.used[: len(state)] = 0
+        self._refresh()
+        if self._fallback is not None:
+            self._fallback.begin_step(rows)
+            if self._fallback.winner is None:
+                self.scores[...] = self._table
+
+    def _prepare_decay(self, rows: StepRows, lengths: npt.NDArray[np.int64]) -> None:
+        # A request with n rows forgets n times; its older rows count less already.
+        ends = np.cumsum(lengths)
+        age = ends[rows.request_of_row] - 1 - np.arange(rows.request_of_row.size)
+        self._lengths = lengths
+        self._single = bool((lengths == 1).all())
+        self._state_keep = (self._state_decay**lengths).astype(np.float32)[:, None]
+        self._history_keep = (self._history_decay**lengths).astype(np.float32)[:, None]
+        self._state_weight = (1 - self._state_decay) * self._state_decay**age
+        self._history_weight = (1 - self._history_decay) * self._history_decay**age
+        self._vote_keys = rows.request_of_row.astype(np.int64)[:, None] * self.num_experts
+
+    def _refresh_priors(self, rows: StepRows) -> None:
+        if self.options.prior <= 0 or not len(self.collection):
+            return
+        state = self._requests
+        for row, request in zip(self._rows_in_step, rows.requests, strict=True):
+            tokens = int(state.tokens[row])
+            if tokens > 8 * self.options.prior_tokens or tokens & (tokens - 1):
+                continue  # matched after 0, 1, 2, 4, ... own tokens
+            activation = self.tracer.get(request)
+            assert activation is not None
+            forecast = self.collection.mean()
+            indices, cosines = self.collection.nearest(activation.counts, 3)
+            for index, cosine in zip(indices, cosines, strict=True):
+                forecast += cosine * self.collection.distribution(int(index))
+            forecast /= 1.0 + float(cosines.sum())
+            state.prior[row] = forecast.reshape(-1)
+
+    def _discount_traces(self) -> None:
+        if self.model is None:
+            return
+        state, rows = self._requests, self._rows_in_step
+        started = rows[state.tokens[rows] > 0]
+        if not started.size:
+            return
+        discount = self.model.discount
+        traces = state.trace[started] * discount
+        traces[:, :-1] += (1 - discount) * self.model.project(state.activity[started])
+        traces[:, -1] += 1 - discount
+        state.trace[started] = traces
+
+    def _refresh(self) -> None:
+        """Scores of all layers, as if none had been visited."""
+        state, count = self._requests, len(self._requests)
+        if self.model is not None and self.model.version:
+            states = self.model.project(state.activity[:count])
+            state.value[:count] = self.model.predict(states)
+        self._share = np.float32(self.options.history / max(count, 1))
+        options = self.options
+        cold = (
+            options.prior * options.prior_tokens / (options.prior_tokens + state.tokens[:count])
+        )
+        self._cold = (cold / max(count, 1)).astype(np.float32)
+        self._has_prior = options.prior > 0 and len(self.collection) > 0
+        self._write(0, self.num_layers)
+
+    def _write(self, begin: int, end: int) -> None:
+        """Writes the scores of layers ``[begin, end)``, not visited in this step."""
+        state, count = self._requests, len(self._requests)
+        part = slice(begin * self.num_experts, end * self.num_experts)
+        total = state.history[:count, part].sum(axis=0)
+        total *= self._share
+        if self.model is not None and self.model.version:
+            if count == 1:
+                total += np.maximum(state.value[0, part], 0.0)
+            else:
+                unused = 1.0 - np.minimum(np.maximum(state.value[:count, part], 0.0), 1.0)
+                total += 1.0
+                total -= np.multiply.reduce(unused, axis=0)
+        if self._has_prior:
+            total += self._cold @ state.prior[:count, part]
+        table = total.reshape(end - begin, self.num_experts)
+        np.multiply(table, self._unvisited[begin:end, None], out=self._table[begin:end])
+
+    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
+        """Updates the requests' states and the scores of this layer and the next ones."""
+        self.tracer.observe(layer, ids)
+        state, rows = self._requests, self._rows_in_step
+        experts = self.num_experts
+        own = slice(layer * experts, (layer + 1) * experts)
+        size = rows.size * experts
+        keys = (self._vote_keys + ids).reshape(-1)
+        if self._single:
+            used = np.bincount(keys, minlength=size).reshape(rows.size, experts)
+            state_gain = used * np.float32(1 - self._state_decay)
+            history_gain = used * np.float32(1 - self._history_decay)
+            state.used[rows, own] = used
+        else:
+            top_k = ids.shape[1]
+            state_gain = self._weighted(keys, self._state_weight, top_k, size)
+            history_gain = self._weighted(keys, self._history_weight, top_k, size)
+        state.history[rows, own] = state.history[rows, own] * self._history_keep + history_gain
+        end = min(self.num_layers, layer + 1 + self._ahead)
+        if self.model is not None:
+            before = state.activity[rows, own]
+            after = before * self._state_keep + state_gain
+            state.activity[rows, own] = after
+            if self.model.version:
+                weights = self.model.weights_of(layer, experts, end)
+                window = slice(layer * experts, end * experts)
+                state.value[rows, window] += (after - before) @ weights
+                self._write(layer, end)
+            else:
+                self._write(layer, layer + 1)
+                end = layer + 1
+        else:
+            self._write(layer, layer + 1)
+            end = layer + 1
+        self._table[layer] *= self._visited_factor
+        if self._fallback is not None:
+            self._fallback.observe(layer, ids, votes)
+            if self._fallback.winner is not None:
+                self._fallback.follow(self.scores)
+            else:
+                self.scores[layer:end] = self._table[layer:end]
+
+    def _weighted(
+        self, keys: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], k: int, size: int
+    ) -> FloatArray:
+        counted = np.bincount(keys, np.repeat(weights, k), size).astype(np.float32)
+        return counted.reshape(-1, self.num_experts)
+
+    def end_step(self) -> None:
+        """Learns from the step's generated tokens."""
+        state, rows = self._requests, self._rows_in_step
+        if self.model is not None:
+            learnable = rows[(self._lengths == 1) & ~self.rows.is_prefill]
+            if learnable.size:
+                self.model.learn(
+                    self.model.project(state.activity[learnable]),
+                    state.trace[learnable],
+                    state.used[learnable],
+                )
+        state.tokens[rows] += self._lengths
+        if self._fallback is not None:
+            self._fallback.end_step()
+
+    def end_request(self, request: str) -> None:
+        """The request stops counting at once; its matrix enters the collection."""
+        if request in self._requests.row_of:
+            self._requests.remove(request)
+        activation = self.tracer.end_request(request)
+        if activation is not None and self.options.prior > 0:
+            self.collection.add(activation.counts)
+        if self._fallback is not None:
+            self._fallback.end_request(request)

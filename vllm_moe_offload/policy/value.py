@@ -1,0 +1,145 @@
+"""What the running requests' recent routing says about their next tokens, learned online.
+
+A request's state is its activation matrix with exponential forgetting (a few tokens). Its
+*value* for an expert is the discounted number of its coming tokens that will use it,
+
+    V(x_t)[e] = (1 - g) * sum over j >= 1 of g**(j - 1) * [token t + j uses e],
+
+the successor representation (Dayan, 1993), and linear in the state: ``V(x) = x @ W + b``.
+W is the ridge regression over all tokens seen so far, i.e. least-squares temporal differences
+with lambda = 1 (Bradtke & Barto, 1996; Boyan, 2002), so it needs two running sums,
+
+    G = sum x xT                  R = sum e yT,    e_t = g * e_{t-1} + (1 - g) * x_{t-1}
+
+where y is what a token used: the trace ``e`` credits every earlier state for it. What W holds
+is co-activation across layers and time: "who used these experts lately uses those soon". A
+score made of an expert's own history cannot know an expert that the request has not used yet.
+
+Beyond :data:`DENSE_STATE` experts the state is a count sketch (see ``trace/collection.py``)
+of bounded width, so that W stays small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+DENSE_STATE = 1024
+MAX_WEIGHTS = 1 << 22
+MIN_TOKENS = 100
+BATCH = 32
+
+
+class SuccessorModel:
+    """Linear successor model of routing, shared by all requests.
+
+    Attributes:
+        weights: float32 ``[state_size, layers * experts]``; zero until learned.
+        bias: float32 ``[layers * experts]``.
+        num_tokens: tokens learned from.
+        version: grows whenever ``weights`` change.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        discount: float,
+        ridge: float,
+        memory_tokens: float,
+    ) -> None:
+        """``memory_tokens``: older evidence fades once this many tokens were seen."""
+        size = num_layers * num_experts
+        self.size = size
+        self.dense = size <= DENSE_STATE
+        self.state_size = size if self.dense else max(64, min(DENSE_STATE, MAX_WEIGHTS // size))
+        self.discount = np.float32(discount)
+        self._ridge = np.float32(ridge)
+        self._memory_tokens = memory_tokens
+        if not self.dense:
+            generator = np.random.default_rng(0x5EED)
+            self.bucket: npt.NDArray[np.int64] = generator.integers(0, self.state_size, size)
+            self.sign: FloatArray = generator.choice(np.array([-1, 1], np.float32), size)
+        width = self.state_size + 1  # the last input is the constant 1
+        self.weights: FloatArray = np.zeros((self.state_size, size), np.float32)
+        self.bias: FloatArray = np.zeros(size, np.float32)
+        self._gram: FloatArray = np.zeros((width, width), np.float32)
+        self._cross: FloatArray = np.zeros((width, size), np.float32)
+        self._states: FloatArray = np.ones((BATCH, width), np.float32)
+        self._traces: FloatArray = np.zeros((BATCH, width), np.float32)
+        self._used: FloatArray = np.zeros((BATCH, size), np.float32)
+        self._filled = 0
+        self.num_tokens = 0
+        self._effective = 0.0
+        self._next_solve = float(MIN_TOKENS)
+        self.version = 0
+
+    def project(self, activity: FloatArray) -> FloatArray:
+        """States ``[n, state_size]`` of activities ``[n, layers * experts]``."""
+        if self.dense:
+            return activity
+        signed = activity * self.sign
+        states = np.empty((len(activity), self.state_size), np.float32)
+        for row, values in enumerate(signed):
+            states[row] = np.bincount(self.bucket, values, self.state_size)
+        return states
+
+    def predict(self, states: FloatArray) -> FloatArray:
+        """Values ``[n, layers * experts]`` of states ``[n, state_size]``."""
+        return np.asarray(states @ self.weights + self.bias, np.float32)
+
+    def weights_of(self, layer: int, num_experts: int, end: int) -> FloatArray:
+        """Weights ``[experts, (end - layer) * experts]`` from a layer to layers up to ``end``."""
+        own = slice(layer * num_experts, (layer + 1) * num_experts)
+        target = slice(layer * num_experts, end * num_experts)
+        if self.dense:
+            return self.weights[own, target]
+        return self.weights[self.bucket[own], target] * self.sign[own, None]
+
+    def learn(self, states: FloatArray, traces: FloatArray, used: FloatArray) -> None:
+        """Takes in one token of each of n requests.
+
+        Args:
+            states: ``[n, state_size]`` after the token.
+            traces: ``[n, state_size + 1]``, discounted states before it (constant last).
+            used: ``[n, layers * experts]``, 1 for every expert that it used.
+        """
+        start, count = 0, len(states)
+        while start < count:
+            take = min(BATCH - self._filled, count - start)
+            rows = slice(self._filled, self._filled + take)
+            part = slice(start, start + take)
+            self._states[rows, :-1] = states[part]
+            self._traces[rows] = traces[part]
+            self._used[rows] = used[part]
+            self._filled += take
+            start += take
+            if self._filled == BATCH:
+                self._gram += self._states.T @ self._states
+                self._cross += self._traces.T @ self._used
+                self._filled = 0
+        self.num_tokens += count
+        self._effective += count
+        if self.num_tokens >= self._next_solve:
+            self._solve()
+
+    def _solve(self) -> None:
+        """Refits W; ever more rarely, so that its cost stays a small share of all steps."""
+        regular = self._gram.copy()
+        regular.flat[:: len(regular) + 1] += self._ridge
+        solution = np.linalg.solve(regular, self._cross)
+        self.weights = np.ascontiguousarray(solution[:-1])
+        self.bias = np.ascontiguousarray(solution[-1])
+        self.version += 1
+        self._next_solve = self.num_tokens + max(
+            MIN_TOKENS if self.num_tokens < 1000 else 500,
+            0.2 * min(self.num_tokens, self._memory_tokens),
+        )
+        if self._effective > self._memory_tokens:
+            keep = np.float32(self._memory_tokens / self._effective)
+            self._gram *= keep
+            self._cross *= keep
+            self._effective = self._memory_tokens

@@ -1,0 +1,90 @@
+"""Shadow caches: a plain policy and a planner without bytes, driven by the same routing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache
+from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
+from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, StepRows
+
+PLAIN_POLICIES = ("lru", "lru-layer", "lfu", "lrfu")
+LARGEST_SHADOWED = 16384
+"""Experts in all layers beyond which shadows would cost more than 2 % of a step."""
+
+
+class ShadowCache:
+    """Implements :class:`vllm_moe_offload.policy.fallback.Shadow`.
+
+    Attributes:
+        name: of the policy; ``own`` for a cache that plans from somebody else's scores.
+        scores: float32 ``[layers, experts]`` from which it plans.
+    """
+
+    def __init__(self, policy: Policy | None, shape: CacheShape, rules: PlannerRules) -> None:
+        self.name = policy.name if policy is not None else "own"
+        self._policy = policy
+        self._cache = ExpertCache(shape, rules, unbounded_staging=True)
+        self.scores: FloatArray = self._cache.scores
+        if policy is not None:
+            policy.bind(self._cache.scores)
+
+    @property
+    def hits(self) -> int:
+        """Hits so far."""
+        return int(self._cache.counters[0])
+
+    @property
+    def misses(self) -> int:
+        """Misses so far."""
+        return int(self._cache.counters[1])
+
+    @property
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """bool ``[layers, experts]``: what the shadow holds."""
+        return self._cache.page_table >= 0
+
+    def begin_step(self, rows: StepRows) -> None:
+        """A step begins."""
+        if self._policy is not None:
+            self._policy.begin_step(rows)
+
+    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
+        """Scores and plans one layer call."""
+        if self._policy is not None:
+            self._policy.observe(layer, ids, votes)
+        self._cache.plan(layer, ids, PLAN_INSTANT)
+        self._cache.finish()
+
+    def end_step(self) -> None:
+        """All layers of the step ran."""
+        if self._policy is not None:
+            self._policy.end_step()
+
+    def end_request(self, request: str) -> None:
+        """A request ended."""
+        if self._policy is not None:
+            self._policy.end_request(request)
+
+
+def bind_policy(policy: Policy, cache: ExpertCache) -> None:
+    """Makes ``policy`` write ``cache``'s scores; gives ``trace`` its shadows.
+
+    Whoever builds a cache calls this instead of ``policy.bind``.
+    """
+    policy.bind(cache.scores)
+    shape = cache.shape
+    if (
+        not isinstance(policy, TracePolicy)
+        or not policy.options.fallback
+        or shape.holds_everything
+        or shape.num_layers * shape.num_experts > LARGEST_SHADOWED
+    ):
+        return
+    shadowed = CacheShape(shape.num_layers, shape.num_experts, shape.num_slots)
+    plain = []
+    for name in PLAIN_POLICIES:
+        rival = make_policy(name, shape.num_layers, shape.num_experts)
+        plain.append(ShadowCache(rival, shadowed, rival.rules))
+    policy.attach_shadows(ShadowCache(None, shadowed, policy.rules), plain, cache.counters)

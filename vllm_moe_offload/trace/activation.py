@@ -1,0 +1,123 @@
+"""Expert activation matrices of the running requests (MoE-Infinity's EAM, per request).
+
+``M[l, e]`` counts the tokens of one request that layer l routed to expert e, prefill and
+decode apart. Positions are counted once: what is computed again after a preemption lies
+below the request's high-water mark and is not counted again; positions that came out of
+vLLM's prefix cache are never computed, and their number is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.policy.base import StepRows
+
+Counts = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Activation:
+    """What one request activated so far.
+
+    Attributes:
+        prefill: float32 ``[layers, experts]``, counts of its prompt tokens.
+        decode: float32 ``[layers, experts]``, counts of its generated tokens.
+        high_water: first position that was not counted yet.
+        num_prefill: prompt tokens counted.
+        num_decode: generated tokens counted.
+        num_cached: positions below the first one seen (prefix cache), never counted.
+    """
+
+    prefill: Counts
+    decode: Counts
+    high_water: int = 0
+    num_prefill: int = 0
+    num_decode: int = 0
+    num_cached: int = 0
+
+    @property
+    def counts(self) -> Counts:
+        """Prefill and decode together."""
+        return self.prefill + self.decode
+
+
+class ActivationTracer:
+    """Activation matrices of every running request.
+
+    Memory is two float32 matrices per running request; a finished one leaves at once.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers = num_layers
+        self.num_experts = num_experts
+        self._running: dict[str, Activation] = {}
+        self._step: list[Activation] = []
+        self._fresh: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._all_fresh = True
+        self._keys: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self._counts: list[Counts] = []
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def get(self, request: str) -> Activation | None:
+        """The request's matrices, or None if none of its tokens ran."""
+        return self._running.get(request)
+
+    def begin_step(self, rows: StepRows) -> None:
+        """Decides which rows of the step are new, and whose they are."""
+        self._step = []
+        self._counts = []
+        fresh = np.ones(rows.positions.size, np.bool_)
+        counts_per_request = np.bincount(rows.request_of_row, minlength=len(rows.requests))
+        start = 0
+        for index, request in enumerate(rows.requests):
+            end = start + int(counts_per_request[index])
+            activation = self._running.get(request)
+            if activation is None:
+                first = int(rows.positions[start]) if end > start else 0
+                shape = (self.num_layers, self.num_experts)
+                activation = Activation(
+                    np.zeros(shape, np.float32),
+                    np.zeros(shape, np.float32),
+                    first,
+                    num_cached=first,
+                )
+                self._running[request] = activation
+            positions = rows.positions[start:end]
+            if end > start and positions[0] < activation.high_water:
+                fresh[start:end] = positions >= activation.high_water
+            new = int(np.count_nonzero(fresh[start:end]))
+            if new:
+                activation.high_water = max(activation.high_water, int(positions[-1]) + 1)
+            if rows.is_prefill[index]:
+                activation.num_prefill += new
+                self._counts.append(activation.prefill)
+            else:
+                activation.num_decode += new
+                self._counts.append(activation.decode)
+            self._step.append(activation)
+            start = end
+        self._fresh = fresh
+        self._all_fresh = bool(fresh.all())
+        self._keys = rows.request_of_row.astype(np.int64) * self.num_experts
+
+    def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """Counts one layer call; ids ``[rows, top_k]`` in the rows of :meth:`begin_step`."""
+        keys = self._keys[:, None] + ids
+        if not self._all_fresh:
+            keys = keys[self._fresh]
+        size = len(self._counts) * self.num_experts
+        counted = np.bincount(keys.reshape(-1), minlength=size)
+        for counts, row in zip(
+            self._counts, counted.reshape(-1, self.num_experts), strict=True
+        ):
+            counts[layer] += row
+
+    def end_request(self, request: str) -> Activation | None:
+        """The request ended: its matrices leave and are returned."""
+        return self._running.pop(request, None)
