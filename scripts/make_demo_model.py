@@ -416,6 +416,7 @@ class Gains:
         experts, dense: root mean square of what all layers' experts (dense and shared
             networks) add to the residual stream, relative to the embedding.
         context: how much of the topics of the context all attention layers add.
+        heard: how strongly all attention layers write down the words of the context.
         repeat: how much a word's share of the recent context counts against it (in
             units of log-probability for a share of one).
         logit_topic, logit_next: log-probability bonus of words of the own topic, and of
@@ -428,11 +429,12 @@ class Gains:
     token: float = 0.76
     popularity: float = 0.65
     route_topic: float = 0.7
-    route_token: float = 1.15
+    route_token: float = 1.1
     experts: float = 0.6
     dense: float = 0.2
     context: float = 1.5
-    repeat: float = 16.0
+    heard: float = 4.0
+    repeat: float = 28.0
     logit_topic: float = 7.0
     logit_next: float = 4.0
     recency: float = 20.0
@@ -505,7 +507,7 @@ class Plant:
         rows += torch.outer(bias, self.anchor) / GAINS.anchor
         readers, writers = self.readers[:read_words], self.writers[:, :read_words]
         heard = self.tokens @ readers.T * (self.hidden / read_words)
-        rows += math.sqrt(GAINS.repeat) / GAINS.token * heard @ writers.T
+        rows += GAINS.repeat / GAINS.heard / GAINS.token * heard @ writers.T
         return rows / math.sqrt(self.hidden)
 
     def _successors(self) -> Tensor:
@@ -541,7 +543,7 @@ class Plant:
 
     def write_columns(self, count: int, layers: int) -> Tensor:
         """[H, count]: where one of ``layers`` attention layers writes what it has read."""
-        words = math.sqrt(GAINS.repeat) * self.writers[:, : count - len(self.topics)]
+        words = GAINS.heard * self.writers[:, : count - len(self.topics)]
         return torch.cat([GAINS.context * self.topics.T, -words], dim=1) / layers
 
 

@@ -47,7 +47,7 @@ class Schedule:
         row_request: int32 ``[rows]``, index among the trace's requests.
         row_position: int64 ``[rows]``, position in the request.
         ended: per step, the requests that ended before it.
-        prefill_lens: int64 ``[requests]``, prompt tokens of each request.
+        prefill_ends: int64 ``[requests]``, position after each request's prompt.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -55,7 +55,7 @@ class Schedule:
     row_request: npt.NDArray[np.int32]
     row_position: npt.NDArray[np.int64]
     ended: list[list[int]]
-    prefill_lens: npt.NDArray[np.int64]
+    prefill_ends: npt.NDArray[np.int64]
 
     @property
     def num_steps(self) -> int:
@@ -73,7 +73,7 @@ class Schedule:
             [str(request) for request in requests[starts]],
             np.diff(starts, append=requests.size),
             first,
-            first < self.prefill_lens[requests[starts]],
+            first < self.prefill_ends[requests[starts]],
         )
 
 
@@ -116,7 +116,7 @@ def decode_schedule(
         row_request=np.asarray(requests, np.int32),
         row_position=np.asarray(positions, np.int64),
         ended=ended,
-        prefill_lens=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
+        prefill_ends=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
     )
 
 
@@ -141,7 +141,7 @@ def recorded_schedule(trace: RoutingTrace) -> Schedule:
         row_request=recorded.row_request,
         row_position=recorded.row_position,
         ended=[by_step.get(step, []) for step in range(steps.size)],
-        prefill_lens=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
+        prefill_ends=recorded.first_positions + (0 if prefill is None else prefill),
     )
 
 
@@ -201,9 +201,9 @@ def replay(
     cache = ExpertCache(CacheShape(*shape, slots), chosen.rules, unbounded_staging=True)
     schedule = decode_schedule(trace, concurrency, num_requests)
     predictor = CrossLayerPredictor(*shape, depth=prefetch_depth) if prefetch_depth else None
-    return _run(
-        trace, schedule, chosen, cache, predictor, policy, capacity, concurrency, progress
-    )
+    forecast = _Forecast(predictor, cache) if predictor is not None else None
+    counts = _run(trace, schedule, chosen, cache, forecast, progress=progress)
+    return _result(policy, capacity, concurrency, counts)
 
 
 def replay_recorded(
@@ -226,7 +226,35 @@ def replay_recorded(
         unbounded_staging=recorded.staging_slots == 0,
     )
     share = slots / (shape[0] * shape[1])
-    return _run(trace, schedule, chosen, cache, None, policy, share, None, progress)
+    return _result(
+        policy, share, None, _run(trace, schedule, chosen, cache, None, progress=progress)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    hits: int
+    misses: int
+    tokens: int
+    forecast: _Forecast | None
+
+
+def _result(
+    policy: str, capacity: float, concurrency: int | None, counts: _Counts
+) -> ReplayResult:
+    forecast = counts.forecast
+    return ReplayResult(
+        policy=policy,
+        capacity=capacity,
+        concurrency=concurrency,
+        hit_rate=counts.hits / max(counts.hits + counts.misses, 1),
+        misses_per_token=counts.misses / max(counts.tokens, 1),
+        hits=counts.hits,
+        misses=counts.misses,
+        tokens=counts.tokens,
+        prefetch_coverage=None if forecast is None else forecast.coverage,
+        prefetch_waste=None if forecast is None else forecast.waste,
+    )
 
 
 def _run(
@@ -234,19 +262,16 @@ def _run(
     schedule: Schedule,
     policy: Policy,
     cache: ExpertCache,
-    predictor: CrossLayerPredictor | None,
-    name: str,
-    capacity: float,
-    concurrency: int | None,
+    forecast: _Forecast | None,
+    *,
     progress: Progress | None,
-) -> ReplayResult:
+) -> _Counts:
     bind_policy(policy, cache)
     flags = PLAN_INSTANT
     if isinstance(policy, Belady):
         policy.foresee(schedule.offsets, _routing(trace, schedule))
         flags |= PLAN_UNPINNED
     votes = np.zeros(trace.num_experts, np.float32)
-    forecast = _Forecast(predictor, cache) if predictor is not None else None
     for step in range(schedule.num_steps):
         for request in schedule.ended[step]:
             policy.end_request(str(request))
@@ -269,19 +294,8 @@ def _run(
             forecast.end_step()
         if progress is not None:
             progress(rows.request_of_row.size)
-    hits, misses = cache.count("hits"), cache.count("misses")
-    tokens = int(schedule.row_token.size)
-    return ReplayResult(
-        policy=name,
-        capacity=capacity,
-        concurrency=concurrency,
-        hit_rate=hits / max(hits + misses, 1),
-        misses_per_token=misses / max(tokens, 1),
-        hits=hits,
-        misses=misses,
-        tokens=tokens,
-        prefetch_coverage=None if forecast is None else forecast.coverage,
-        prefetch_waste=None if forecast is None else forecast.waste,
+    return _Counts(
+        cache.count("hits"), cache.count("misses"), int(schedule.row_token.size), forecast
     )
 
 

@@ -67,11 +67,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 (the test asserts on what was raised)
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     started = time.perf_counter()
-    result = {
-        "start_seconds": started - began,
-        "batches": [generate(llm, batch, job["max_tokens"]) for batch in job["batches"]],
-        "facts": facts(llm),
-    }
+    result: dict[str, Any] = {"start_seconds": started - began}
+    try:
+        result["batches"] = [generate(llm, batch, job["max_tokens"]) for batch in job["batches"]]
+        result["facts"] = facts(llm)
+    except Exception as error:  # noqa: BLE001 (as above)
+        result |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     result["run_seconds"] = time.perf_counter() - started
     llm.llm_engine.engine_core.shutdown()
     del llm

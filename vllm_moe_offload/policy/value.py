@@ -92,7 +92,7 @@ class SuccessorModel:
         return np.asarray(states @ self.weights + self.bias, np.float32)
 
     def weights_of(self, layer: int, num_experts: int, end: int) -> FloatArray:
-        """Weights ``[experts, (end - layer) * experts]`` from a layer to layers up to ``end``."""
+        """Weights ``[experts, (end - layer) * experts]`` from ``layer`` to ``[layer, end)``."""
         own = slice(layer * num_experts, (layer + 1) * num_experts)
         target = slice(layer * num_experts, end * num_experts)
         if self.dense:

@@ -94,7 +94,8 @@ class ActivationTracer:
             new = int(np.count_nonzero(fresh[start:end]))
             if new:
                 activation.high_water = max(activation.high_water, int(positions[-1]) + 1)
-            if rows.is_prefill[index]:
+            # A preempted request reads its own output again: that is no prompt.
+            if rows.is_prefill[index] and not activation.num_decode:
                 activation.num_prefill += new
                 self._counts.append(activation.prefill)
             else:

@@ -312,4 +312,4 @@ def _decoded(keys: bytes, counts: bytes, size: int) -> SparseMatrix:
 
 def _normalise_rows(table: FloatArray) -> FloatArray:
     total = table.sum(axis=1, keepdims=True)
-    return np.divide(table, total, out=np.zeros_like(table), where=total > 0)
+    return np.asarray(table / np.where(total > 0, total, np.float32(1.0)), np.float32)

@@ -173,7 +173,7 @@ def _schedule(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> Recorded
         _require(
             path,
             arrays[name].shape == (num_rows,),
-            f"{name} must have {num_rows} entries like row_step, has shape {arrays[name].shape}",
+            f"{name} must have {num_rows} entries like row_step, has {arrays[name].shape}",
         )
     steps, tokens = arrays["row_step"], arrays["row_token"]
     known = arrays["ids"].shape[0] + arrays["recomputed_ids"].shape[0]

@@ -1,0 +1,289 @@
+"""Writes a routing trace while serving (format: ``trace/routing.py``).
+
+Steps are appended to nameless spool files beside the target, so memory stays bounded and a
+killed server leaves nothing behind; closing turns the spool into the final ``.npz``,
+atomically.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.trace.routing import id_dtype
+
+logger = logging.getLogger("vllm.moe_offload")
+
+_npy: Any = np.lib.format  # untyped in numpy's stubs
+BLOCK_ROWS = 4096
+_ROW = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8")])
+
+
+@dataclass(slots=True)
+class _Request:
+    name: str
+    first_position: int
+    prefill_end: int = 0
+    has_decoded: bool = False
+    end_step: int = -1
+
+
+class TraceRecorder:
+    """Spools the routing of every step to disk and writes the trace at :meth:`close`.
+
+    One step: :meth:`begin_step`, :meth:`observe` per layer, :meth:`end_step`. A step that
+    ends without all its layers (a failed read) is dropped.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        num_slots: int,
+        num_staging_slots: int,
+        limit_bytes: int,
+        layer_ids: npt.NDArray[np.integer[Any]] | None = None,
+    ) -> None:
+        """Creates the spool files beside ``path``.
+
+        Args:
+            path: the ``.npz`` to write; an older one is replaced at close.
+            num_layers, num_experts, top_k: shape of the routing.
+            num_slots, num_staging_slots: of the server's cache, kept for the replay.
+            limit_bytes: recording stops before the spool outgrows this.
+            layer_ids: index of each MoE layer in the model; default 0, 1, ...
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        self._path = Path(path)
+        self._dtype = np.dtype(id_dtype(num_experts))
+        self._num_experts = num_experts
+        self._slots = (num_slots, num_staging_slots)
+        self._limit = limit_bytes
+        self._layer_ids = np.arange(num_layers) if layer_ids is None else np.asarray(layer_ids)
+        self._shape = (num_layers, top_k)
+        self._row_bytes = num_layers * top_k * self._dtype.itemsize + _ROW.itemsize
+        self._ids_file = self._spool("ids")
+        self._rows_file = self._spool("rows")
+        self._requests: list[_Request] = []
+        self._running: dict[str, int] = {}
+        self._step = -1
+        self._rows: StepRows | None = None
+        self._block: npt.NDArray[Any] = np.zeros((0, *self._shape), self._dtype)
+        self._layers_seen = 0
+        self._num_rows = 0
+        self._stopped = False
+        self._closed = False
+
+    def _spool(self, kind: str) -> Any:
+        # Nameless and 0600: nobody else reads prompts' routing, nothing is left behind.
+        return tempfile.TemporaryFile(
+            dir=self._path.parent, prefix=f".{self._path.name}.{kind}."
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows recorded."""
+        return self._num_rows
+
+    @property
+    def is_recording(self) -> bool:
+        """False once the limit was reached or the recorder was closed."""
+        return not (self._stopped or self._closed)
+
+    def begin_step(self, rows: StepRows) -> None:
+        """A step for real requests begins; without an end it replaces the one before."""
+        if not self.is_recording:
+            return
+        count = rows.request_of_row.size
+        if (self._num_rows + count) * self._row_bytes > self._limit:
+            self._stop(
+                f"the trace would outgrow record_trace_limit_gb ({self._limit / 2**30:.3g} GiB)"
+            )
+            return
+        self._rows = rows
+        self._layers_seen = 0
+        self._block = np.zeros((count, *self._shape), self._dtype)
+
+    def _stop(self, reason: str) -> None:
+        self._stopped = True
+        logger.warning(
+            "MoE offload: record_trace stopped after %d rows, because %s; what was recorded "
+            "is kept",
+            self._num_rows,
+            reason,
+        )
+
+    def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+        if self._rows is not None:
+            self._block[:, layer] = ids
+            self._layers_seen += 1
+
+    def end_step(self) -> None:
+        """Spools the step."""
+        rows, self._rows = self._rows, None
+        if rows is None or self._layers_seen != self._shape[0]:
+            return
+        self._step += 1
+        entries = np.zeros(rows.request_of_row.size, _ROW)
+        entries["step"] = self._step
+        entries["position"] = rows.positions
+        indices = np.empty(len(rows.requests), np.int32)
+        lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
+        start = 0
+        for position, name in enumerate(rows.requests):
+            end = start + int(lengths[position])
+            index = self._running.get(name)
+            if index is None:
+                index = self._running[name] = len(self._requests)
+                first = int(rows.positions[start]) if end > start else 0
+                self._requests.append(_Request(name, first))
+            request = self._requests[index]
+            if end > start:
+                last = int(rows.positions[end - 1]) + 1
+                # What a preempted request computes again is no prompt beyond its own.
+                request.has_decoded |= not rows.is_prefill[position]
+                if not request.has_decoded:
+                    request.prefill_end = max(request.prefill_end, last)
+                request.first_position = min(request.first_position, int(rows.positions[start]))
+            indices[position] = index
+            start = end
+        entries["request"] = indices[rows.request_of_row]
+        try:
+            self._ids_file.write(self._block.tobytes())
+            self._rows_file.write(entries.tobytes())
+        except OSError as error:
+            # Serving must not die of a full disk that it only records to.
+            self._stop(f"its spool in {self._path.parent} cannot be written ({error})")
+            return
+        self._num_rows += entries.size
+
+    def end_request(self, request: str) -> None:
+        """A request ended: the same name would be another request from now on."""
+        index = self._running.pop(request, None)
+        if index is not None:
+            self._requests[index].end_step = self._step + 1
+
+    def close(self) -> None:
+        """Writes the trace; safe to call again.
+
+        Raises:
+            OSError: the trace cannot be written; an older one is left as it was.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._num_rows:
+                self._write()
+                logger.info(
+                    "MoE offload: wrote the routing of %d tokens of %d requests to %s",
+                    self._num_rows,
+                    len(self._requests),
+                    self._path,
+                )
+        finally:
+            self._ids_file.close()
+            self._rows_file.close()
+
+    def _write(self) -> None:
+        self._rows_file.seek(0)
+        rows = np.frombuffer(self._rows_file.read(self._num_rows * _ROW.itemsize), _ROW)
+        is_own, order = self._own_rows(rows)
+        own = int(np.count_nonzero(is_own))
+        row_token = np.empty(rows.size, np.int64)
+        row_token[order] = np.arange(own)
+        row_token[~is_own] = own + np.arange(rows.size - own)
+        lens = np.bincount(rows["request"][is_own], minlength=len(self._requests))
+        prefill_ends = np.array([request.prefill_end for request in self._requests], np.int64)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "starts": (np.cumsum(lens) - lens).astype(np.int64),
+            "lens": lens.astype(np.int64),
+            "num_experts": np.asarray(self._num_experts, np.int64),
+            "names": np.array([request.name for request in self._requests], np.str_),
+            "prefill_lens": np.bincount(
+                rows["request"][is_own & (rows["position"] < prefill_ends[rows["request"]])],
+                minlength=len(self._requests),
+            ).astype(np.int64),
+            "row_step": rows["step"].astype(np.int64),
+            "row_request": rows["request"].astype(np.int32),
+            "row_position": rows["position"].astype(np.int64),
+            "row_token": row_token,
+            "first_positions": np.array(
+                [request.first_position for request in self._requests], np.int64
+            ),
+            "end_steps": np.array([request.end_step for request in self._requests], np.int64),
+            "layer_ids": self._layer_ids.astype(np.int64),
+            "slots": np.asarray(self._slots[0], np.int64),
+            "staging_slots": np.asarray(self._slots[1], np.int64),
+        }
+        descriptor, temporary = tempfile.mkstemp(  # 0600
+            dir=self._path.parent, prefix=f".{self._path.name}."
+        )
+        try:
+            with (
+                os.fdopen(descriptor, "wb") as file,
+                zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, allowZip64=True) as archive,
+            ):
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        _npy.write_array(member, array, allow_pickle=False)
+                self._write_ids(archive, "ids", order)
+                self._write_ids(archive, "recomputed_ids", np.flatnonzero(~is_own))
+            os.replace(temporary, self._path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _own_rows(
+        self, rows: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Which rows are a position's first, and those rows by request and position."""
+        by_token = np.lexsort((np.arange(rows.size), rows["position"], rows["request"]))
+        request, position = rows["request"][by_token], rows["position"][by_token]
+        is_first = np.ones(rows.size, np.bool_)
+        is_first[1:] = (request[1:] != request[:-1]) | (position[1:] != position[:-1])
+        order = by_token[is_first]
+        is_own = np.zeros(rows.size, np.bool_)
+        is_own[order] = True
+        return is_own, order
+
+    def _write_ids(
+        self, archive: zipfile.ZipFile, name: str, order: npt.NDArray[np.int64]
+    ) -> None:
+        """Copies rows of the spool in the given order, a block at a time."""
+        shape = (order.size, *self._shape)
+        header = {
+            "descr": _npy.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            _npy.write_array_header_1_0(member, header)
+            for block in self._blocks(order):
+                member.write(block.tobytes())
+
+    def _blocks(self, order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[Any]]:
+        if not order.size:
+            return
+        self._ids_file.flush()
+        spool = np.memmap(
+            self._ids_file, self._dtype, mode="r", shape=(self._num_rows, *self._shape)
+        )
+        for start in range(0, order.size, BLOCK_ROWS):
+            yield spool[order[start : start + BLOCK_ROWS]]
