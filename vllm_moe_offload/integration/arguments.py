@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -13,6 +14,10 @@ from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_opt
 from vllm_moe_offload.integration import compat, endpoint, supported
 from vllm_moe_offload.integration.counters_dir import ensure_counters_dir
 
+logger = logging.getLogger("vllm.moe_offload")
+
+CLOSE_SECONDS = 60
+"""How long a server that records a trace may take to write it."""
 KEY = "moe_offload"
 """Where the options lie in ``VllmConfig.additional_config``."""
 
@@ -100,6 +105,18 @@ def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs:
     vllm_config: VllmConfig = original(self, *args, **kwargs)
     if options.enabled:
         supported.check(vllm_config, options)
+        _leave_time_to_close(vllm_config, options)
         ensure_counters_dir()
         endpoint.install()
     return vllm_config
+
+
+def _leave_time_to_close(vllm_config: VllmConfig, options: OffloadConfig) -> None:
+    """Without a shutdown timeout vLLM kills its workers at once, and the trace is lost."""
+    if options.record_trace is not None and vllm_config.shutdown_timeout == 0:
+        vllm_config.shutdown_timeout = CLOSE_SECONDS
+        logger.info(
+            "MoE offload: shutdown_timeout set to %d s, to write %s at exit",
+            CLOSE_SECONDS,
+            options.record_trace,
+        )
