@@ -263,6 +263,12 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
       } else if (fixed_slots_ || !free_stack.empty()) {
         index = fixed_slots_ ? key : take_free(layer);
         kept = fixed_slots_;  // its own row: nothing is displaced by staying
+      } else if (!has_victim) {
+        // Only unbounded staging gets here: the need would not have fitted otherwise.
+        plan_.miss_experts.push_back(plan_.experts[i]);
+        plan_.miss_slots.push_back(-1);
+        plan_.miss_kinds.push_back(static_cast<int32_t>(MissKind::kNoSlot));
+        continue;
       }
     } else if (fixed_slots_) {
       index = key;

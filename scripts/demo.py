@@ -83,7 +83,9 @@ def _talk(client: OpenAI, console: Console) -> tuple[int, float]:
             temperature=0,
         )
         tokens += chat.usage.completion_tokens if chat.usage else 0
-        console.print(f"   > {question}\n     {(chat.choices[0].message.content or '')[:100]!r}")
+        console.print(
+            f"   > {question}\n     {(chat.choices[0].message.content or '')[:100]!r}"
+        )
     for beginning in BEGINNINGS:
         completion = client.completions.create(
             model="demo", prompt=beginning, max_tokens=MAX_TOKENS, temperature=0

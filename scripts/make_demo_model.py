@@ -28,6 +28,7 @@ import math
 import shutil
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -45,6 +46,21 @@ ALIGNMENT = 32
 """vLLM's CPU kernel for unquantised experts wants both dimensions divisible by this."""
 MAX_SHARD_BYTES = 1_000_000_000
 MAX_POSITIONS = 8192
+
+_YARN: dict[str, object] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": MAX_POSITIONS // 2,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+# vLLM's CPU kernels for latent attention are compiled for a latent of 512 + 64.
+MLA_RANK = 512
+MLA_ROPE_DIM = 64
+MLA_NOPE_DIM = 128
+MLA_V_DIM = 128
 
 
 class DemoModelError(ValueError):
@@ -122,10 +138,13 @@ ARCHS: dict[str, Arch] = {
 SHARED_EXPERTS = 2
 """Shared experts of a DeepSeek layer, each as wide as a routed one."""
 
-_LAYER_CHOICES = tuple(range(2, 49))
-_EXPERT_CHOICES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_HIDDEN_CHOICES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_INTERMEDIATE_CHOICES = (*range(32, 1024, 32), *range(1024, 14337, 128))
+_CHOICES: dict[str, Sequence[int]] = {
+    "layers": range(2, 49),
+    "experts": (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    "hidden": (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
+}
+_WIDTHS = (*range(32, 1024, 32), *range(1024, 14337, 128))
+_RELUCTANCE = {"layers": 1.0, "experts": 1.0, "hidden": 4.0, "intermediate": 4.0}
 _SIZE_TOLERANCE = 0.05
 
 
@@ -174,67 +193,60 @@ def fit_shape(arch: str, gigabytes: float, fixed: dict[str, int]) -> Shape:
     if not (math.isfinite(gigabytes) and gigabytes > 0):
         raise DemoModelError(f"experts-gb is {gigabytes}; it must be a positive number of GB")
     default = replace(ARCHS[arch].default, **fixed)
-    choices = {
-        "layers": _LAYER_CHOICES,
-        "experts": _EXPERT_CHOICES,
-        "hidden": _HIDDEN_CHOICES,
-        "intermediate": _INTERMEDIATE_CHOICES,
-    }
-    effort = {"layers": 1.0, "experts": 1.0, "hidden": 4.0, "intermediate": 4.0}
-    best: tuple[float, Shape] | None = None
-    largest, smallest = 0.0, math.inf
-    names = [name for name in choices if name not in fixed]
-    for values in product(*(choices[name] for name in names if name != "intermediate")):
-        found = dict(zip(names, values, strict=False))
-        shape = replace(default, **found)
+
+    def miss(shape: Shape) -> float:
+        return abs(expert_bytes(arch, shape) / (gigabytes * 1e9) - 1)
+
+    def cost(shape: Shape) -> float:
+        stretch = [
+            math.log(getattr(shape, name) / getattr(default, name)) ** 2 * reluctance
+            for name, reluctance in _RELUCTANCE.items()
+        ]
+        return miss(shape) + sum(stretch)
+
+    candidates = list(_candidates(arch, gigabytes, default, fixed))
+    near = [shape for shape in candidates if miss(shape) <= _SIZE_TOLERANCE]
+    if not near:
+        held = ", ".join(f"{k}={v}" for k, v in fixed.items()) or "every shape considered"
+        sizes = [expert_bytes(arch, shape) / 1e9 for shape in candidates]
+        raise DemoModelError(
+            f"experts-gb is {gigabytes:g}; with {held} no {arch} model comes within "
+            f"{_SIZE_TOLERANCE:.0%} of it (the nearest has "
+            f"{min(sizes, key=lambda size: abs(size - gigabytes)):.3g} GB)"
+        )
+    return min(near, key=cost)
+
+
+def _candidates(
+    arch: str, gigabytes: float, default: Shape, fixed: dict[str, int]
+) -> Iterator[Shape]:
+    """Shapes around ``gigabytes``: all layers, experts and hidden sizes, two widths each."""
+    free = [name for name in _CHOICES if name not in fixed]
+    for values in product(*(_CHOICES[name] for name in free)):
+        shape = replace(default, **dict(zip(free, values, strict=True)))
         if shape.top_k > shape.experts or shape.layers <= ARCHS[arch].dense_layers:
             continue
-        for shape in _widths(arch, shape, gigabytes, "intermediate" in fixed):
-            size = expert_bytes(arch, shape) / 1e9
-            largest, smallest = max(largest, size), min(smallest, size)
-            miss = abs(size / gigabytes - 1)
-            if miss > _SIZE_TOLERANCE:
-                continue
-            cost = miss + sum(
-                weight * math.log(getattr(shape, name) / getattr(default, name)) ** 2
-                for name, weight in effort.items()
-            )
-            if best is None or cost < best[0]:
-                best = (cost, shape)
-    if best is None:
-        held = ", ".join(f"{k}={v}" for k, v in fixed.items()) or "the architecture's choices"
-        raise DemoModelError(
-            f"experts-gb is {gigabytes:g}; with {held} no {arch} shape lies within "
-            f"{_SIZE_TOLERANCE:.0%} of it (reachable: {smallest:.3g} to {largest:.3g} GB, "
-            "in steps)"
-        )
-    return best[1]
-
-
-def _widths(arch: str, shape: Shape, gigabytes: float, is_fixed: bool) -> Iterator[Shape]:
-    """``shape`` with the expert widths worth trying: the two nearest to the size."""
-    if is_fixed:
-        yield shape
-        return
-    narrow = replace(shape, intermediate=_INTERMEDIATE_CHOICES[0])
-    ideal = narrow.intermediate * gigabytes * 1e9 / expert_bytes(arch, narrow)
-    for width in sorted(_INTERMEDIATE_CHOICES, key=lambda width: abs(width - ideal))[:2]:
-        yield replace(shape, intermediate=width)
+        if "intermediate" in fixed:
+            yield shape
+            continue
+        one = expert_bytes(arch, replace(shape, intermediate=ALIGNMENT)) / ALIGNMENT
+        above = bisect_left(_WIDTHS, gigabytes * 1e9 / one)
+        for width in _WIDTHS[max(above - 1, 0) : above + 1]:
+            yield replace(shape, intermediate=width)
 
 
 def resolve_shape(arch: str, gigabytes: float | None, flags: dict[str, int | None]) -> Shape:
     """Shape from the command line: explicit flags win, then the size, then the default."""
     fixed = {name: value for name, value in flags.items() if value is not None}
     default = ARCHS[arch].default
-    if gigabytes is None:
-        shape = replace(default, **fixed)
-    else:
-        # An impossible flag is reported as such, not as an unreachable size.
-        roomy = max(default.experts, fixed.get("top_k", 0))
-        check_shape(arch, replace(default, **({"experts": roomy} | fixed)))
-        shape = fit_shape(arch, gigabytes, fixed)
+    if "experts" in fixed and "top_k" not in fixed:
+        fixed["top_k"] = max(1, min(default.top_k, fixed["experts"]))
+    shape = replace(default, **fixed)
+    if gigabytes is not None and "experts" not in fixed:
+        shape = replace(shape, experts=max(shape.experts, shape.top_k))
+    # Before the size: an impossible flag is reported as such, not as an unreachable size.
     check_shape(arch, shape)
-    return shape
+    return shape if gigabytes is None else fit_shape(arch, gigabytes, fixed)
 
 
 # ---------------------------------------------------------------------------
@@ -266,7 +278,7 @@ TOPICS: dict[str, str] = {
     "college lecture professor chalk campus diploma notebook science history reading spelling "
     "quiz degree",
     "weather": "cloud snow wind thunder frost sunshine fog breeze hail drought humid forecast "
-    "temperature lightning blizzard rainbow mist winter summer autumn climate degree heat flood",
+    "temperature lightning blizzard rainbow mist winter summer autumn climate heat flood ice",
     "war": "army soldier battle sword general castle siege shield enemy victory tank bomb "
     "cavalry fortress king conquest border truce spy weapon regiment rebel knight invasion",
     "maths": "number equation theorem proof algebra geometry triangle circle angle sum prime "
@@ -280,10 +292,11 @@ TOPICS: dict[str, str] = {
 }
 """Words of each topic; a word listed twice belongs to the topic that names it first."""
 
-COMMON = (
+_COMMON_TEXT = (
     "the of and to in a is that it with for on as was at by from this are be or an not but "
     "they we you have his her its their which will can all one more about into over near"
-).split()
+)
+COMMON = tuple(_COMMON_TEXT.split())
 PUNCTUATION = (",", ".")
 
 SPECIALS = ("<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -421,6 +434,9 @@ class Gains:
             units of log-probability for a share of one).
         logit_topic, logit_next: log-probability bonus of words of the own topic, and of
             planned successors.
+        change: how much stronger than others the successor from the next topic is.
+        common: log-probability bonus of common words.
+        common_again: how much of it is lost (and more) right after a common word.
         recency: attention falls with distance d like d ** -(recency / 9).
     """
 
@@ -433,10 +449,13 @@ class Gains:
     experts: float = 0.6
     dense: float = 0.2
     context: float = 1.5
-    heard: float = 4.0
+    heard: float = 2.0
     repeat: float = 28.0
     logit_topic: float = 7.0
     logit_next: float = 4.0
+    change: float = 4.5
+    common: float = 10.5
+    common_again: float = 14.0
     recency: float = 20.0
 
 
@@ -472,10 +491,11 @@ class Plant:
         self.tokens = tokens / tokens.norm(dim=1, keepdim=True)
         # What attention reads of a word, and where it writes it: two random maps, so that
         # "was said" does not look like "is being said".
-        readers = _normal(rng, hidden, hidden)
+        maps = max(hidden, MLA_V_DIM)
+        readers = _normal(rng, maps, hidden)
         readers -= readers @ basis.T @ basis
         self.readers = readers / readers.norm(dim=1, keepdim=True)
-        self.writers = _normal(rng, hidden, hidden) / math.sqrt(hidden)
+        self.writers = _normal(rng, hidden, maps) / math.sqrt(hidden)
         self.seed = seed
 
     def embedding(self) -> Tensor:
@@ -500,14 +520,14 @@ class Plant:
         for topic, words in enumerate(vocabulary.words):
             bias[words] = 0.0
             rows[words] += GAINS.logit_topic / GAINS.topic * self.topics[topic]
-        bias[vocabulary.common] = 10.5
+        bias[vocabulary.common] = GAINS.common
         # A common word rarely follows a common word.
-        rows[vocabulary.common] -= 14.0 / GAINS.topic * self.commonness
+        rows[vocabulary.common] -= GAINS.common_again / GAINS.topic * self.commonness
         bias[vocabulary.end] = 0.0
         rows += torch.outer(bias, self.anchor) / GAINS.anchor
         readers, writers = self.readers[:read_words], self.writers[:, :read_words]
-        heard = self.tokens @ readers.T * (self.hidden / read_words)
-        rows += GAINS.repeat / GAINS.heard / GAINS.token * heard @ writers.T
+        against = GAINS.repeat / GAINS.heard / GAINS.token * math.sqrt(self.hidden / read_words)
+        rows += against * (self.tokens @ readers.T) @ writers.T
         return rows / math.sqrt(self.hidden)
 
     def _successors(self) -> Tensor:
@@ -521,7 +541,7 @@ class Plant:
                 for group, count, most in (
                     (words, 4, 1.0),
                     (vocabulary.common, 2, 1.0),
-                    (neighbour, 1, 4.5),
+                    (neighbour, 1, GAINS.change),
                 ):
                     chosen = torch.randperm(len(group), generator=rng)[:count]
                     strength = 0.5 + 0.5 * torch.rand(len(chosen), generator=rng).double()
@@ -543,8 +563,11 @@ class Plant:
 
     def write_columns(self, count: int, layers: int) -> Tensor:
         """[H, count]: where one of ``layers`` attention layers writes what it has read."""
-        words = GAINS.heard * self.writers[:, : count - len(self.topics)]
-        return torch.cat([GAINS.context * self.topics.T, -words], dim=1) / layers
+        read_words = count - len(self.topics)
+        # Few readers see little of a word: write that little all the louder.
+        loudness = GAINS.heard * math.sqrt(self.hidden / read_words)
+        words = -loudness * self.writers[:, :read_words]
+        return torch.cat([GAINS.context * self.topics.T, words], dim=1) / layers
 
 
 # ---------------------------------------------------------------------------
@@ -665,7 +688,9 @@ class Checkpoint:
         with_bias = self.arch == "gpt_oss"
         for name, heads in (("q_proj", self.heads), ("k_proj", self.kv_heads)):
             yield self._look_back(f"{prefix}.{name}.weight", heads, 0, width)
-        yield Weight(f"{prefix}.v_proj.weight", (values, hidden), lambda rng: self._read(values))
+        yield Weight(
+            f"{prefix}.v_proj.weight", (values, hidden), lambda rng: self._read(values)
+        )
         yield Weight(f"{prefix}.o_proj.weight", (hidden, every), lambda rng: self._write())
         if with_bias:
             sizes = {"q_proj": every, "k_proj": values, "v_proj": values, "o_proj": hidden}
@@ -899,22 +924,6 @@ class Checkpoint:
             },
         }
         return per_arch[self.arch]
-
-
-_YARN: dict[str, object] = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 2.0,
-    "original_max_position_embeddings": MAX_POSITIONS // 2,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
-
-# vLLM's CPU kernels for latent attention are compiled for a latent of 512 + 64.
-MLA_RANK = 512
-MLA_ROPE_DIM = 64
-MLA_NOPE_DIM = 128
-MLA_V_DIM = 128
 
 
 # ---------------------------------------------------------------------------

@@ -27,7 +27,9 @@ from vllm_moe_offload.native import (
 
 BLOCK = 4096
 MIB = 1 << 20
-FILE_BYTES = 40 * MIB
+CONTENT_BYTES = 40 * MIB
+PLUG_BYTES = 1024 * MIB
+FILE_BYTES = CONTENT_BYTES + PLUG_BYTES
 DEMAND, PREFETCH = 0, 1
 
 
@@ -100,14 +102,21 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def content() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, FILE_BYTES, dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, CONTENT_BYTES, dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def file(content: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reader") / "experts.bin"
     path.write_bytes(content.tobytes())
+    os.truncate(path, FILE_BYTES)
     return path
+
+
+def plug(tag: int, priority: int = DEMAND) -> Request:
+    """A read that keeps one thread busy for long, from a hole and thus without a disk: what
+    is queued behind it waits, however busy the machine is."""
+    return Request(tag, CONTENT_BYTES, [aligned(MIB)] * (PLUG_BYTES // MIB), priority)
 
 
 def reader_threads() -> list[Path]:
@@ -193,7 +202,7 @@ def test_no_prefetch_begins_while_a_demand_waits(file):
 
 def test_a_demand_overtakes_the_rest_of_a_prefetch(file):
     with Reader(file, threads=1) as reader:
-        reader.submit(Request(0, 0, [aligned(32 * MIB)], PREFETCH))
+        reader.submit(plug(0, PREFETCH))
         reader.submit(Request(1, 0, [aligned(BLOCK)]))
         assert [tag for tag, _, _ in reader.wait_all()] == [1, 0]
 
@@ -201,7 +210,7 @@ def test_a_demand_overtakes_the_rest_of_a_prefetch(file):
 def test_promoted_prefetch_goes_first(file):
     with Reader(file, threads=1) as reader:
         reader.submit(
-            Request(0, 0, [aligned(32 * MIB)]),
+            plug(0),
             *(Request(tag, 0, [aligned(BLOCK)], PREFETCH) for tag in range(1, 6)),
         )
         assert reader.promote(4) == 1
@@ -224,7 +233,7 @@ def test_cancelled_read_is_not_reported_and_writes_nothing(file):
     with Reader(file, threads=1) as reader:
         target = aligned(BLOCK)
         reader.submit(
-            Request(0, 0, [aligned(32 * MIB)]),
+            plug(0),
             Request(1, 0, [target], PREFETCH),
             Request(2, 0, [aligned(BLOCK)]),
         )
@@ -248,9 +257,7 @@ def test_what_began_or_ended_cannot_be_cancelled(file):
 
 def test_cancelling_the_last_read_wakes_a_waiter(file):
     with Reader(file, threads=1) as reader:
-        reader.submit(
-            Request(0, 0, [aligned(32 * MIB)]), Request(1, 0, [aligned(BLOCK)], PREFETCH)
-        )
+        reader.submit(plug(0), Request(1, 0, [aligned(BLOCK)], PREFETCH))
         waiter = threading.Thread(target=reader.wait_all)
         waiter.start()
         reader.cancel(1)

@@ -79,22 +79,23 @@ def _add_cli_args(original: Any, parser: argparse.ArgumentParser) -> argparse.Ar
 
 
 def _from_cli_args(original: Any, cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-    engine_args: EngineArgs = original(args)
     mode = getattr(args, "moe_offload", None)
     options = getattr(args, "moe_offload_config", None)
-    if mode is None and options is None:
-        return engine_args
-    if mode is None and "mode" not in options:
-        raise OptionError(
-            "--moe-offload-config is given without --moe-offload; add --moe-offload=MODE, "
-            f"MODE one of {', '.join(MODES)}"
-        )
-    additional = dict(engine_args.additional_config or {})
-    merged = {**additional.get(KEY, {}), **(options or {})}
-    if mode is not None:
-        merged["mode"] = mode
-    additional[KEY] = merged
-    engine_args.additional_config = additional
+    if mode is not None or options is not None:
+        if mode is None and "mode" not in options:
+            raise OptionError(
+                "--moe-offload-config is given without --moe-offload; add --moe-offload=MODE, "
+                f"MODE one of {', '.join(MODES)}"
+            )
+        additional = dict(getattr(args, "additional_config", None) or {})
+        merged = {**additional.get(KEY, {}), **(options or {})}
+        if mode is not None:
+            merged["mode"] = mode
+        additional[KEY] = merged
+        # Into the namespace itself: further API servers get it pickled, and run vLLM's own
+        # from_cli_args before this plugin is loaded there.
+        args.additional_config = additional
+    engine_args: EngineArgs = original(args)
     return engine_args
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import REGISTRY, Collector
 
 from vllm_moe_offload.integration import compat
 from vllm_moe_offload.integration.counters_dir import at_exit_of_creator, counters_dir
@@ -47,35 +47,34 @@ class OffloadCollector(Collector):
             yield family
 
 
-# get_prometheus_registry (v1/metrics/prometheus.py)
-#   why: with several API servers vLLM builds a registry of its own for /metrics, in which a
-#     collector registered with REGISTRY does not show.
-#   remove when: vLLM has a hook for collectors.
 # LoggingStatLogger.log (v1/metrics/loggers.py)
 #   why: our line belongs beside vLLM's own, in the same rhythm.
 #   remove when: stat logger plugins can be added to a server without replacing its command.
+# MultiProcessCollector.collect (prometheus_client/multiprocess.py)
+#   why: with several API servers /metrics is served from registries that vLLM's
+#     instrumentation makes for each scrape, with this one collector in them.
+#   remove when: the instrumentation takes the registry that it is given in that mode too.
 def install() -> None:
-    """Adds collector and stats line to this process, if it serves with offload."""
-    from vllm.v1.metrics import loggers, prometheus
+    """Adds collector and stats line to this process, which serves with offload; once."""
+    from vllm.v1.metrics import loggers
 
-    compat.wrap(prometheus, "get_prometheus_registry", _registry_with_collector)
-    importer = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
-    if importer is not None:
-        importer.get_prometheus_registry = prometheus.get_prometheus_registry
+    directory = counters_dir()
+    if directory is None or directory in _installed:
+        return
+    _installed.add(directory)
+    REGISTRY.register(OffloadCollector(directory))
+    compat.wrap(MultiProcessCollector, "collect", _collect_with_offload)
     compat.wrap(loggers.LoggingStatLogger, "log", _log_with_offload)
     at_exit_of_creator(_log_summary)
 
 
-_has_collector: set[int] = set()
+_installed: set[Path] = set()
 
 
-def _registry_with_collector(original: Any) -> CollectorRegistry:
-    registry: CollectorRegistry = original()
+def _collect_with_offload(original: Any, self: Any) -> list[Any]:
     directory = counters_dir()
-    if directory is not None and id(registry) not in _has_collector:
-        _has_collector.add(id(registry))
-        registry.register(OffloadCollector(directory))
-    return registry
+    own = [] if directory is None else list(OffloadCollector(directory).collect())
+    return [*original(self), *own]
 
 
 def _log_with_offload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

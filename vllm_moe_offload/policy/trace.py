@@ -40,7 +40,10 @@ class TraceOptions:
 
     Attributes:
         value: weight of the successor model; 0 turns it off.
+        value_tokens: tokens of evidence at which the successor model counts half.
         history: weight of the requests' own decayed frequency.
+        slow_history: the same for a frequency that fades more slowly.
+        slow_half_life: its half-life in tokens.
         history_half_life: tokens after which a use counts half.
         state_half_life: the same for the successor model's state.
         discount: of the successor model, per token.
@@ -56,8 +59,11 @@ class TraceOptions:
     """
 
     value: float = 1.0
+    value_tokens: float = 0.0
     history: float = 1.0
     history_half_life: float = 8.0
+    slow_history: float = 0.0
+    slow_half_life: float = 64.0
     state_half_life: float = 3.0
     discount: float = 0.7
     ridge: float = 40.0
@@ -78,13 +84,14 @@ class _Requests:
         self.row_of: dict[str, int] = {}
         self.activity: FloatArray = np.zeros((8, size), np.float32)
         self.history: FloatArray = np.zeros((8, size), np.float32)
+        self.slow: FloatArray = np.zeros((8, size), np.float32)
         self.value: FloatArray = np.zeros((8, size), np.float32)
         self.prior: FloatArray = np.zeros((8, size), np.float32)
         self.used: FloatArray = np.zeros((8, size), np.float32)
         self.trace: FloatArray = np.zeros((8, width), np.float32)
         self.tokens: npt.NDArray[np.int64] = np.zeros(8, np.int64)
 
-    _ARRAYS = ("activity", "history", "value", "prior", "used", "trace", "tokens")
+    _ARRAYS = ("activity", "history", "slow", "value", "prior", "used", "trace", "tokens")
 
     def __len__(self) -> int:
         return len(self.order)
@@ -139,6 +146,7 @@ class TracePolicy(Policy):
         self._table: FloatArray = self.scores
         self._fallback: Fallback | None = None
         self._state_decay = 2.0 ** (-1.0 / chosen.state_half_life)
+        self._slow_decay = 2.0 ** (-1.0 / chosen.slow_half_life)
         self._history_decay = 2.0 ** (-1.0 / chosen.history_half_life)
         position = np.arange(num_layers, dtype=np.float32) / num_layers
         self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
@@ -199,6 +207,8 @@ class TracePolicy(Policy):
         self._single = bool((lengths == 1).all())
         self._state_keep = (self._state_decay**lengths).astype(np.float32)[:, None]
         self._history_keep = (self._history_decay**lengths).astype(np.float32)[:, None]
+        self._slow_keep = (self._slow_decay**lengths).astype(np.float32)[:, None]
+        self._slow_weight = (1 - self._slow_decay) * self._slow_decay**age
         self._state_weight = (1 - self._state_decay) * self._state_decay**age
         self._history_weight = (1 - self._history_decay) * self._history_decay**age
         self._vote_keys = rows.request_of_row.astype(np.int64)[:, None] * self.num_experts
@@ -239,6 +249,11 @@ class TracePolicy(Policy):
         if self.model is not None and self.model.version:
             states = self.model.project(state.activity[:count])
             state.value[:count] = self.model.predict(states)
+        if self.model is not None:
+            evidence = self.model.num_tokens / max(
+                self.model.num_tokens + self.options.value_tokens, 1.0
+            )
+            self._value_weight = np.float32(self.options.value * evidence)
         self._share = np.float32(self.options.history / max(count, 1))
         options = self.options
         cold = (
@@ -253,14 +268,16 @@ class TracePolicy(Policy):
         state, count = self._requests, len(self._requests)
         part = slice(begin * self.num_experts, end * self.num_experts)
         total = state.history[:count, part].sum(axis=0)
+        if self.options.slow_history:
+            total += np.float32(self.options.slow_history) * state.slow[:count, part].sum(axis=0)
         total *= self._share
         if self.model is not None and self.model.version:
             if count == 1:
-                total += np.maximum(state.value[0, part], 0.0)
+                total += self._value_weight * np.maximum(state.value[0, part], 0.0)
             else:
                 unused = 1.0 - np.minimum(np.maximum(state.value[:count, part], 0.0), 1.0)
-                total += 1.0
-                total -= np.multiply.reduce(unused, axis=0)
+                total += self._value_weight
+                total -= self._value_weight * np.multiply.reduce(unused, axis=0)
         if self._has_prior:
             total += self._cold @ state.prior[:count, part]
         table = total.reshape(end - begin, self.num_experts)
@@ -278,12 +295,16 @@ class TracePolicy(Policy):
             used = np.bincount(keys, minlength=size).reshape(rows.size, experts)
             state_gain = used * np.float32(1 - self._state_decay)
             history_gain = used * np.float32(1 - self._history_decay)
+            slow_gain = used * np.float32(1 - self._slow_decay)
             state.used[rows, own] = used
         else:
             top_k = ids.shape[1]
             state_gain = self._weighted(keys, self._state_weight, top_k, size)
             history_gain = self._weighted(keys, self._history_weight, top_k, size)
+            slow_gain = self._weighted(keys, self._slow_weight, top_k, size)
         state.history[rows, own] = state.history[rows, own] * self._history_keep + history_gain
+        if self.options.slow_history:
+            state.slow[rows, own] = state.slow[rows, own] * self._slow_keep + slow_gain
         end = min(self.num_layers, layer + 1 + self._ahead)
         if self.model is not None:
             before = state.activity[rows, own]

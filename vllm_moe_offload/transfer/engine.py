@@ -124,7 +124,7 @@ class TransferEngine:
         try:
             self._complete(flights)
         except BaseException:
-            self._abandon(flights)
+            self._end_all_reads()
             raise
         finally:
             self._forget(flights)
@@ -143,9 +143,13 @@ class TransferEngine:
         began = time.perf_counter_ns()
         flight = self._flight_into(row)
         if not flight.done:
-            self._reader.promote(flight.ticket)
-            while not flight.done:
-                self._collect(_WAIT_MS)
+            try:
+                self._reader.promote(flight.ticket)
+                while not flight.done:
+                    self._collect(_WAIT_MS)
+            except BaseException:
+                self._end_all_reads()
+                raise
         self._unreported.remove(flight)
         self._forget([flight])
         self.read_ns += time.perf_counter_ns() - began
@@ -277,23 +281,26 @@ class TransferEngine:
         """Notes what ended, waiting for something up to ``timeout_ms``; whether it did."""
         any_ended = False
         for ticket, error in self._reader.wait(timeout_ms):
-            flight = self._by_ticket.pop(ticket)
-            flight.ticket = -1
-            flight.done = True
-            flight.error = error
-            if flight.is_prefetch:
-                self._unreported.append(flight)
+            self._end(self._by_ticket.pop(ticket), error)
             any_ended = True
         return any_ended
 
-    def _abandon(self, flights: list[_Flight]) -> None:
-        """Ends the reads of a call that was interrupted: none may write into a row later."""
-        for flight in flights:
-            if flight.ticket >= 0 and self._reader.cancel(flight.ticket):
-                self._by_ticket.pop(flight.ticket)
-                flight.ticket = -1
-        while any(flight.ticket >= 0 for flight in flights) and self._collect(-1):
+    def _end(self, flight: _Flight, error: str | None) -> None:
+        flight.ticket = -1
+        flight.done = True
+        flight.error = error
+        if flight.is_prefetch:
+            self._unreported.append(flight)
+
+    def _end_all_reads(self) -> None:
+        """A signal interrupted a call: no read may write into a row that it gives up."""
+        while self._collect(-1):
             pass
+        # Left are those that the interrupted wait had taken already.
+        for flight in self._by_ticket.values():
+            self._end(flight, "the wait for it was interrupted")
+        self._by_ticket.clear()
+        self._reader.reclaim_tickets()
 
     def _forget(self, flights: Iterable[_Flight]) -> None:
         """The flights are not in flight any more."""

@@ -108,11 +108,6 @@ class RecordReader:
         self._finalizer.atexit = False
 
     @property
-    def is_idle(self) -> bool:
-        """Whether no ticket is out."""
-        return len(self.free_tickets) == self.num_tickets
-
-    @property
     def is_closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return not self._finalizer.alive
@@ -166,6 +161,10 @@ class RecordReader:
                 reason = self._land(self._tickets[index])
             self.free_tickets.append(index)
             yield index, reason
+
+    def reclaim_tickets(self) -> None:
+        """Makes all tickets free again; only while nothing is in flight."""
+        self.free_tickets = list(range(self.num_tickets))
 
     def close(self) -> None:
         """Waits for running reads, drops the others, ends the threads. Safe to repeat."""

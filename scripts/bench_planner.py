@@ -1,0 +1,250 @@
+"""Planning and remapping when every expert hits: microseconds per layer call.
+
+Drives the runtime as the layers do (begin_layer, end_layer), without kernel, store or vLLM:
+every expert that the routing names is resident, so nothing is read. What a step costs in
+all, divided by its layers, is what stands against the bar; the share of `begin_step`, once
+per step, is shown beside it.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
+from vllm_moe_offload.cache import ExpertCache  # noqa: E402
+from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
+from vllm_moe_offload.policy import StepRows, make_policy  # noqa: E402
+from vllm_moe_offload.pool import SlotPool  # noqa: E402
+from vllm_moe_offload.runtime import OffloadRuntime  # noqa: E402
+from vllm_moe_offload.sizing import cache_shape  # noqa: E402
+from vllm_moe_offload.transfer import TransferEngine  # noqa: E402
+
+POLICIES = ("lru", "lru-layer", "lfu", "lrfu", "trace")
+BARS_US = {1: 15.0, 32: 40.0}
+"""Microseconds per layer by the number of tokens."""
+SHARES = (1.0, 0.5)
+ROUTINGS = 16
+"""Different steps that take turns, so that no table stays in the nearest cache."""
+LAYOUT = ExpertLayout((TensorSpec("w", (4096,), "uint8", 4096),))
+
+
+class _InstantTransfer:
+    """Stands in for the TransferEngine: bytes are there at once."""
+
+    read_bytes = 0
+
+    def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Setup:
+    """One policy on one cache whose experts are all resident.
+
+    Attributes:
+        steps: topk_ids of every layer, for each of the routings.
+    """
+
+    def __init__(
+        self, policy: str, share: float, tokens: int, layers: int, experts: int, top_k: int
+    ) -> None:
+        made = make_policy(policy, layers, experts)
+        shape = cache_shape(
+            int(share * layers * experts),
+            num_layers=layers,
+            num_experts=experts,
+            top_k=top_k,
+            rules=made.rules,
+        )
+        self.layers = layers
+        self.cache = ExpertCache(shape, made.rules)
+        self.runtime = OffloadRuntime(
+            cache=self.cache,
+            pool=SlotPool(LAYOUT, shape.num_rows),
+            transfer=cast(TransferEngine, _InstantTransfer()),
+            policy=made,
+        )
+        rng = np.random.default_rng(0)
+        # Every policy can hold as many experts of each layer, whatever its staging rows.
+        usable = experts if shape.holds_everything else shape.num_slots // layers - 2
+        subsets = [rng.permutation(experts)[:usable] for _ in range(layers)]
+        self.steps = [
+            [_routing(rng, subset, tokens, top_k) for subset in subsets]
+            for _ in range(ROUTINGS)
+        ]
+        self._requests = [f"request-{row}" for row in range(tokens)]
+        self._position = 500
+        self._fill(subsets, top_k)
+
+    def _fill(self, subsets: list[np.ndarray], top_k: int) -> None:
+        """Makes resident what the routings can name."""
+        if self.cache.shape.holds_everything:
+            self.runtime.load_everything()
+            return
+        for layer, subset in enumerate(subsets):
+            for begin in range(0, subset.size, top_k):
+                ids = np.resize(subset[begin : begin + top_k], (1, top_k))
+                self.runtime.begin_step(_rows(["fill"], layer + begin))
+                self.runtime.begin_layer(layer, torch.from_numpy(ids.astype(np.int32)))
+                self.runtime.end_layer(layer)
+        self.runtime.end_request("fill")
+        for layer, subset in enumerate(subsets):
+            missing = (self.cache.page_table[layer, subset] < 0).sum()
+            if missing:
+                raise RuntimeError(f"{missing} experts of layer {layer} are not resident")
+
+    def step(self, routing: int) -> tuple[int, int]:
+        """Runs one step; nanoseconds of ``begin_step`` and of all layer calls together."""
+        self._position += 1
+        rows = _rows(self._requests, self._position)
+        ids = self.steps[routing % ROUTINGS]
+        begin_layer, end_layer = self.runtime.begin_layer, self.runtime.end_layer
+        before = time.perf_counter_ns()
+        self.runtime.begin_step(rows)
+        began = time.perf_counter_ns()
+        for layer in range(self.layers):
+            begin_layer(layer, ids[layer])
+            end_layer(layer)
+        return began - before, time.perf_counter_ns() - began
+
+
+def _routing(
+    rng: np.random.Generator, subset: np.ndarray, tokens: int, top_k: int
+) -> torch.Tensor:
+    rows = [rng.permutation(subset)[:top_k] for _ in range(tokens)]
+    return torch.from_numpy(np.stack(rows).astype(np.int32))
+
+
+def _rows(requests: list[str], position: int) -> StepRows:
+    count = len(requests)
+    return StepRows.of_lengths(
+        requests,
+        np.ones(count, np.int64),
+        np.full(count, position, np.int64),
+        np.zeros(count, np.bool_),
+    )
+
+
+def measure(setup: Setup, steps: int, warmup: int) -> dict[str, Any]:
+    """Microseconds per layer of ``steps`` steps."""
+    for routing in range(warmup):
+        setup.step(routing)
+    misses = setup.cache.count("misses")
+    samples = [setup.step(routing) for routing in range(steps)]
+    missed = setup.cache.count("misses") - misses
+    if missed:
+        raise RuntimeError(f"{missed} experts missed: this measured something else")
+    per_layer = 1e-3 / setup.layers
+    begins = [begin * per_layer for begin, _ in samples]
+    layers = [layer * per_layer for _, layer in samples]
+    totals = [begin + layer for begin, layer in zip(begins, layers, strict=True)]
+    return {
+        "layer_us": statistics.median(layers),
+        "begin_step_us": statistics.median(begins),
+        "total_us": statistics.median(totals),
+        "total_mean_us": statistics.fmean(totals),
+        "total_p95_us": float(np.percentile(totals, 95)),
+        "samples_layer_us": [round(value, 3) for value in layers],
+        "samples_begin_step_us": [round(value, 3) for value in begins],
+    }
+
+
+def profile(setup: Setup, steps: int) -> str:
+    """Where the time goes, by function."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for routing in range(steps):
+        setup.step(routing)
+    profiler.disable()
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(14)
+    return text.getvalue()
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=400, help="measured steps of each case")
+    parser.add_argument("--warmup", type=int, default=150, help="steps before them")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), metavar="POLICY")
+    parser.add_argument("--profile", action="store_true", help="also print where time goes")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.warmup = 20, 10
+    torch.set_num_threads(1)
+
+    console = Console()
+    table = Table(title="All experts hit: microseconds per layer (median)")
+    for column in ("policy", "cache", "B", "layer calls", "begin_step", "total", "p95", "bar"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    cases: list[dict[str, Any]] = []
+    for policy in args.policies:
+        for share in SHARES:
+            for tokens, bar in BARS_US.items():
+                setup = Setup(policy, share, tokens, args.layers, args.experts, args.top_k)
+                case = {"policy": policy, "cache": share, "tokens": tokens}
+                case |= measure(setup, args.steps, args.warmup)
+                cases.append(case)
+                table.add_row(
+                    policy,
+                    f"{share:.0%}",
+                    str(tokens),
+                    f"{case['layer_us']:.1f}",
+                    f"{case['begin_step_us']:.1f}",
+                    f"{case['total_us']:.1f}",
+                    f"{case['total_p95_us']:.1f}",
+                    f"{bar:g}",
+                )
+                if args.profile:
+                    console.print(f"[bold]{policy}, {share:.0%}, B={tokens}[/bold]")
+                    console.print(profile(setup, args.steps), highlight=False, markup=False)
+                setup.runtime.close()
+    console.print(table)
+    bars = [
+        Bar(
+            f"{policy}, B={tokens}: us per layer, worst of the cache sizes",
+            max(
+                case["total_us"]
+                for case in cases
+                if case["policy"] == policy and case["tokens"] == tokens
+            ),
+            bar,
+            "us",
+            at_least=False,
+        )
+        for policy in args.policies
+        for tokens, bar in BARS_US.items()
+    ]
+    write_report(
+        "planner",
+        {"parameters": vars(args), "cases": cases},
+        bars=bars,
+        work_dir=args.work_dir,
+        results=results_of(args),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

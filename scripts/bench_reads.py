@@ -1,0 +1,396 @@
+"""Demand misses run at the disk: TransferEngine against raw O_DIRECT reads.
+
+Batches of records, picked at random from a store of random bytes, are read through a
+TransferEngine into the rows of a SlotPool, as a layer call with misses does, and with plain
+`preadv` by as many C threads into page-aligned buffers. Kinds of reads and sizes of batches
+take turns within every repeat, and a record is not read again before nearly all others were,
+so that neither a drifting disk nor a cache below it favours one of them.
+
+Raw reads come in two kinds: `whole` (a record is one preadv) and `split` (a record is cut
+evenly for all threads, as the engine does to keep the disk busy with a single record). The
+bar holds against the faster one of each batch size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
+from vllm_moe_offload.layout import ExpertLayout, TensorSpec, round_up  # noqa: E402
+from vllm_moe_offload.pool import SlotPool  # noqa: E402
+from vllm_moe_offload.store import (  # noqa: E402
+    ExpertStore,
+    StoreBuilder,
+    StoreError,
+    StoreIdentity,
+    open_store,
+    store_lock,
+)
+from vllm_moe_offload.transfer import TransferEngine  # noqa: E402
+from vllm_moe_offload.transfer.engine import DEFAULT_THREADS  # noqa: E402
+
+Bytes = npt.NDArray[np.uint8]
+
+BATCHES = (1, 2, 4, 8)
+KINDS = ("engine", "whole", "split")
+NUM_EXPERTS = 16
+
+
+def _weights(hidden: int, intermediate: int) -> ExpertLayout:
+    """Layout of a bf16 expert as the CPU kernel wants it."""
+    return ExpertLayout(
+        (
+            TensorSpec(
+                "w13_weight", (2 * intermediate, hidden), "bfloat16", 4 * intermediate * hidden
+            ),
+            TensorSpec(
+                "w2_weight", (hidden, intermediate), "bfloat16", 2 * intermediate * hidden
+            ),
+        )
+    )
+
+
+LAYOUTS = {
+    "12.6 MB": _weights(1024, 2048),
+    "1.6 MB": _weights(512, 512),
+}
+"""Experts of the model that bench_serving.py compares with llama.cpp, and of `make demo`."""
+
+
+# ---- raw reads ---------------------------------------------------------------------------
+
+_RAW_SOURCE = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+struct part { long offset; void *target; long length; };
+struct raw {
+  int fd, num_threads, stop;
+  long num_parts;
+  const struct part *parts;
+  atomic_long next;
+  atomic_int error;
+  pthread_barrier_t begin, end;
+  pthread_t threads[64];
+};
+
+static void *work(void *argument) {
+  struct raw *raw = argument;
+  for (;;) {
+    pthread_barrier_wait(&raw->begin);
+    if (raw->stop) return NULL;
+    for (long i; (i = atomic_fetch_add(&raw->next, 1)) < raw->num_parts;) {
+      const struct part *part = &raw->parts[i];
+      for (long done = 0; done < part->length;) {
+        struct iovec vector = {(char *)part->target + done, part->length - done};
+        ssize_t count = preadv(raw->fd, &vector, 1, part->offset + done);
+        if (count <= 0) {
+          atomic_store(&raw->error, count < 0 ? errno : EIO);
+          break;
+        }
+        done += count;
+      }
+    }
+    pthread_barrier_wait(&raw->end);
+  }
+}
+
+struct raw *raw_open(int fd, int num_threads) {
+  struct raw *raw = calloc(1, sizeof *raw);
+  raw->fd = fd;
+  raw->num_threads = num_threads;
+  pthread_barrier_init(&raw->begin, NULL, num_threads + 1);
+  pthread_barrier_init(&raw->end, NULL, num_threads + 1);
+  for (int i = 0; i < num_threads; i++) pthread_create(&raw->threads[i], NULL, work, raw);
+  return raw;
+}
+
+int raw_read(struct raw *raw, const struct part *parts, long num_parts) {
+  raw->parts = parts;
+  raw->num_parts = num_parts;
+  atomic_store(&raw->next, 0);
+  atomic_store(&raw->error, 0);
+  pthread_barrier_wait(&raw->begin);
+  pthread_barrier_wait(&raw->end);
+  return atomic_load(&raw->error);
+}
+
+void raw_close(struct raw *raw) {
+  raw->stop = 1;
+  pthread_barrier_wait(&raw->begin);
+  for (int i = 0; i < raw->num_threads; i++) pthread_join(raw->threads[i], NULL);
+  free(raw);
+}
+"""
+"""The yardstick shares no line with the engine. (Written in Python it was up to four times
+slower than the engine, for want of the interpreter's lock.)"""
+
+
+class Part(ctypes.Structure):
+    """Bytes of a file and where they go; all aligned."""
+
+    _fields_ = (
+        ("offset", ctypes.c_long),
+        ("target", ctypes.c_void_p),
+        ("length", ctypes.c_long),
+    )
+
+
+def _compile_raw(directory: Path) -> ctypes.CDLL:
+    directory.mkdir(parents=True, exist_ok=True)
+    source, library = directory / "raw_reader.c", directory / "raw_reader.so"
+    source.write_text(_RAW_SOURCE)
+    compiler = os.environ.get("CC", "cc")
+    flags = ["-O2", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.raw_open.restype = ctypes.c_void_p
+    loaded.raw_open.argtypes = [ctypes.c_int, ctypes.c_int]
+    loaded.raw_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
+    loaded.raw_close.restype = None
+    loaded.raw_close.argtypes = [ctypes.c_void_p]
+    return loaded
+
+
+class RawReader:
+    """C threads that preadv from one file opened with O_DIRECT; a context manager."""
+
+    def __init__(self, path: Path, num_threads: int, directory: Path) -> None:
+        """``directory``: for the compiled code. Raises OSError without O_DIRECT or compiler."""
+        if not 1 <= num_threads <= 64:
+            raise ValueError(f"{num_threads} threads; 1 to 64 are possible")
+        self._core = _compile_raw(directory)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        self._raw = self._core.raw_open(self._descriptor, num_threads)
+
+    def __enter__(self) -> RawReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._core.raw_close(self._raw)
+        os.close(self._descriptor)
+
+    def read(self, parts: ctypes.Array[Part]) -> None:
+        """Reads all and returns when all are there. Raises OSError."""
+        error = self._core.raw_read(self._raw, parts, len(parts))
+        if error:
+            raise OSError(error, os.strerror(error))
+
+
+def buffer_of(nbytes: int) -> Bytes:
+    """Page-aligned memory whose pages are there, as the pool's are."""
+    region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    rows = np.frombuffer(region, np.uint8)
+    rows.fill(0)
+    return rows
+
+
+def split_evenly(part: Part, count: int) -> Iterator[Part]:
+    """``part`` in ``count`` aligned pieces of about the same size."""
+    size = round_up(-(-part.length // count))
+    for begin in range(0, part.length, size):
+        length = min(size, part.length - begin)
+        yield Part(part.offset + begin, part.target + begin, length)
+
+
+# ---- the store ---------------------------------------------------------------------------
+
+
+def make_store(store_dir: Path, layout: ExpertLayout, total_bytes: int) -> ExpertStore:
+    """A store of about ``total_bytes`` random bytes; an old one of that shape is opened."""
+    layers = max(1, round(total_bytes / (NUM_EXPERTS * layout.record_bytes)))
+    identity = StoreIdentity(
+        checkpoint="random bytes of bench_reads.py",
+        load_format="auto",
+        dtype="bfloat16",
+        quantization="none",
+        kernel="none",
+        padded_shape=(layers, layout.record_bytes),
+        tp_rank=0,
+        tp_size=1,
+        vllm_version="none",
+    )
+    directory = identity.directory(store_dir, "random")
+    with store_lock(directory):
+        try:
+            found = open_store(directory, identity, layout)
+        except StoreError:
+            shutil.rmtree(directory)
+            found = None
+        if found is not None:
+            return found
+        rng = np.random.default_rng(0)
+        tensors = {
+            spec.name: rng.integers(0, 256, (NUM_EXPERTS, spec.nbytes), np.uint8)
+            for spec in layout.tensors
+        }
+        with StoreBuilder(directory, identity, layers, NUM_EXPERTS) as builder:
+            for layer in track(range(layers), "Store of random bytes", transient=True):
+                for rows in tensors.values():
+                    rows[:] += np.uint8(1)  # no two layers alike
+                builder.write_layer(layer, layout, tensors)
+            return builder.commit()
+
+
+class Picks:
+    """Picks records at random, hardly ever one that was picked a short while ago."""
+
+    def __init__(self, store: ExpertStore, rng: random.Random) -> None:
+        self._all = [(la, ex) for la in range(store.num_layers) for ex in range(store.num_experts)]
+        self._left: list[tuple[int, int]] = []
+        self._rng = rng
+
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """``count`` different (layer, expert), from those not taken since the last shuffle."""
+        if len(self._left) < count:
+            self._left = self._rng.sample(self._all, len(self._all))
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+
+# ---- measuring ---------------------------------------------------------------------------
+
+
+def measure(
+    store: ExpertStore, threads: int, repeats: int, directory: Path, seed: int = 0
+) -> dict[int, dict[str, list[float]]]:
+    """Bytes per second: batch size -> kind of read -> one sample per repeat."""
+    rng = random.Random(seed)
+    picks = Picks(store, rng)
+    record_bytes = store.layout.record_bytes
+    pool = SlotPool(store.layout, max(BATCHES))
+    buffers = [buffer_of(record_bytes) for _ in range(max(BATCHES))]
+    speeds: dict[int, dict[str, list[float]]] = {
+        batch: {kind: [] for kind in KINDS} for batch in BATCHES
+    }
+    engine = TransferEngine(store, pool.destinations(), num_threads=threads)
+    if not engine.direct:
+        raise RuntimeError(f"{store.path}: the file system refuses O_DIRECT")
+    turns = [(batch, kind) for batch in BATCHES for kind in KINDS]
+    try:
+        with RawReader(store.path, threads, directory) as raw:
+            for repeat in range(-2, repeats):  # the first two warm up
+                rng.shuffle(turns)
+                for batch, kind in turns:
+                    chosen = picks.take(batch)
+                    seconds = _time(engine, raw, store, buffers, chosen, kind, threads)
+                    if repeat >= 0:
+                        speeds[batch][kind].append(batch * record_bytes / seconds)
+    finally:
+        engine.close()
+    return speeds
+
+
+def _time(
+    engine: TransferEngine,
+    raw: RawReader,
+    store: ExpertStore,
+    buffers: Sequence[Bytes],
+    chosen: Sequence[tuple[int, int]],
+    kind: str,
+    threads: int,
+) -> float:
+    """Seconds to read the records in one of the :data:`KINDS` of ways."""
+    if kind == "engine":
+        requests = [(layer, expert, row) for row, (layer, expert) in enumerate(chosen)]
+        began = time.perf_counter()
+        engine.read(requests)
+        return time.perf_counter() - began
+    parts = [
+        Part(store.record_offset(layer, expert), buffer.ctypes.data, buffer.nbytes)
+        for (layer, expert), buffer in zip(chosen, buffers, strict=False)
+    ]
+    if kind == "split":
+        parts = [piece for part in parts for piece in split_evenly(part, threads)]
+    array = (Part * len(parts))(*parts)
+    began = time.perf_counter()
+    raw.read(array)
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=DEFAULT_THREADS,
+        help="reads in flight, of engine and raw alike (default: the engine's own %(default)s)",
+    )
+    parser.add_argument("--store-gb", type=float, default=2.4, help="size of each store (1e9)")
+    args = parser.parse_args()
+    if args.quick:
+        args.repeats, args.store_gb = 5, 0.2
+
+    table = Table(title="Demand reads against raw O_DIRECT: GB/s (median)")
+    for column in ("record", "batch", *KINDS, "engine / best raw"):
+        table.add_column(column, justify="right")
+    cases: list[dict[str, Any]] = []
+    for name, layout in LAYOUTS.items():
+        store = make_store(args.work_dir / "reads", layout, int(args.store_gb * 1e9))
+        speeds_of = measure(store, args.threads, args.repeats, args.work_dir)
+        for batch, kinds in speeds_of.items():
+            medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+            ratio = medians["engine"] / max(medians["whole"], medians["split"])
+            cases.append(
+                {
+                    "record_bytes": layout.record_bytes,
+                    "record": name,
+                    "batch": batch,
+                    "ratio": ratio,
+                    "median_bytes_per_s": medians,
+                    "samples_bytes_per_s": kinds,
+                }
+            )
+            speeds = [f"{medians[kind] / 1e9:.2f}" for kind in KINDS]
+            table.add_row(name, str(batch), *speeds, f"{ratio:.2f}")
+    Console().print(table)
+    bars = [
+        Bar(
+            f"{name} records, batch of {case['batch']}: bytes / stall time, engine to raw",
+            case["ratio"],
+            0.8,
+        )
+        for name in LAYOUTS
+        for case in cases
+        if case["record"] == name
+    ]
+    write_report(
+        "reads",
+        {"parameters": vars(args), "cases": cases},
+        bars=bars,
+        work_dir=args.work_dir,
+        results=results_of(args),
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

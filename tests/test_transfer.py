@@ -1,0 +1,658 @@
+"""The transfer engine: rows hold the experts asked for, errors say which do not."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.stores import MIXED, aligned, build, identity, layer_tensors, layout_of, rows_for
+from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.transfer import TransferEngine, TransferError, record_reader
+
+NUM_ROWS = 8
+
+
+expected_layer = functools.lru_cache(maxsize=8)(layer_tensors)
+
+
+def assert_holds(store, rows, row: int, layer: int, expert: int) -> None:
+    tensors = expected_layer(store.layout, store.num_experts, layer)
+    for name, wanted in tensors.items():
+        assert (rows[name][row] == wanted[expert]).all(), (name, row, layer, expert)
+
+
+def assert_untouched(rows, row: int) -> None:
+    assert all((array[row] == 0xEE).all() for array in rows.values())
+
+
+class CoreProxy:
+    """The native core, with some functions replaced by a subclass."""
+
+    def __init__(self, core):
+        self.core = core
+
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ExpertStore:
+    return build(tmp_path_factory.mktemp("transfer"), num_layers=4, num_experts=8)
+
+
+@pytest.fixture(scope="module")
+def big_store(tmp_path_factory) -> ExpertStore:
+    """Records that take a single thread milliseconds to read."""
+    return build(tmp_path_factory.mktemp("big"), layout_of(8 << 20, 100), 1, 4)
+
+
+@pytest.fixture(scope="module")
+def slow_store(tmp_path_factory) -> ExpertStore:
+    """Two layers of one huge record: what is queued behind one waits, however busy the
+    machine is. The file is sparse, so that no disk is needed."""
+    layout = layout_of(128 << 20)
+    directory = tmp_path_factory.mktemp("slow")
+    store = ExpertStore(directory, identity(), layout, 2, 2, ((0, 0), (0, 0)))
+    store.path.touch()
+    os.truncate(store.path, store.file_bytes)
+    return store
+
+
+@pytest.fixture
+def slow_engine(slow_store):
+    """An engine of one thread over ``slow_store``, and its rows, which begin with 0xEE."""
+    rows = {"t0": aligned(4 * (128 << 20)).reshape(4, -1)}
+    rows["t0"][:, :8] = 0xEE
+    engine = TransferEngine(slow_store, rows, num_threads=1)
+    yield engine, rows["t0"]
+    engine.close()
+
+
+SLOW_EXPERTS = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.fixture
+def own_store(tmp_path) -> ExpertStore:
+    """A store to be damaged."""
+    return build(tmp_path, num_layers=2, num_experts=4)
+
+
+@pytest.fixture
+def engine_of(request):
+    """Makes engines that are closed at the end of the test."""
+
+    def make(store, num_rows=NUM_ROWS, **options):
+        rows = rows_for(store.layout, num_rows)
+        engine = TransferEngine(store, rows, **options)
+        request.addfinalizer(engine.close)
+        return engine, rows
+
+    return make
+
+
+def wait_for_prefetches(engine, count: int):
+    ended = []
+    deadline = time.monotonic() + 20
+    while len(ended) < count and time.monotonic() < deadline:
+        ended += engine.poll()
+        time.sleep(0.001)
+    return ended
+
+
+# ---- demand --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("verify", [True, False])
+def test_rows_hold_what_was_asked_for(store, engine_of, direct, verify):
+    engine, rows = engine_of(store, direct=direct, verify=verify)
+    requests = [(0, 3, 5), (3, 0, 0), (2, 7, 7), (1, 1, 2)]
+    engine.read(requests)
+    for layer, expert, row in requests:
+        assert_holds(store, rows, row, layer, expert)
+    for row in (1, 3, 4, 6):
+        assert_untouched(rows, row)
+    assert engine.read_bytes == 4 * store.layout.record_bytes
+    assert engine.read_ns > 0
+    assert engine.verify_failures == 0
+    assert engine.poll() == []
+
+
+def test_rows_can_be_read_again(store, engine_of):
+    engine, rows = engine_of(store)
+    for expert in range(8):
+        engine.read([(1, expert, 3)])
+        assert_holds(store, rows, 3, 1, expert)
+
+
+def test_reading_nothing(store, engine_of):
+    engine, _ = engine_of(store)
+    engine.read([])
+    assert engine.read_bytes == 0
+
+
+def test_more_requests_than_can_be_in_flight(tmp_path, engine_of):
+    store = build(tmp_path, num_layers=1, num_experts=300)
+    engine, rows = engine_of(store, num_rows=300, verify=True)
+    engine.read([(0, expert, 299 - expert) for expert in range(300)])
+    for expert in range(300):
+        assert_holds(store, rows, 299 - expert, 0, expert)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    sizes=st.lists(
+        st.one_of(st.integers(1, 20_000), st.sampled_from([4096, 40960])),
+        min_size=1,
+        max_size=6,
+    ),
+    direct=st.booleans(),
+)
+def test_any_mix_of_direct_and_tail_tensors(tmp_path, sizes, direct):
+    shutil.rmtree(tmp_path)
+    store = build(tmp_path, layout_of(*sizes), num_layers=2, num_experts=3)
+    rows = rows_for(store.layout, 6)
+    engine = TransferEngine(store, rows, direct=direct, verify=True)
+    requests = [(row % 2, row // 2, row) for row in range(6)]
+    engine.read(requests)
+    engine.close()
+    for layer, expert, row in requests:
+        assert_holds(store, rows, row, layer, expert)
+
+
+def test_tail_of_many_megabytes(tmp_path, engine_of):
+    store = build(tmp_path, layout_of((17 << 20) + 1), num_layers=1, num_experts=6)
+    engine, rows = engine_of(store, num_rows=6)
+    engine.read([(0, expert, expert) for expert in range(6)])
+    for expert in range(6):
+        assert_holds(store, rows, expert, 0, expert)
+
+
+# ---- prefetch ------------------------------------------------------------------------------
+
+
+def test_prefetch_is_reported_once(store, engine_of):
+    engine, rows = engine_of(store, verify=True)
+    assert engine.prefetch(2, 4, 1)
+    assert engine.prefetch(3, 4, 2)
+    ended = wait_for_prefetches(engine, 2)
+    assert sorted((e.layer, e.expert, e.row, e.ok) for e in ended) == [
+        (2, 4, 1, True),
+        (3, 4, 2, True),
+    ]
+    assert_holds(store, rows, 1, 2, 4)
+    assert_holds(store, rows, 2, 3, 4)
+    assert engine.poll() == []
+    assert engine.prefetch(2, 4, 1)  # not in flight any more
+
+
+def test_prefetches_that_end_during_a_demand_are_not_lost(store, engine_of):
+    engine, rows = engine_of(store, num_threads=1)
+    for expert in range(4):
+        assert engine.prefetch(0, expert, expert)
+    engine.read([(1, 0, 7)])
+    assert_holds(store, rows, 7, 1, 0)
+    engine.drain()
+    assert sorted(ended.row for ended in engine.poll()) == [0, 1, 2, 3]
+    for expert in range(4):
+        assert_holds(store, rows, expert, 0, expert)
+
+
+def test_await_row_takes_the_place_of_poll(store, engine_of):
+    engine, rows = engine_of(store)
+    engine.prefetch(0, 1, 3)
+    engine.prefetch(0, 2, 4)
+    engine.await_row(4)
+    assert_holds(store, rows, 4, 0, 2)
+    engine.drain()  # the other ended before it is awaited
+    engine.await_row(3)
+    assert_holds(store, rows, 3, 0, 1)
+    assert engine.poll() == []
+    for row in (3, 4):
+        with pytest.raises(ValueError, match=f"row {row} is not in flight"):
+            engine.await_row(row)
+
+
+def test_await_row_goes_before_other_prefetches(slow_engine):
+    engine, rows = slow_engine
+    for row, expert in enumerate(SLOW_EXPERTS[:3]):
+        engine.prefetch(*expert, row)
+    engine.await_row(2)
+    assert not rows[2].any()
+    assert not engine.poll()  # the first is not done, the second has not begun
+    assert engine.cancel(1)
+    assert (rows[1, :8] == 0xEE).all()
+
+
+def test_cancelled_prefetch_leaves_its_row_alone(slow_engine):
+    engine, rows = slow_engine
+    for row, expert in enumerate(SLOW_EXPERTS):
+        engine.prefetch(*expert, row)
+    assert engine.cancel(3)
+    with pytest.raises(ValueError, match="row 3 is not in flight"):
+        engine.cancel(3)
+    dropped = engine.cancel_all()
+    assert set(dropped) in ({1, 2}, {0, 1, 2})  # the first may have begun
+    engine.drain()
+    assert {ended.row for ended in engine.poll()} == {0, 1, 2} - set(dropped)
+    for row in (3, *dropped):
+        assert (rows[row, :8] == 0xEE).all()
+    engine.read([(*SLOW_EXPERTS[3], 3)])
+    assert not rows[3].any()
+
+
+def test_an_ended_prefetch_cannot_be_cancelled(store, engine_of):
+    engine, _ = engine_of(store)
+    engine.prefetch(0, 0, 0)
+    engine.drain()
+    assert not engine.cancel(0)
+    assert [ended.row for ended in engine.poll()] == [0]
+
+
+def test_too_many_prefetches_are_declined_and_demands_still_run(tmp_path, engine_of):
+    store = build(tmp_path, num_layers=1, num_experts=100)
+    engine, rows = engine_of(store, num_rows=100)
+    engine.read([(0, 0, 0)])
+    accepted = [expert for expert in range(1, 100) if engine.prefetch(0, expert, expert)]
+    assert 16 <= len(accepted) < 99
+    engine.read([(0, 0, 0)])
+    engine.drain()
+    assert sorted(ended.row for ended in engine.poll()) == accepted
+    for row in [0, *accepted]:
+        assert_holds(store, rows, row, 0, row)
+    declined = next(expert for expert in range(1, 100) if expert not in accepted)
+    assert_untouched(rows, declined)
+    assert engine.prefetch(0, declined, declined)
+
+
+# ---- in flight means hands off -------------------------------------------------------------
+
+
+def test_a_second_read_into_a_row_in_flight_is_refused(big_store, engine_of):
+    engine, rows = engine_of(big_store, num_threads=1)
+    engine.prefetch(0, 0, 0)
+    for again in (lambda: engine.prefetch(0, 1, 0), lambda: engine.read([(0, 1, 0)])):
+        with pytest.raises(ValueError, match="row 0 is in flight for expert 0 of layer 0"):
+            again()
+    engine.drain()
+    with pytest.raises(ValueError, match="row 0 is in flight"):
+        engine.read([(0, 1, 0)])  # ended, but nobody was told
+    engine.poll()
+    engine.read([(0, 1, 0)])
+    assert_holds(big_store, rows, 0, 0, 1)
+
+
+def test_an_expert_in_flight_is_not_fetched_twice(big_store, engine_of):
+    engine, rows = engine_of(big_store, num_threads=1)
+    engine.prefetch(0, 0, 0)
+    with pytest.raises(ValueError, match="expert 0 of layer 0 is in flight to another row"):
+        engine.read([(0, 1, 2), (0, 0, 1)])
+    assert_untouched(rows, 2)
+    engine.await_row(0)
+    engine.read([(0, 1, 2), (0, 0, 1)])  # the refused call left nothing in flight
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([(0, 0, 0), (0, 1, 0)], "row 0 is in flight"),
+        ([(0, 0, 0), (0, 0, 1)], "to another row"),
+        ([(0, 0, NUM_ROWS)], r"row 8 is outside \[0, 8\)"),
+        ([(0, 0, -1)], "row -1 is outside"),
+        ([(4, 0, 0)], "no expert 0 in layer 4"),
+        ([(0, 8, 0)], "no expert 8 in layer 0"),
+        ([(0, -1, 0)], "no expert -1"),
+    ],
+)
+def test_impossible_requests_read_nothing(store, engine_of, requests, message):
+    engine, rows = engine_of(store)
+    with pytest.raises(ValueError, match=message):
+        engine.read(requests)
+    assert engine.read_bytes == 0
+    for row in range(NUM_ROWS):
+        assert_untouched(rows, row)
+    engine.read([(0, 0, 0), (0, 1, 1)])
+
+
+# ---- errors --------------------------------------------------------------------------------
+
+
+def test_error_names_file_expert_reason_and_remedy(own_store, engine_of):
+    engine, rows = engine_of(own_store)
+    os.truncate(own_store.path, own_store.record_offset(1, 2))
+    with pytest.raises(TransferError) as caught:
+        engine.read([(0, 0, 0), (1, 2, 1), (1, 1, 2), (1, 3, 3)])
+    message = str(caught.value)
+    assert "expert 2 of layer 1" in message
+    assert str(own_store.path) in message
+    assert "ends too early" in message
+    assert f"delete {own_store.directory}" in message
+    assert "2 of 4 experts failed" in message
+    assert caught.value.succeeded_rows == [0, 2]
+    assert caught.value.failed_rows == [1, 3]
+    assert_holds(own_store, rows, 0, 0, 0)
+    assert_holds(own_store, rows, 2, 1, 1)
+    engine.read([(0, 3, 1)])  # the next request is served
+    assert_holds(own_store, rows, 1, 0, 3)
+
+
+def test_failed_prefetch_is_reported_with_its_reason(own_store, engine_of):
+    engine, _ = engine_of(own_store)
+    os.truncate(own_store.path, own_store.record_offset(1, 2))
+    engine.prefetch(1, 3, 0)
+    (ended,) = wait_for_prefetches(engine, 1)
+    assert not ended.ok
+    assert ended.error is not None
+    assert "expert 3 of layer 1" in ended.error
+    engine.prefetch(1, 3, 0)
+    with pytest.raises(TransferError, match="expert 3 of layer 1") as caught:
+        engine.await_row(0)
+    assert caught.value.failed_rows == [0]
+    assert engine.poll() == []
+
+
+@pytest.mark.parametrize("offset", [0, 8192 + 17, MIXED.record_bytes - 1])
+def test_verify_finds_a_flipped_byte(own_store, engine_of, offset):
+    position = own_store.record_offset(1, 1) + offset
+    content = bytearray(own_store.path.read_bytes())
+    content[position] ^= 0x40
+    own_store.path.write_bytes(content)
+
+    engine, rows = engine_of(own_store, verify=True)
+    with pytest.raises(TransferError, match=r"expert 1 of layer 1.*checksum") as caught:
+        engine.read([(1, 0, 0), (1, 1, 1)])
+    assert (caught.value.succeeded_rows, caught.value.failed_rows) == ([0], [1])
+    assert engine.verify_failures == 1
+    assert_holds(own_store, rows, 0, 1, 0)
+
+
+def test_store_that_vanished_or_changed_size(own_store):
+    rows = rows_for(MIXED, 1)
+    os.truncate(own_store.path, 4096)
+    with pytest.raises(TransferError, match="4096 bytes instead of"):
+        TransferEngine(own_store, rows)
+    own_store.path.unlink()
+    with pytest.raises(TransferError, match=r"experts\.bin.*No such file"):
+        TransferEngine(own_store, rows)
+
+
+def test_impossible_cores_are_an_error(store):
+    with pytest.raises(TransferError, match="bind"):
+        TransferEngine(store, rows_for(MIXED, 1), cpus=[100_000])
+
+
+def test_destinations_are_checked(store):
+    good = rows_for(MIXED, 4)
+    read_only = good["t1"].copy()
+    read_only.flags.writeable = False
+    for bad, message in [
+        ({"t0": good["t0"]}, "are not"),
+        (good | {"t1": good["t1"][:2]}, "t1 must be uint8"),
+        (good | {"t1": good["t1"].view(np.int8)}, "t1 must be uint8"),
+        (good | {"t0": aligned(4 * 8192 + 64)[64:].reshape(4, 8192)}, "t0 must begin"),
+        (good | {"t1": np.zeros((4, 200), np.uint8)[:, ::2]}, "t1 must be contiguous"),
+        (good | {"t1": read_only}, "writeable"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TransferEngine(store, bad)
+
+
+def test_refused_o_direct_falls_back_with_a_warning(store, engine_of, monkeypatch, caplog):
+    class RefusesDirect(CoreProxy):
+        def vmo_reader_open(self, path, direct, *arguments):
+            if direct:  # what a file system without O_DIRECT does
+                path = b"/proc/self/status"
+            return self.core.vmo_reader_open(path, direct, *arguments)
+
+    monkeypatch.setattr(record_reader, "core", RefusesDirect(record_reader.core))
+    with caplog.at_level(logging.WARNING, "vllm.moe_offload"):
+        engine, rows = engine_of(store)
+    assert not engine.direct
+    assert "O_DIRECT" in caplog.text
+    assert "page cache" in caplog.text
+    engine.read([(0, 0, 0)])
+    assert_holds(store, rows, 0, 0, 0)
+
+
+# ---- end -----------------------------------------------------------------------------------
+
+
+def reader_threads() -> int:
+    tasks = Path("/proc/self/task").iterdir()
+    return sum((task / "comm").read_text().strip() == "vmo-reader" for task in tasks)
+
+
+def test_close_ends_the_threads_and_later_calls_are_errors(big_store):
+    before = reader_threads()
+    engine = TransferEngine(big_store, rows_for(big_store.layout, 4), num_threads=3)
+    assert reader_threads() == before + 3
+    for expert in range(4):
+        engine.prefetch(0, expert, expert)
+    engine.close()
+    engine.close()
+    assert reader_threads() == before
+    with pytest.raises(ValueError, match="closed"):
+        engine.read([(0, 0, 0)])
+    with pytest.raises(ValueError, match="not in flight"):
+        engine.cancel(0)
+    assert engine.poll() == []
+    engine.drain()
+
+
+def test_a_forgotten_engine_ends_its_threads(store):
+    before = reader_threads()
+    engine = TransferEngine(store, rows_for(MIXED, 1))
+    assert reader_threads() > before
+    del engine
+    assert reader_threads() == before
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_a_signal_during_a_read_leaves_nothing_in_flight(big_store, engine_of):
+    engine, rows = engine_of(big_store, num_threads=1)
+
+    def interrupt(*_):
+        raise Interrupted
+
+    def read_for_ever():
+        while True:
+            engine.read([(0, expert, expert) for expert in range(4)])
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.002)
+    try:
+        with pytest.raises(Interrupted):
+            read_for_ever()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    engine.read([(0, expert, expert + 4) for expert in range(4)])
+    for expert in range(4):
+        assert_holds(big_store, rows, expert + 4, 0, expert)
+
+
+@pytest.mark.parametrize("name", ["read", "await_row"])
+def test_ends_that_an_interrupted_wait_had_taken(store, engine_of, monkeypatch, name):
+    class InterruptedOnce(CoreProxy):
+        interruptions = 1
+
+        def vmo_reader_wait(self, *arguments):
+            count = self.core.vmo_reader_wait(*arguments)
+            if self.interruptions:
+                self.interruptions -= 1
+                raise Interrupted
+            return count
+
+    engine, rows = engine_of(store)
+    engine.prefetch(0, 0, 0)
+    engine.prefetch(0, 1, 1)
+    monkeypatch.setattr(record_reader, "core", InterruptedOnce(record_reader.core))
+    call, argument = {
+        "read": (engine.read, [(1, expert, expert + 2) for expert in range(4)]),
+        "await_row": (engine.await_row, 1),
+    }[name]
+    with pytest.raises(Interrupted):
+        call(argument)
+    engine.drain()
+    assert sorted(ended.row for ended in engine.poll()) == [0, 1]
+    for _ in range(100):  # no ticket is lost
+        engine.read([(2, expert, expert) for expert in range(8)])
+    assert_holds(store, rows, 7, 2, 7)
+
+
+def test_waiting_releases_the_interpreter(slow_engine):
+    engine, _ = slow_engine
+    stop, turns = threading.Event(), []
+
+    def count():
+        while not stop.is_set():
+            turns.append(1)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = len(turns)
+    engine.read([(*SLOW_EXPERTS[0], 0)])
+    during = len(turns) - before
+    stop.set()
+    thread.join()
+    assert during >= 2
+
+
+# ---- any order of operations ---------------------------------------------------------------
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Compares the engine to what its documentation says about rows."""
+
+    store: ExpertStore
+    prefetched = Bundle("prefetched")
+
+    @initialize(threads=st.integers(1, 4), direct=st.booleans(), verify=st.booleans())
+    def begin(self, threads, direct, verify):
+        self.rows = rows_for(self.store.layout, NUM_ROWS)
+        self.engine = TransferEngine(
+            self.store, self.rows, num_threads=threads, direct=direct, verify=verify
+        )
+        self.in_flight: dict[int, tuple[int, int]] = {}
+        self.holds: dict[int, tuple[int, int]] = {}
+
+    experts = st.tuples(st.integers(0, 3), st.integers(0, 7))
+
+    def is_refused(self, requests):
+        rows = [row for *_, row in requests]
+        experts = [(layer, expert) for layer, expert, _ in requests]
+        return (
+            len(set(rows)) < len(rows)
+            or len(set(experts)) < len(experts)
+            or self.in_flight.keys() & set(rows)
+            or set(self.in_flight.values()) & set(experts)
+        )
+
+    @rule(
+        requests=st.lists(
+            st.tuples(experts, st.integers(0, NUM_ROWS - 1)).map(lambda r: (*r[0], r[1])),
+            max_size=4,
+        )
+    )
+    def read(self, requests):
+        if self.is_refused(requests):
+            with pytest.raises(ValueError, match="in flight"):
+                self.engine.read(requests)
+            return
+        self.engine.read(requests)
+        for layer, expert, row in requests:
+            self.holds[row] = (layer, expert)
+
+    @rule(target=prefetched, expert=experts, row=st.integers(0, NUM_ROWS - 1))
+    def prefetch(self, expert, row):
+        if self.is_refused([(*expert, row)]):
+            with pytest.raises(ValueError, match="in flight"):
+                self.engine.prefetch(*expert, row)
+        else:
+            assert self.engine.prefetch(*expert, row)
+            self.in_flight[row] = expert
+        return row
+
+    def ended(self, row):
+        self.holds[row] = self.in_flight.pop(row)
+
+    @rule()
+    def poll(self):
+        for finished in self.engine.poll():
+            assert finished.ok
+            assert self.in_flight[finished.row] == (finished.layer, finished.expert)
+            self.ended(finished.row)
+
+    @rule(row=consumes(prefetched))
+    def await_row(self, row):
+        if row in self.in_flight:
+            self.engine.await_row(row)
+            self.ended(row)
+
+    @rule(row=consumes(prefetched))
+    def cancel(self, row):
+        if row in self.in_flight and self.engine.cancel(row):
+            del self.in_flight[row]
+
+    @rule()
+    def cancel_all(self):
+        for row in self.engine.cancel_all():
+            del self.in_flight[row]
+
+    @rule()
+    def drain(self):
+        self.engine.drain()
+        self.poll()
+        assert not self.in_flight
+
+    @invariant()
+    def rows_hold_their_experts(self):
+        for row, expert in self.holds.items():
+            if row not in self.in_flight:
+                assert_holds(self.store, self.rows, row, *expert)
+
+    def teardown(self):
+        if hasattr(self, "engine"):
+            self.drain()
+            self.rows_hold_their_experts()
+            self.engine.close()
+
+
+def test_any_order_of_operations(store):
+    run_state_machine_as_test(
+        type("Machine", (EngineMachine,), {"store": store}),
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )
