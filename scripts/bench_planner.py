@@ -64,7 +64,14 @@ class Setup:
     """
 
     def __init__(
-        self, policy: str, share: float, tokens: int, layers: int, experts: int, top_k: int
+        self,
+        policy: str,
+        *,
+        share: float,
+        tokens: int,
+        layers: int,
+        experts: int,
+        top_k: int,
     ) -> None:
         made = make_policy(policy, layers, experts)
         shape = cache_shape(
@@ -202,7 +209,14 @@ def main() -> int:
     for policy in args.policies:
         for share in SHARES:
             for tokens, bar in BARS_US.items():
-                setup = Setup(policy, share, tokens, args.layers, args.experts, args.top_k)
+                setup = Setup(
+                    policy,
+                    share=share,
+                    tokens=tokens,
+                    layers=args.layers,
+                    experts=args.experts,
+                    top_k=args.top_k,
+                )
                 case = {"policy": policy, "cache": share, "tokens": tokens}
                 case |= measure(setup, args.steps, args.warmup)
                 cases.append(case)

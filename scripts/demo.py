@@ -102,7 +102,11 @@ def _table(server: Server, tokens: int, seconds: float) -> Table:
         return metrics[f"vllm:moe_offload_{name}_total"]
 
     hits, misses = counter("hits"), counter("misses")
-    plan = [line for line in server.log.splitlines() if "MoE offload" in line][:3]
+    plan = [
+        line
+        for line in server.log.splitlines()
+        if "MoE offload (" in line or "cache_gb=" in line
+    ]
     table = Table(title="What the expert cache did")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -110,10 +114,7 @@ def _table(server: Server, tokens: int, seconds: float) -> Table:
     table.add_row("hit rate", f"{hits / max(hits + misses, 1):.1%}")
     table.add_row("experts read", f"{counter('read_bytes') / 1e9:.2f} GB")
     table.add_row("stalled on reads", f"{counter('stall_seconds'):.2f} s of {seconds:.1f} s")
-    for line in plan:
-        table.caption = "\n".join(
-            part.split("MoE offload", 1)[1].strip() for part in plan if "MoE offload" in part
-        )
+    table.caption = "\n".join(line.split("MoE offload", 1)[1].strip(" :") for line in plan)
     return table
 
 

@@ -89,12 +89,17 @@ class Server:
                 raise ServerDied(
                     f"server ended with status {self.process.returncode}:\n{self.log[-6000:]}"
                 )
-            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
-                    if answer.status == 200:
-                        return time.perf_counter() - self.began
+            if self._answers():
+                return time.perf_counter() - self.began
             time.sleep(0.1)
         raise TimeoutError(f"no /health within {timeout_s} s:\n{self.log[-6000:]}")
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
 
     def metrics(self) -> dict[str, float]:
         """Samples of ``/metrics`` by name, summed over labels."""
@@ -110,10 +115,8 @@ class Server:
         """SIGINT, as Ctrl-C; SIGKILL to the group if that doesn't end it. Exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)

@@ -31,7 +31,9 @@ def imports(path):
                 yield alias.name, []
 
 
-@pytest.mark.parametrize(("path", "part"), modules(), ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("path", "part"), modules(), ids=lambda value: getattr(value, "name", value)
+)
 def test_imports_point_down(path, part):
     for module, names in imports(path):
         top, *rest = module.split(".")
@@ -41,7 +43,7 @@ def test_imports_point_down(path, part):
         if top != "vllm_moe_offload" or part in {"__init__", "cli"}:
             continue
         imported = rest[0] if rest else None
-        if imported is None or imported == part or imported == "_C":
+        if imported in {None, part, "_C"}:
             continue
         assert RANK[imported] <= RANK[part], f"{path} imports {module}: against the direction"
         private = [name for name in names if name.startswith("_") and name != "_C"]

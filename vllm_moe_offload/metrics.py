@@ -21,7 +21,14 @@ from vllm_moe_offload.cache import COUNTER_NAMES
 
 FILE_BYTES = 4096
 HEADER_BYTES = 2048
-VALUES = (*COUNTER_NAMES, "read_bytes", "stall_seconds", "busy_seconds", "tokens", "resident_experts")
+VALUES = (
+    *COUNTER_NAMES,
+    "read_bytes",
+    "stall_seconds",
+    "busy_seconds",
+    "tokens",
+    "resident_experts",
+)
 """What a counter file holds, in order; all but the last only grow."""
 SUFFIX = ".counters"
 
@@ -73,4 +80,6 @@ def read_counters(directory: Path) -> Iterator[CounterReading]:
         data = path.read_bytes()
         header, _, _ = data[:HEADER_BYTES].partition(b"\0")
         values = np.frombuffer(data, np.float64, len(VALUES), HEADER_BYTES)
-        yield CounterReading(json.loads(header), dict(zip(VALUES, values.tolist(), strict=True)))
+        yield CounterReading(
+            json.loads(header), dict(zip(VALUES, values.tolist(), strict=True))
+        )

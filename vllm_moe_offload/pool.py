@@ -38,8 +38,8 @@ class SlotPool:
                 region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except OSError as error:
                 raise MemoryError(
-                    f"cannot allocate {nbytes} bytes for {num_rows} rows of {spec.name}: {error}; "
-                    "lower cache_gb"
+                    f"cannot allocate {nbytes} bytes for {num_rows} rows of {spec.name}: "
+                    f"{error}; lower cache_gb"
                 ) from error
             region.madvise(mmap.MADV_HUGEPAGE)
             rows = np.frombuffer(region, np.uint8).reshape(num_rows, spec.nbytes)

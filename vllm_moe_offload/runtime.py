@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from vllm_moe_offload import _C  # noqa: F401  (registers the operators)
+import vllm_moe_offload._C  # noqa: F401  (registers the operators)
 from vllm_moe_offload.cache import MISS_READ, PLAN_TRANSIENT, ExpertCache
 from vllm_moe_offload.metrics import VALUES, CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
@@ -141,7 +141,9 @@ class OffloadRuntime:
             self._observe(layer, topk_ids, num_tokens)
         slot_ids = torch.empty_like(topk_ids)
         cache = self.cache
-        if not _plan(cache.handle, layer, topk_ids, num_tokens, flags, slot_ids, self._plan_info):
+        if not _plan(
+            cache.handle, layer, topk_ids, num_tokens, flags, slot_ids, self._plan_info
+        ):
             return None
         if cache.plan_info[2]:
             self._read_misses(layer)
@@ -155,7 +157,9 @@ class OffloadRuntime:
         if layer == self._last_layer:
             self._end_step()
 
-    def waves(self, layer: int, topk_ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def waves(
+        self, layer: int, topk_ids: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Serves a layer whose experts do not fit at once, some experts at a time.
 
         Follows a :meth:`begin_layer` that returned None. Yields, per wave, rows like
@@ -202,7 +206,7 @@ class OffloadRuntime:
             logger.warning(
                 "MoE offload: the cache (%d rows) is smaller than what one layer call needs; "
                 "such calls run in waves, and their output equals plain vLLM's only up to the "
-                "rounding of a split sum. Raise cache_gb to at least one layer for exact output.",
+                "rounding of a split sum. For exact output raise cache_gb to one layer at least.",
                 self.cache.shape.num_rows,
             )
 

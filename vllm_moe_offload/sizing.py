@@ -69,7 +69,9 @@ def cache_shape(
     return CacheShape(num_layers, num_experts, rows - staging, staging)
 
 
-def auto_cache_bytes(all_experts_bytes: int, available_bytes: int, kv_cache_bytes: int | None) -> int:
+def auto_cache_bytes(
+    all_experts_bytes: int, available_bytes: int, kv_cache_bytes: int | None
+) -> int:
     """What ``cache_gb="auto"`` stands for.
 
     Args:

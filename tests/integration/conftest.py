@@ -21,7 +21,13 @@ PREFILL_TOKENS = 128
 """max_num_batched_tokens: prompts longer than this are prefilled in chunks."""
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
-SHAPE = {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K, "hidden": 128, "intermediate": 128}
+SHAPE = {
+    "layers": LAYERS,
+    "experts": EXPERTS,
+    "top_k": TOP_K,
+    "hidden": 128,
+    "intermediate": 128,
+}
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -61,7 +67,12 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
         directory = tmp_path_factory.mktemp("run")
         (directory / "jobs.json").write_text(json.dumps(jobs))
         done = subprocess.run(
-            [sys.executable, str(DRIVER), str(directory / "jobs.json"), str(directory / "out.json")],
+            [
+                sys.executable,
+                str(DRIVER),
+                str(directory / "jobs.json"),
+                str(directory / "out.json"),
+            ],
             env={**os.environ, **ENVIRONMENT},
             capture_output=True,
             text=True,
@@ -74,7 +85,9 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def engine(model: Path, *, eager: bool, offload: dict[str, Any] | None = None, **extra: Any) -> Job:
+def engine(
+    model: Path, *, eager: bool, offload: dict[str, Any] | None = None, **extra: Any
+) -> Job:
     """A job: one engine that generates for one prompt, then for eight at once."""
     llm: dict[str, Any] = {
         "model": str(model),

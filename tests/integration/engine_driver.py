@@ -24,7 +24,9 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
     """Greedy generation of all prompts submitted at once."""
-    parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=5, ignore_eos=True)
+    parameters = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, logprobs=5, ignore_eos=True
+    )
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
     )
@@ -50,7 +52,10 @@ def facts(llm: LLM) -> dict[str, Any]:
         runtime = getattr(layers[0], "runtime", None)
         found: dict[str, Any] = {"classes": sorted({type(layer).__name__ for layer in layers})}
         if runtime is not None:
-            found["shape"] = [runtime.cache.shape.num_slots, runtime.cache.shape.num_staging_slots]
+            found["shape"] = [
+                runtime.cache.shape.num_slots,
+                runtime.cache.shape.num_staging_slots,
+            ]
             found["hits"] = runtime.cache.count("hits")
             found["misses"] = runtime.cache.count("misses")
             found["read_bytes"] = runtime.read_bytes
@@ -69,7 +74,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     result: dict[str, Any] = {"start_seconds": started - began}
     try:
-        result["batches"] = [generate(llm, batch, job["max_tokens"]) for batch in job["batches"]]
+        result["batches"] = [
+            generate(llm, batch, job["max_tokens"]) for batch in job["batches"]
+        ]
         result["facts"] = facts(llm)
     except Exception as error:  # noqa: BLE001 (as above)
         result |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}

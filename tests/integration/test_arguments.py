@@ -33,7 +33,11 @@ def test_json_and_dotted_options(parser):
     args = parse(
         parser, "--moe-offload=lru", "--moe-offload-config", '{"cache_gb": 2, "verify": true}'
     )
-    assert args.additional_config["moe_offload"] == {"mode": "lru", "cache_gb": 2, "verify": True}
+    assert args.additional_config["moe_offload"] == {
+        "mode": "lru",
+        "cache_gb": 2,
+        "verify": True,
+    }
     args = parse(parser, "--moe-offload=lru", "--moe-offload-config.cache_gb", "25%")
     assert args.additional_config["moe_offload"] == {"mode": "lru", "cache_gb": "25%"}
 

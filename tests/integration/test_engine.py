@@ -32,7 +32,9 @@ def test_start_errors_are_clear_and_second_start_opens(demo_model, run_engines, 
     blocked.write_text("")
 
     def offload(**options):
-        return engine(model, eager=True, offload={"mode": "trace", "store_dir": str(stores), **options})
+        return engine(
+            model, eager=True, offload={"mode": "trace", "store_dir": str(stores), **options}
+        )
 
     too_small, no_directory, first, second = run_engines(
         [
@@ -101,9 +103,7 @@ def test_a_damaged_store_never_serves_wrong_tokens(demo_model, run_engines, tmp_
     assert "error" not in built
     (path,) = stores.glob("*/rank0of1/experts.bin")
     flip_bytes(path)
-    (flipped,) = run_engines(
-        [engine(model, eager=True, offload={**options, "verify": True})]
-    )
+    (flipped,) = run_engines([engine(model, eager=True, offload={**options, "verify": True})])
     assert "checksum" in flipped["trace"]
     assert "experts.bin" in flipped["trace"]
     with path.open("r+b") as file:

@@ -31,7 +31,10 @@ def assert_identical(results, expected_rows):
 def test_eager_at_half_capacity(arch, demo_model, store_dir, run_engines):
     model = demo_model(arch)
     rows = num_experts(arch) // 2
-    jobs = [engine(model, eager=True), engine(model, eager=True, offload=offload(store_dir, "50%"))]
+    jobs = [
+        engine(model, eager=True),
+        engine(model, eager=True, offload=offload(store_dir, "50%")),
+    ]
     results = run_engines(jobs)
     assert_identical(results, [rows])
     assert results[1]["facts"]["misses"] > 0

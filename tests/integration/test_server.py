@@ -91,9 +91,11 @@ def test_requests_metrics_log_and_trace(demo_model, store_dir, tmp_path):
 
 def test_a_wrong_option_ends_the_server_at_once(demo_model, tmp_path):
     arguments = [*ARGUMENTS, "--moe-offload=trace", "--moe-offload-config.cachegb", "1"]
-    with Server(demo_model("mixtral"), arguments, log=tmp_path / "log") as server:
-        with pytest.raises(ServerDied, match="unknown option 'cachegb'; allowed: mode, cache_gb"):
-            server.wait_healthy()
+    with (
+        Server(demo_model("mixtral"), arguments, log=tmp_path / "log") as server,
+        pytest.raises(ServerDied, match="unknown option 'cachegb'; allowed: mode, cache_gb"),
+    ):
+        server.wait_healthy()
 
 
 @pytest.mark.slow

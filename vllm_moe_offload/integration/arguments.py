@@ -39,9 +39,13 @@ def _describe_options() -> str:
     lines = []
     for name, field in OffloadConfig.model_fields.items():
         if name != "mode":
-            default = "" if field.default_factory else f" (default: {json.dumps(field.default)})"
+            default = (
+                "" if field.default_factory else f" (default: {json.dumps(field.default)})"
+            )
             lines.append(f"{name}: {field.description}{default}")
-    return "Options as JSON, or one by one as --moe-offload-config.KEY VALUE. " + " ".join(lines)
+    return "Options as JSON, or one by one as --moe-offload-config.KEY VALUE. " + " ".join(
+        lines
+    )
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -78,11 +82,13 @@ def _add_cli_args(original: Any, parser: argparse.ArgumentParser) -> argparse.Ar
     return parser
 
 
-def _from_cli_args(original: Any, cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+def _from_cli_args(
+    original: Any, cls: type[EngineArgs], args: argparse.Namespace
+) -> EngineArgs:
     mode = getattr(args, "moe_offload", None)
-    options = getattr(args, "moe_offload_config", None)
+    options: dict[str, Any] | None = getattr(args, "moe_offload_config", None)
     if mode is not None or options is not None:
-        if mode is None and "mode" not in options:
+        if mode is None and "mode" not in (options or {}):
             raise OptionError(
                 "--moe-offload-config is given without --moe-offload; add --moe-offload=MODE, "
                 f"MODE one of {', '.join(MODES)}"
@@ -99,7 +105,9 @@ def _from_cli_args(original: Any, cls: type[EngineArgs], args: argparse.Namespac
     return engine_args
 
 
-def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+def _create_engine_config(
+    original: Any, self: EngineArgs, *args: Any, **kwargs: Any
+) -> VllmConfig:
     additional = self.additional_config
     raw = additional.get(KEY, {}) if isinstance(additional, dict) else {}
     options = parse_options(raw)  # before the model's config is read: typos fail first

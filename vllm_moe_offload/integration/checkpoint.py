@@ -31,7 +31,9 @@ def layer_number(name: str) -> int | None:
 class SortedCheckpoint:
     """Where every tensor of a checkpoint lies; tensors are read one at a time when asked for."""
 
-    def __init__(self, loader: DefaultModelLoader, model_config: Any, model: torch.nn.Module) -> None:
+    def __init__(
+        self, loader: DefaultModelLoader, model_config: Any, model: torch.nn.Module
+    ) -> None:
         """Reads the headers of the safetensors files, no weights.
 
         Raises:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -82,7 +82,7 @@ def _log_with_offload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     directory = counters_dir()
     if directory is not None:
         totals = sum_values(read_counters(directory))
-        previous = getattr(self, "_moe_offload_totals", Counter())
+        previous = cast(Counter[str], getattr(self, "_moe_offload_totals", Counter()))
         self._moe_offload_totals = totals
         line = stats_line(totals, previous)
         if line:

@@ -41,6 +41,9 @@ class OffloadedExperts:
 
     runtime: OffloadRuntime | None = None
     moe_layer: int = -1
+    # Of RoutedExperts, with which this class is mixed.
+    layer_name: str
+    quant_method: Any
 
     def forward_modular(
         self,
@@ -68,7 +71,7 @@ class OffloadedExperts:
             raise RuntimeError(f"{self.layer_name} runs before its experts were stored")
         slot_ids = runtime.begin_layer(self.moe_layer, topk_ids)
         if slot_ids is None:
-            return self._forward_in_waves(x, topk_weights, topk_ids)
+            return self._forward_in_waves(runtime, x, topk_weights, topk_ids)
         try:
             return self._apply(x, topk_weights, slot_ids)
         finally:
@@ -87,11 +90,15 @@ class OffloadedExperts:
         )
 
     def _forward_in_waves(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+        self,
+        runtime: OffloadRuntime,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
     ) -> torch.Tensor:
         """Sum over subsets of the experts, in float32: equal to plain vLLM up to rounding."""
         total = torch.zeros_like(x, dtype=torch.float32)
-        for slot_ids, in_wave in self.runtime.waves(self.moe_layer, topk_ids):
+        for slot_ids, in_wave in runtime.waves(self.moe_layer, topk_ids):
             weights = torch.where(in_wave, topk_weights, torch.zeros_like(topk_weights))
             total += self._apply(x, weights, slot_ids)
         return total.to(x.dtype)
@@ -121,9 +128,12 @@ def offloaded_class(cls: type) -> type:
 def instantiate(inherited_new: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     """``RoutedExperts.__new__``: our class where the configuration asks for offload."""
     vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is not None and not issubclass(cls, OffloadedExperts):
-        if options_of(vllm_config).enabled:
-            cls = offloaded_class(cls)
+    if (
+        vllm_config is not None
+        and not issubclass(cls, OffloadedExperts)
+        and options_of(vllm_config).enabled
+    ):
+        cls = offloaded_class(cls)
     return inherited_new(cls, *args, **kwargs)
 
 

@@ -29,7 +29,13 @@ from vllm_moe_offload.integration.checkpoint import SortedCheckpoint, layer_numb
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec
-from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, open_store, store_lock
+from vllm_moe_offload.store import (
+    ExpertStore,
+    StoreBuilder,
+    StoreIdentity,
+    open_store,
+    store_lock,
+)
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -61,7 +67,9 @@ def stream_weights(
     load.finish()
 
 
-def load_dummy_weights(original: Any, loader: Any, model: torch.nn.Module, model_config: Any) -> None:
+def load_dummy_weights(
+    original: Any, loader: Any, model: torch.nn.Module, model_config: Any
+) -> None:
     """DummyModelLoader.load_weights: random experts too, one layer in memory at a time."""
     load = _begin(get_current_vllm_config(), model)
     if load is None:
@@ -148,9 +156,7 @@ class ExpertLoad:
     def builder(self) -> StoreBuilder:
         """A builder for the missing store; its layout is known after the first layer."""
         logger.info("MoE offload: building the expert store in %s", self.directory)
-        return StoreBuilder(
-            self.directory, self._identity, len(self.layers), self.num_experts
-        )
+        return StoreBuilder(self.directory, self._identity, len(self.layers), self.num_experts)
 
     def progress(self) -> Iterator[tuple[int, int]]:
         """(index, decoder layer) of every MoE layer, behind a progress bar."""
@@ -226,7 +232,11 @@ def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:
     return StoreIdentity.of_checkpoint(
         Path(model_config.model),
         load_format=str(
-            getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format)
+            getattr(
+                vllm_config.load_config.load_format,
+                "value",
+                vllm_config.load_config.load_format,
+            )
         ),
         dtype=str(layer.params_dtype).removeprefix("torch."),
         quantization=model_config.quantization or "none",

@@ -6,7 +6,7 @@ worker's runtime. A runner whose model has no offloaded layer passes straight th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def runtime_of(runner: Any) -> OffloadRuntime | None:
             return None  # not loaded yet
         runtime = find_runtime(runner.get_model())
         runner._moe_offload_runtime = runtime
-    return runtime  # type: ignore[no-any-return]
+    return cast(OffloadRuntime | None, runtime)
 
 
 def v1_prepare_inputs(
@@ -65,7 +65,9 @@ def v2_prepare_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     return batch
 
 
-def execute_model(original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+def execute_model(
+    original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Ends requests that the scheduler reports as finished, and only those.
 
     V2 shows a preemption as removal and re-adding; ``finished_req_ids`` never names it.

@@ -30,7 +30,11 @@ def start_runtime(
 ) -> OffloadRuntime:
     """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool."""
     first = layers[0]
-    policy = make_policy(options.mode if options.mode in POLICIES else "lrfu", len(layers), first.local_num_experts)
+    policy = make_policy(
+        options.mode if options.mode in POLICIES else "lrfu",
+        len(layers),
+        first.local_num_experts,
+    )
     shape = _shape(vllm_config, options, store, first, policy)
     _log_plan(options, store, shape)
     pool = SlotPool(store.layout, shape.num_rows)
@@ -148,7 +152,9 @@ def _recorder(
     )
 
 
-def _counter_file(vllm_config: Any, options: OffloadConfig, parallel: Any) -> CounterFile | None:
+def _counter_file(
+    vllm_config: Any, options: OffloadConfig, parallel: Any
+) -> CounterFile | None:
     directory = counters_dir()
     if directory is None:
         return None

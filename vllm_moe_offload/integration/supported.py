@@ -83,8 +83,8 @@ def _loading_problems(config: Any) -> Iterator[str]:
     group_size = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
     if group_size:
         yield (
-            f"offload_group_size={group_size!r}: vLLM's prefetch offloader cannot hold the same "
-            "weights"
+            f"offload_group_size={group_size!r}: vLLM's prefetch offloader cannot hold the "
+            "same weights"
         )
     if getattr(config, "weight_transfer_config", None) is not None:
         yield "weight_transfer_config: weights cannot be replaced while the store holds them"
