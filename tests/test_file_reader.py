@@ -162,12 +162,13 @@ def test_extents_of_one_request_are_consecutive_in_the_file(file, content, direc
     assert (together == content[5 * BLOCK : 5 * BLOCK + together.size]).all()
 
 
-def test_more_extents_than_one_system_call_takes(file, content):
-    parts = [aligned(BLOCK) for _ in range(3000)]
-    with Reader(file, threads=2) as reader:
+@pytest.mark.parametrize(("direct", "size"), [(True, BLOCK), (False, 100)])
+def test_more_extents_than_one_system_call_takes(file, content, direct, size):
+    parts = [aligned(size) for _ in range(3000)]
+    with Reader(file, direct, threads=2) as reader:
         reader.submit(Request(0, 0, parts))
-        assert reader.wait_all() == [(0, 0, 3000 * BLOCK)]
-    assert (np.concatenate(parts) == content[: 3000 * BLOCK]).all()
+        assert reader.wait_all() == [(0, 0, 3000 * size)]
+    assert (np.concatenate(parts) == content[: 3000 * size]).all()
 
 
 def test_without_o_direct_nothing_needs_to_be_aligned(file, content):
@@ -253,6 +254,18 @@ def test_what_began_or_ended_cannot_be_cancelled(file):
             pass
         assert ended == [(0, 0, BLOCK)]
         assert reader.cancel(0) == 0
+
+
+def test_a_read_of_which_some_chunks_began_cannot_be_cancelled(file):
+    with Reader(file, threads=1) as reader:
+        request = plug(0)
+        target = request.parts[0]
+        target.fill(0xEE)
+        reader.submit(request)
+        while target[-1] == 0xEE:
+            time.sleep(0.0001)
+        assert reader.cancel(0) == 0
+        assert reader.wait_all() == [(0, 0, PLUG_BYTES)]
 
 
 def test_cancelling_the_last_read_wakes_a_waiter(file):

@@ -380,7 +380,7 @@ def test_wrong_expert_shows_in_logprobs(observed: dict[str, Any]) -> None:
 @pytest.mark.vllm
 def test_served_text_does_not_collapse(observed: dict[str, Any]) -> None:
     assert observed["repeats"] < 0.1
-    assert observed["greedy_distinct"] >= 5
+    assert observed["greedy_distinct"] >= 4
 
 
 def lru_hit_rate(requests: list[torch.Tensor], slots: int) -> float:

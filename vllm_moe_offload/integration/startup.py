@@ -14,7 +14,7 @@ from vllm_moe_offload.config import GIB, OffloadConfig
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
-from vllm_moe_offload.policy import POLICIES, Policy, make_policy
+from vllm_moe_offload.policy import Policy, serving_policy
 from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
@@ -30,11 +30,7 @@ def start_runtime(
 ) -> OffloadRuntime:
     """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool."""
     first = layers[0]
-    policy = make_policy(
-        options.mode if options.mode in POLICIES else "lrfu",
-        len(layers),
-        first.local_num_experts,
-    )
+    policy = serving_policy(options.mode, len(layers), first.local_num_experts)
     shape = _shape(vllm_config, options, store, first, policy)
     _log_plan(options, store, shape)
     pool = SlotPool(store.layout, shape.num_rows)

@@ -269,7 +269,9 @@ class TracePolicy(Policy):
         part = slice(begin * self.num_experts, end * self.num_experts)
         total = state.history[:count, part].sum(axis=0)
         if self.options.slow_history:
-            total += np.float32(self.options.slow_history) * state.slow[:count, part].sum(axis=0)
+            total += np.float32(self.options.slow_history) * state.slow[:count, part].sum(
+                axis=0
+            )
         total *= self._share
         if self.model is not None and self.model.version:
             if count == 1:
