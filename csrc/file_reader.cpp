@@ -111,7 +111,8 @@ FileReader::FileReader(const std::string& path, bool direct, int32_t num_threads
     : direct_(direct), file_(path, O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0)) {
   struct stat status{};
   if (fstat(file_.get(), &status) != 0) {
-    throw std::runtime_error("cannot stat " + path + ": " + describe_errno(errno));
+    const int error = errno;
+    throw std::runtime_error("cannot stat " + path + ": " + describe_errno(error));
   }
   if (!S_ISREG(status.st_mode)) throw std::runtime_error(path + " is not a regular file");
   if (num_threads < 1) {

@@ -8,7 +8,6 @@
 
 #include <sys/uio.h>
 
-#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,16 +265,6 @@ def test_a_read_of_which_some_chunks_began_cannot_be_cancelled(file):
             time.sleep(0.0001)
         assert reader.cancel(0) == 0
         assert reader.wait_all() == [(0, 0, PLUG_BYTES)]
-
-
-def test_cancelling_the_last_read_wakes_a_waiter(file):
-    with Reader(file, threads=1) as reader:
-        reader.submit(plug(0), Request(1, 0, [aligned(BLOCK)], PREFETCH))
-        waiter = threading.Thread(target=reader.wait_all)
-        waiter.start()
-        reader.cancel(1)
-        waiter.join(timeout=10)
-        assert not waiter.is_alive()
 
 
 def test_close_drops_what_is_queued(file):

@@ -59,10 +59,10 @@ class TraceOptions:
     """
 
     value: float = 1.0
-    value_tokens: float = 0.0
+    value_tokens: float = 500.0
     history: float = 1.0
     history_half_life: float = 8.0
-    slow_history: float = 0.0
+    slow_history: float = 2.0
     slow_half_life: float = 64.0
     state_half_life: float = 3.0
     discount: float = 0.7
@@ -249,11 +249,11 @@ class TracePolicy(Policy):
         if self.model is not None and self.model.version:
             states = self.model.project(state.activity[:count])
             state.value[:count] = self.model.predict(states)
-        if self.model is not None:
-            evidence = self.model.num_tokens / max(
-                self.model.num_tokens + self.options.value_tokens, 1.0
-            )
-            self._value_weight = np.float32(self.options.value * evidence)
+        learned = self.model.num_tokens if self.model is not None else 0
+        evidence = learned / (learned + self.options.value_tokens) if learned else 0.0
+        self._value_weight = np.float32(self.options.value * evidence)
+        # Of lasting preferences, too, the successor model knows more once it has evidence.
+        self._slow_share = np.float32(self.options.slow_history * (1.0 - evidence))
         self._share = np.float32(self.options.history / max(count, 1))
         options = self.options
         cold = (
