@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -137,13 +138,22 @@ def write_report(
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1, default=_plain) + "\n")
+    text = json.dumps(report, indent=1, default=_plain)
+    temporary.write_text(_NUMBERS.sub(_on_one_line, text) + "\n")
     temporary.rename(path)
     console = Console()
     if bars:
         console.print(bars_table([(name, bar.to_json()) for bar in bars]))
     console.print(f"Report: {path}")
     return path
+
+
+_NUMBERS = re.compile(r"\[\s+(-?[0-9][-+0-9.eE,\s]*?)\s+\]")
+"""A list of nothing but numbers; strings begin with a quote and cannot match."""
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found[1].split()) + "]"
 
 
 def _plain(value: Any) -> Any:

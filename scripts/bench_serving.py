@@ -443,7 +443,7 @@ def llamacpp_shape(args: argparse.Namespace) -> int:
     for column in columns:
         table.add_column(column, justify="left" if column == "mode" else "right")
     for case in cases:
-        other = LLAMACPP.get(case["share"])
+        other = None if args.quick else LLAMACPP.get(case["share"])  # of another shape
         table.add_row(
             f"{case['share']:.0%}",
             case["mode"],
@@ -464,6 +464,7 @@ def llamacpp_shape(args: argparse.Namespace) -> int:
         )
         for case in cases
         if case["mode"] == "trace" and case["share"] == least and least in LLAMACPP
+        if not args.quick  # another shape
     ]
     write_report(
         "llamacpp_shape",

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# All CPU benchmarks, one after the other, then the table of bars. Called by `make bench`.
+#
+#   scripts/bench.sh [--quick] [--work-dir DIR] [--results DIR]
+#
+# Each writes its JSON under benchmarks/results/ (--quick: build/bench/results/). Those that
+# drop the page cache or make a memory cgroup need root and are left out without it. Nothing
+# else should run on the machine meanwhile. Needs 30 GB below --work-dir.
+# Exit status: 0 all ran and met their bars; 1 a bar was missed; 2 a benchmark did not run.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+results=benchmarks/results
+previous=
+for argument in "$@"; do
+  [ "$argument" = --quick ] && results=build/bench/results
+done
+for argument in "$@"; do
+  [ "$previous" = --results ] && results=$argument
+  case $argument in --results=*) results=${argument#--results=} ;; esac
+  previous=$argument
+done
+
+declare -a failed=()
+run() {
+  echo
+  echo "=== $*"
+  local began=$SECONDS
+  "$python" "$@" || failed+=("$* (status $?)")
+  echo "=== took $((SECONDS - began)) s"
+}
+
+run scripts/bench_planner.py "$@"
+run scripts/bench_reads.py "$@"
+run scripts/bench_serving.py resident "$@"
+run scripts/bench_serving.py llamacpp-shape "$@"
+run scripts/bench_serving.py start "$@"
+run scripts/bench_memory.py "$@"
+
+echo
+"$python" scripts/bench_report.py --strict --results "$results"
+status=$?
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'Did not run to the end: %s\n' "${failed[@]}"
+  exit 2
+fi
+exit $status

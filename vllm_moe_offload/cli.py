@@ -1,0 +1,303 @@
+"""``vllm-moe-offload``: replay routing traces and look into them.
+
+Every subcommand is a :class:`Command`; append one to :data:`COMMANDS` to add another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from vllm_moe_offload import __version__
+from vllm_moe_offload.policy import POLICIES, make_policy
+from vllm_moe_offload.replay import (
+    ReplayError,
+    ReplayResult,
+    capacity_slots,
+    decode_schedule,
+    replay,
+    replay_recorded,
+)
+from vllm_moe_offload.trace.collection import CollectionError
+from vllm_moe_offload.trace.inspect import describe, plot_heat_maps
+from vllm_moe_offload.trace.routing import RoutingTrace, TraceError, load_trace
+
+PREFETCH_DEPTH = 4
+
+
+class UsageError(ValueError):
+    """An argument is wrong; the message names it, its value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        path: its words, such as ``("trace", "show")``.
+        help: one line.
+        add_arguments: declares its arguments.
+        run: does it; returns the exit status.
+    """
+
+    path: tuple[str, ...]
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _items(option: str, text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise UsageError(f"{option} is empty; give one or more values separated by commas")
+    return items
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any], allowed: str) -> list[Any]:
+    values = []
+    for item in _items(option, text):
+        try:
+            values.append(kind(item))
+        except ValueError as error:
+            raise UsageError(f"{option}={item}: must be {allowed}") from error
+    return values
+
+
+def _policy_specs(text: str) -> list[str]:
+    """Splits ``lru,lrfu:half_life=8,trace:prior=0,value=0``: a parameter has no name."""
+    specs: list[str] = []
+    for item in _items("--policy", text):
+        is_parameter = "=" in item and ":" not in item
+        if is_parameter and specs and ":" in specs[-1]:
+            specs[-1] += f",{item}"
+        else:
+            specs.append(item)
+    return specs
+
+
+# ---- replay ----------------------------------------------------------------------------
+
+
+def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", metavar="TRACE.npz", help="routing trace")
+    parser.add_argument(
+        "--policy",
+        default="lru,lru-layer,lfu,lrfu,eamc,trace,belady",
+        help=f"comma-separated, of {', '.join(POLICIES)}; parameters as in lrfu:half_life=8 "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--capacity", default="0.25", help="shares of all experts, e.g. 0.125,0.25,0.5"
+    )
+    parser.add_argument("--concurrency", default="1", help="requests at a time, e.g. 1,4,8")
+    parser.add_argument("--requests", type=int, help="only the first N requests of the trace")
+    parser.add_argument(
+        "--schedule",
+        choices=["decode", "recorded"],
+        default="decode",
+        help="decode: one token of every active request per step; recorded: the steps, slots "
+        "and staging slots of the server that recorded the trace",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON; - is stdout")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw hit rate over capacity")
+
+
+def _run_replay(arguments: argparse.Namespace) -> int:
+    trace = load_trace(arguments.trace)
+    specs = _policy_specs(arguments.policy)
+    for spec in specs:
+        make_policy(spec, trace.num_layers, trace.num_experts)
+    if arguments.schedule == "recorded":
+        results = _replay_recorded(trace, specs)
+    else:
+        results = _replay_grid(trace, specs, arguments)
+    documents = [result.as_dict() for result in results]
+    if arguments.json == "-":
+        print(json.dumps(documents, indent=2))
+    else:
+        _print_results(results)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(documents, indent=2) + "\n")
+    if arguments.plot:
+        _plot_results(results, arguments.plot)
+    return 0
+
+
+def _replay_recorded(trace: RoutingTrace, specs: Sequence[str]) -> list[ReplayResult]:
+    return [replay_recorded(trace, spec) for spec in tqdm(specs, unit="policy", leave=False)]
+
+
+def _replay_grid(
+    trace: RoutingTrace, specs: Sequence[str], arguments: argparse.Namespace
+) -> list[ReplayResult]:
+    capacities = _numbers("--capacity", arguments.capacity, float, "a number in (0, 1]")
+    concurrencies = _numbers("--concurrency", arguments.concurrency, int, "an integer above 0")
+    for capacity in capacities:
+        capacity_slots(capacity, trace.num_layers, trace.num_experts)
+    cells = list(itertools.product(concurrencies, capacities, specs))
+    tokens = sum(
+        int(decode_schedule(trace, concurrency, arguments.requests).row_token.size)
+        for concurrency in concurrencies
+    )
+    total = tokens * len(capacities) * len(specs)
+    results = []
+    with tqdm(total=total, unit="tok", unit_scale=True, leave=False) as bar:
+        for concurrency, capacity, spec in cells:
+            bar.set_description(f"{spec} B={concurrency} {capacity:g}")
+            results.append(
+                replay(
+                    trace,
+                    spec,
+                    capacity,
+                    concurrency,
+                    num_requests=arguments.requests,
+                    prefetch_depth=PREFETCH_DEPTH if spec.split(":")[0] == "trace" else 0,
+                    progress=bar.update,
+                )
+            )
+    return results
+
+
+def _print_results(results: Sequence[ReplayResult]) -> None:
+    table = Table()
+    for heading in ("policy", "capacity", "concurrency", "hit rate", "misses/token"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    table.add_column("prefetch coverage", justify="right")
+    table.add_column("prefetch waste", justify="right")
+    for result in results:
+        table.add_row(
+            result.policy,
+            f"{result.capacity:.3g}",
+            "recorded" if result.concurrency is None else str(result.concurrency),
+            f"{result.hit_rate:.4f}",
+            f"{result.misses_per_token:.2f}",
+            "" if result.prefetch_coverage is None else f"{result.prefetch_coverage:.3f}",
+            "" if result.prefetch_waste is None else f"{result.prefetch_waste:.3f}",
+        )
+    Console().print(table)
+
+
+def _plot_results(results: Sequence[ReplayResult], path: str) -> None:
+    pyplot = _pyplot()
+    concurrencies = list(dict.fromkeys(result.concurrency for result in results))
+    figure, axes = pyplot.subplots(
+        1, len(concurrencies), figsize=(5 * len(concurrencies), 4), squeeze=False
+    )
+    for axis, concurrency in zip(axes[0], concurrencies, strict=True):
+        for policy in dict.fromkeys(result.policy for result in results):
+            points = [
+                (result.capacity, result.hit_rate)
+                for result in results
+                if result.policy == policy and result.concurrency == concurrency
+            ]
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=policy)
+        axis.set_title(
+            "recorded" if concurrency is None else f"{concurrency} requests at a time"
+        )
+        axis.set_xlabel("share of experts in the cache")
+        axis.set_ylabel("hit rate")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError(
+            "--plot needs matplotlib: pip install 'vllm-moe-offload[plot]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+# ---- trace show ------------------------------------------------------------------------
+
+
+def _add_show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="routing trace or EAM collection")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw heat maps of the experts used")
+
+
+def _run_show(arguments: argparse.Namespace) -> int:
+    summary, maps = describe(arguments.file)
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        table = Table(show_header=False)
+        for key, value in summary.items():
+            table.add_row(key.replace("_", " "), str(value))
+        Console().print(table)
+    if arguments.plot:
+        plot_heat_maps(_pyplot(), maps, arguments.plot)
+    return 0
+
+
+# ---- the program -----------------------------------------------------------------------
+
+COMMANDS: list[Command] = [
+    Command(
+        ("replay",),
+        "policy table on a recorded routing trace",
+        _add_replay_arguments,
+        _run_replay,
+    ),
+    Command(
+        ("trace", "show"),
+        "what a recorded trace or EAM collection holds",
+        _add_show_arguments,
+        _run_show,
+    ),
+]
+GROUP_HELP = {"trace": "recorded traces and collections", "store": "expert stores"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of all :data:`COMMANDS`."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-moe-offload", description="Mixture-of-Experts models bigger than memory."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups: dict[str, Any] = {}
+    for command in COMMANDS:
+        *group, name = command.path
+        parent = top
+        if group:
+            if group[0] not in groups:
+                group_parser = top.add_parser(group[0], help=GROUP_HELP.get(group[0]))
+                groups[group[0]] = group_parser.add_subparsers(required=True, metavar="COMMAND")
+            parent = groups[group[0]]
+        subparser = parent.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Errors are one line on stderr and status 2."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ReplayError, TraceError, CollectionError, UsageError, OSError, ValueError) as error:
+        print(f"vllm-moe-offload: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
