@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_records_larger_than_the_write_buffers(tmp_path):
     store.verify()
     tensors = layer_tensors(layout, 3, 0)
     assert store.path.read_bytes() == b"".join(record_of(layout, tensors, e) for e in range(3))
+
+
+def test_buffers_are_not_refilled_before_they_are_written(tmp_path, monkeypatch):
+    real = os.pwrite
+
+    def slow_pwrite(descriptor, view, offset):
+        time.sleep(0.05)
+        return real(descriptor, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow_pwrite)
+    build(tmp_path, layout_of(12 << 20), num_layers=1, num_experts=7).verify()
 
 
 def test_reopened_store_equals_the_built_one(tmp_path):

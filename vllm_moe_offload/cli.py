@@ -134,7 +134,10 @@ def _run_replay(arguments: argparse.Namespace) -> int:
 
 
 def _replay_recorded(trace: RoutingTrace, specs: Sequence[str]) -> list[ReplayResult]:
-    return [replay_recorded(trace, spec) for spec in tqdm(specs, unit="policy", leave=False)]
+    return [
+        replay_recorded(trace, spec)
+        for spec in tqdm(specs, unit="policy", leave=False, disable=None)
+    ]
 
 
 def _replay_grid(
@@ -151,7 +154,7 @@ def _replay_grid(
     )
     total = tokens * len(capacities) * len(specs)
     results = []
-    with tqdm(total=total, unit="tok", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=None) as bar:
         for concurrency, capacity, spec in cells:
             bar.set_description(f"{spec} B={concurrency} {capacity:g}")
             results.append(
@@ -170,10 +173,10 @@ def _replay_grid(
 
 def _print_results(results: Sequence[ReplayResult]) -> None:
     table = Table()
-    for heading in ("policy", "capacity", "concurrency", "hit rate", "misses/token"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    table.add_column("prefetch coverage", justify="right")
-    table.add_column("prefetch waste", justify="right")
+    table.add_column("policy", no_wrap=True)
+    headings = ("capacity", "concurrency", "hit rate", "misses per token")
+    for heading in (*headings, "prefetch coverage", "prefetch waste"):
+        table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
             result.policy,

@@ -26,9 +26,13 @@ import numpy.typing as npt
 
 from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
+from vllm_moe_offload.policy.requests import Decay, RunningRequests
 from vllm_moe_offload.policy.value import SuccessorModel
 from vllm_moe_offload.trace.activation import ActivationTracer
 from vllm_moe_offload.trace.collection import ActivationCollection
+
+SLOW_SHARE_THAT_MATTERS = 0.02
+"""Share of the slow frequency below which keeping it is not worth the time."""
 
 LARGEST_MODELLED = 16384
 """Experts in all layers beyond which the successor model costs more than it brings."""
@@ -54,7 +58,8 @@ class TraceOptions:
         prior_tokens: tokens of own history that halve the prior's weight.
         entries: capacity of the collection.
         layers_ahead: layers whose scores follow each layer call at once; the rest is
-            refreshed at the next step.
+            refreshed at the next step. Below 0, layer calls cost as little as LRFU's: only
+            the history of the layer itself follows at once.
         fallback: whether shadows are heeded (1) or not (0).
     """
 
@@ -74,49 +79,6 @@ class TraceOptions:
     entries: float = 300
     layers_ahead: float = 4
     fallback: float = 1.0
-
-
-class _Requests:
-    """Per-request rows in arrays that grow, without holes: row i is ``order[i]``'s."""
-
-    def __init__(self, size: int, width: int) -> None:
-        self.order: list[str] = []
-        self.row_of: dict[str, int] = {}
-        self.activity: FloatArray = np.zeros((8, size), np.float32)
-        self.history: FloatArray = np.zeros((8, size), np.float32)
-        self.slow: FloatArray = np.zeros((8, size), np.float32)
-        self.value: FloatArray = np.zeros((8, size), np.float32)
-        self.prior: FloatArray = np.zeros((8, size), np.float32)
-        self.used: FloatArray = np.zeros((8, size), np.float32)
-        self.trace: FloatArray = np.zeros((8, width), np.float32)
-        self.tokens: npt.NDArray[np.int64] = np.zeros(8, np.int64)
-
-    _ARRAYS = ("activity", "history", "slow", "value", "prior", "used", "trace", "tokens")
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def add(self, request: str) -> int:
-        row = len(self.order)
-        if row == len(self.tokens):
-            for name in self._ARRAYS:
-                array = getattr(self, name)
-                setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
-        self.order.append(request)
-        self.row_of[request] = row
-        for name in self._ARRAYS:
-            getattr(self, name)[row] = 0
-        return row
-
-    def remove(self, request: str) -> None:
-        row, last = self.row_of.pop(request), len(self.order) - 1
-        if row != last:
-            for name in self._ARRAYS:
-                array = getattr(self, name)
-                array[row] = array[last]
-            self.order[row] = self.order[last]
-            self.row_of[self.order[row]] = row
-        self.order.pop()
 
 
 class TracePolicy(Policy):
@@ -142,7 +104,7 @@ class TracePolicy(Policy):
                 memory_tokens=chosen.memory_tokens,
             )
         width = self.model.state_size + 1 if self.model is not None else 1
-        self._requests = _Requests(size, width)
+        self._requests = RunningRequests(size, width)
         self._table: FloatArray = self.scores
         self._fallback: Fallback | None = None
         self._state_decay = 2.0 ** (-1.0 / chosen.state_half_life)
@@ -152,7 +114,8 @@ class TracePolicy(Policy):
         self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
         self._visited_factor = np.float32(np.exp(-chosen.distance_weight))
         self._ahead = int(chosen.layers_ahead)
-        self._share = np.float32(1.0)
+        self._step_ids: npt.NDArray[np.int64] = np.zeros((num_layers, 0, 0), np.int64)
+        self._layers_seen = 0
 
     def bind(self, scores: FloatArray) -> None:
         """See :meth:`Policy.bind`; without shadows the own scores are the cache's."""
@@ -178,7 +141,7 @@ class TracePolicy(Policy):
     def begin_step(self, rows: StepRows) -> None:
         """Takes new requests in and refreshes the scores of all layers."""
         super().begin_step(rows)
-        self.tracer.begin_step(rows)
+        self._layers_seen = 0
         state = self._requests
         self._rows_in_step = np.array(
             [
@@ -187,8 +150,7 @@ class TracePolicy(Policy):
             ],
             np.int64,
         )
-        count = len(rows.requests)
-        lengths = np.bincount(rows.request_of_row, minlength=count)
+        lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
         self._prepare_decay(rows, lengths)
         self._refresh_priors(rows)
         self._discount_traces()
@@ -200,18 +162,23 @@ class TracePolicy(Policy):
                 self.scores[...] = self._table
 
     def _prepare_decay(self, rows: StepRows, lengths: npt.NDArray[np.int64]) -> None:
+        """Decay and gain of every running request; one that does not run keeps its state."""
+        steps = np.zeros(len(self._requests), np.int64)
+        steps[self._rows_in_step] = lengths
         # A request with n rows forgets n times; its older rows count less already.
         ends = np.cumsum(lengths)
         age = ends[rows.request_of_row] - 1 - np.arange(rows.request_of_row.size)
         self._lengths = lengths
         self._single = bool((lengths == 1).all())
-        self._state_keep = (self._state_decay**lengths).astype(np.float32)[:, None]
-        self._history_keep = (self._history_decay**lengths).astype(np.float32)[:, None]
-        self._slow_keep = (self._slow_decay**lengths).astype(np.float32)[:, None]
-        self._slow_weight = (1 - self._slow_decay) * self._slow_decay**age
-        self._state_weight = (1 - self._state_decay) * self._state_decay**age
-        self._history_weight = (1 - self._history_decay) * self._history_decay**age
-        self._vote_keys = rows.request_of_row.astype(np.int64)[:, None] * self.num_experts
+        self._decays = [
+            Decay(
+                (decay**steps).astype(np.float32)[:, None],
+                np.float32(1 - decay),
+                (1 - decay) * decay**age,
+            )
+            for decay in (self._state_decay, self._history_decay, self._slow_decay)
+        ]
+        self._owner = self._rows_in_step[rows.request_of_row][:, None]
 
     def _refresh_priors(self, rows: StepRows) -> None:
         if self.options.prior <= 0 or not len(self.collection):
@@ -221,13 +188,13 @@ class TracePolicy(Policy):
             tokens = int(state.tokens[row])
             if tokens > 8 * self.options.prior_tokens or tokens & (tokens - 1):
                 continue  # matched after 0, 1, 2, 4, ... own tokens
-            activation = self.tracer.get(request)
-            assert activation is not None
             forecast = self.collection.mean()
-            indices, cosines = self.collection.nearest(activation.counts, 3)
-            for index, cosine in zip(indices, cosines, strict=True):
-                forecast += cosine * self.collection.distribution(int(index))
-            forecast /= 1.0 + float(cosines.sum())
+            activation = self.tracer.get(request)
+            if activation is not None:
+                indices, cosines = self.collection.nearest(activation.counts, 3)
+                for index, cosine in zip(indices, cosines, strict=True):
+                    forecast += cosine * self.collection.distribution(int(index))
+                forecast /= 1.0 + float(cosines.sum())
             state.prior[row] = forecast.reshape(-1)
 
     def _discount_traces(self) -> None:
@@ -262,16 +229,19 @@ class TracePolicy(Policy):
         self._cold = (cold / max(count, 1)).astype(np.float32)
         self._has_prior = options.prior > 0 and len(self.collection) > 0
         self._write(0, self.num_layers)
+        if self._ahead < 0:
+            mean = state.history[:count].mean(axis=0).reshape(self._table.shape)
+            self._mean_history = mean
+            gain = (1 - self._history_decay) * options.history * self._unvisited
+            self._own_gain = gain.astype(np.float32)
 
     def _write(self, begin: int, end: int) -> None:
         """Writes the scores of layers ``[begin, end)``, not visited in this step."""
         state, count = self._requests, len(self._requests)
         part = slice(begin * self.num_experts, end * self.num_experts)
         total = state.history[:count, part].sum(axis=0)
-        if self.options.slow_history:
-            total += np.float32(self.options.slow_history) * state.slow[:count, part].sum(
-                axis=0
-            )
+        if self._slow_share > SLOW_SHARE_THAT_MATTERS:
+            total += self._slow_share * state.slow[:count, part].sum(axis=0)
         total *= self._share
         if self.model is not None and self.model.version:
             if count == 1:
@@ -286,43 +256,18 @@ class TracePolicy(Policy):
         np.multiply(table, self._unvisited[begin:end, None], out=self._table[begin:end])
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Updates the requests' states and the scores of this layer and the next ones."""
-        self.tracer.observe(layer, ids)
-        state, rows = self._requests, self._rows_in_step
-        experts = self.num_experts
-        own = slice(layer * experts, (layer + 1) * experts)
-        size = rows.size * experts
-        keys = (self._vote_keys + ids).reshape(-1)
-        if self._single:
-            used = np.bincount(keys, minlength=size).reshape(rows.size, experts)
-            state_gain = used * np.float32(1 - self._state_decay)
-            history_gain = used * np.float32(1 - self._history_decay)
-            slow_gain = used * np.float32(1 - self._slow_decay)
-            state.used[rows, own] = used
+        """Updates the scores of this layer and, through the model, of the next ones."""
+        if self._step_ids.shape[1:] != ids.shape:
+            self._step_ids = np.zeros((self.num_layers, *ids.shape), np.int64)
+        self._step_ids[layer] = ids
+        self._layers_seen += 1
+        end = layer + 1
+        if self._ahead < 0:
+            # Mean of the requests' histories after this call; the rest keeps until the step's end.
+            row = self._table[layer]
+            row += (votes - self._mean_history[layer]) * self._own_gain[layer]
         else:
-            top_k = ids.shape[1]
-            state_gain = self._weighted(keys, self._state_weight, top_k, size)
-            history_gain = self._weighted(keys, self._history_weight, top_k, size)
-            slow_gain = self._weighted(keys, self._slow_weight, top_k, size)
-        state.history[rows, own] = state.history[rows, own] * self._history_keep + history_gain
-        if self.options.slow_history:
-            state.slow[rows, own] = state.slow[rows, own] * self._slow_keep + slow_gain
-        end = min(self.num_layers, layer + 1 + self._ahead)
-        if self.model is not None:
-            before = state.activity[rows, own]
-            after = before * self._state_keep + state_gain
-            state.activity[rows, own] = after
-            if self.model.version:
-                weights = self.model.weights_of(layer, experts, end)
-                window = slice(layer * experts, end * experts)
-                state.value[rows, window] += (after - before) @ weights
-                self._write(layer, end)
-            else:
-                self._write(layer, layer + 1)
-                end = layer + 1
-        else:
-            self._write(layer, layer + 1)
-            end = layer + 1
+            end = self._absorb_layer(layer)
         self._table[layer] *= self._visited_factor
         if self._fallback is not None:
             self._fallback.observe(layer, ids, votes)
@@ -331,14 +276,54 @@ class TracePolicy(Policy):
             else:
                 self.scores[layer:end] = self._table[layer:end]
 
-    def _weighted(
-        self, keys: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], k: int, size: int
-    ) -> FloatArray:
-        counted = np.bincount(keys, np.repeat(weights, k), size).astype(np.float32)
-        return counted.reshape(-1, self.num_experts)
+    def _absorb_layer(self, layer: int) -> int:
+        """Takes one layer's routing in; returns the layer up to which scores changed."""
+        change = self._absorb(layer, layer + 1)
+        end = layer + 1
+        if self.model is not None and self.model.version:
+            end = min(self.num_layers, end + self._ahead)
+            window = slice(layer * self.num_experts, end * self.num_experts)
+            weights = self.model.weights_of(layer, self.num_experts, end)
+            self._requests.value[: len(self._requests), window] += change @ weights
+        self._write(layer, end)
+        return end
+
+    def _absorb(self, begin: int, end: int) -> FloatArray:
+        """Moves the averages of layers ``[begin, end)`` on; returns the activity's change."""
+        state, count = self._requests, len(self._requests)
+        width = (end - begin) * self.num_experts
+        own = slice(begin * self.num_experts, end * self.num_experts)
+        layer_keys = np.arange(end - begin)[:, None, None] * self.num_experts
+        keys = (layer_keys + self._owner * width + self._step_ids[begin:end]).reshape(-1)
+        used = None
+        if self._single:
+            used = np.bincount(keys, minlength=count * width).reshape(count, width)
+            state.used[:count, own] = used
+        repeats = self._step_ids.shape[2]
+        for_state, for_history, for_slow = self._decays
+        history = state.history[:count, own]
+        history *= for_history.keep
+        history += for_history.gain_of(used, keys, repeats, history)
+        if self._slow_share > SLOW_SHARE_THAT_MATTERS:
+            slow = state.slow[:count, own]
+            slow *= for_slow.keep
+            slow += for_slow.gain_of(used, keys, repeats, slow)
+        activity = state.activity[:count, own]
+        change = activity * (for_state.keep - 1)
+        change += for_state.gain_of(used, keys, repeats, activity)
+        activity += change
+        return change
 
     def end_step(self) -> None:
-        """Learns from the step's generated tokens."""
+        """Takes the step in; one that broke off between layers is dropped."""
+        if self._fallback is not None:
+            self._fallback.end_step()
+        if self._layers_seen != self.num_layers:
+            return
+        self.tracer.begin_step(self.rows)
+        self.tracer.observe_step(self._step_ids)
+        if self._ahead < 0:
+            self._absorb(0, self.num_layers)
         state, rows = self._requests, self._rows_in_step
         if self.model is not None:
             learnable = rows[(self._lengths == 1) & ~self.rows.is_prefill]
@@ -349,8 +334,6 @@ class TracePolicy(Policy):
                     state.used[learnable],
                 )
         state.tokens[rows] += self._lengths
-        if self._fallback is not None:
-            self._fallback.end_step()
 
     def end_request(self, request: str) -> None:
         """The request stops counting at once; its matrix enters the collection."""
