@@ -36,7 +36,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import Bar, results_of, write_report  # noqa: E402
+from scripts.bench_report import Bar, end_on_sigterm, results_of, write_report  # noqa: E402
 from scripts.bench_serving import (  # noqa: E402
     BUILD_LOG,
     ENVIRONMENT,
@@ -482,6 +482,7 @@ def main() -> int:
         help="also run plain vLLM without limit and compare the tokens",
     )
     args = parser.parse_args()
+    end_on_sigterm()
     if os.geteuid() != 0:
         console.print(
             "bench_memory.py makes a memory cgroup and drops the page cache: it needs root"

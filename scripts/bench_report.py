@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +102,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def end_on_sigterm() -> None:
+    """Makes SIGTERM raise SystemExit, so that servers are stopped and cgroups removed."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+
 def results_of(args: argparse.Namespace) -> Path:
     """Where the report goes: a quick try must not replace a measurement."""
     if args.results is not None:
@@ -176,6 +182,7 @@ def hardware(directory: Path) -> dict[str, Any]:
         "cores_allowed": len(os.sched_getaffinity(0)),
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": f"{platform.system()} {platform.release()}",
+        "transparent_hugepage": _content("/sys/kernel/mm/transparent_hugepage/enabled"),
         "load_average": os.getloadavg(),
         "disk": disk(directory),
     }
@@ -208,6 +215,10 @@ def disk(directory: Path) -> dict[str, Any]:
         if (queue / name).exists():
             found[name] = (queue / name).read_text().strip()
     return found
+
+
+def _content(path: str) -> str | None:
+    return Path(path).read_text().strip() if Path(path).exists() else None
 
 
 def _field(path: str, name: str) -> str | None:

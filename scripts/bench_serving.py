@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.bench_report import (  # noqa: E402
     Bar,
     add_common_options,
+    end_on_sigterm,
     results_of,
     write_report,
 )
@@ -788,6 +789,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """See the module's docstring."""
     args = build_parser().parse_args()
+    end_on_sigterm()
     if args.quick:
         args.eager = True
         small = {

@@ -21,8 +21,9 @@ MEMORY = 0.85
 """Share of the older hits that a period keeps: about 200 steps count."""
 MARGIN = 0.004
 """A challenger must hit this much more, as a share of all needs, to take over."""
-WARM_UP_PERIODS = 4
-"""Periods that a cold shadow of the own policy is given before it is judged."""
+WARM_UP_PERIODS = 8
+"""Periods after a start or a change of rule before the next decision: a few hundred steps of
+evidence, and caches that had time to fill."""
 
 
 class Shadow(Protocol):
@@ -73,7 +74,7 @@ class Fallback:
         self._seen = np.zeros((len(plain) + 1, 2), np.int64)
         self._recent = np.zeros((len(plain) + 1, 2), np.float64)
         self._steps = 0
-        self._warm_up = 0
+        self._warm_up = WARM_UP_PERIODS
         self.winner: Shadow | None = None
         self.switches = 0
 
@@ -109,7 +110,6 @@ class Fallback:
         self._seen = totals
         if self._warm_up:
             self._warm_up -= 1
-            self._recent[0] = 0
             return
         self._decide()
 
@@ -130,8 +130,8 @@ class Fallback:
             self._hand_over(self._plain[best - 1])
 
     def _hand_over(self, winner: Shadow | None) -> None:
-        if self.winner is None:
-            self._warm_up = WARM_UP_PERIODS  # the own shadow's cache is cold or stale
+        self._warm_up = WARM_UP_PERIODS
+        self._recent[0] = 0  # counted by another cache, cold or stale, from now on
         self.winner = winner
         self.switches += 1
         self._seen[0] = self._own_total()

@@ -34,6 +34,9 @@ from vllm_moe_offload.trace.collection import ActivationCollection
 SLOW_SHARE_THAT_MATTERS = 0.02
 """Share of the slow frequency below which keeping it is not worth the time."""
 
+LEARNING_ROWS = 4
+"""Requests learned from at a time: more add cost per step, and evidence comes anyway."""
+
 LARGEST_MODELLED = 16384
 """Experts in all layers beyond which the successor model costs more than it brings."""
 
@@ -77,7 +80,7 @@ class TraceOptions:
     prior: float = 0.5
     prior_tokens: float = 4.0
     entries: float = 300
-    layers_ahead: float = 4
+    layers_ahead: float = -1
     fallback: float = 1.0
 
 
@@ -201,7 +204,7 @@ class TracePolicy(Policy):
         if self.model is None:
             return
         state, rows = self._requests, self._rows_in_step
-        started = rows[state.tokens[rows] > 0]
+        started = rows[(state.tokens[rows] > 0) & (rows < LEARNING_ROWS)]
         if not started.size:
             return
         discount = self.model.discount
@@ -327,6 +330,7 @@ class TracePolicy(Policy):
         state, rows = self._requests, self._rows_in_step
         if self.model is not None:
             learnable = rows[(self._lengths == 1) & ~self.rows.is_prefill]
+            learnable = learnable[learnable < LEARNING_ROWS]
             if learnable.size:
                 self.model.learn(
                     self.model.project(state.activity[learnable]),
