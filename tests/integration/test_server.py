@@ -8,6 +8,8 @@ import pytest
 
 from scripts.server import Server, ServerDied
 from tests.integration.conftest import PREFILL_TOKENS, prompt
+from vllm_moe_offload.replay import replay_recorded
+from vllm_moe_offload.trace.routing import load_trace
 
 pytestmark = pytest.mark.vllm
 
@@ -87,6 +89,9 @@ def test_requests_metrics_log_and_trace(demo_model, store_dir, tmp_path):
         assert sorted(recorded["lens"].tolist()) == sorted(computed)
         assert sorted(recorded["prefill_lens"].tolist()) == sorted(map(len, PROMPTS))
         assert recorded["ids"].shape[0] == sum(computed)
+    # Serving counts with LRFU's scores; replay drives the same cache and policy objects.
+    replayed = replay_recorded(load_trace(trace), "lrfu")
+    assert (replayed.hits, replayed.misses) == (hits, misses)
 
 
 def test_a_wrong_option_ends_the_server_at_once(demo_model, tmp_path):
