@@ -81,9 +81,9 @@ def ensure_model(directory: Path, shape: Mapping[str, int], arch: str = "mixtral
     return model
 
 
-def prompts(count: int, words: int = 24) -> list[str]:
-    """Texts that keep to a topic each; the same ones at every call."""
-    rng = random.Random(0)
+def prompts(count: int, words: int = 24, seed: int = 0) -> list[str]:
+    """Texts that keep to a topic each; the same ones at every call with the same seed."""
+    rng = random.Random(seed)
     topics = list(itertools.islice(itertools.cycle(TOPICS.values()), count))
     return [" ".join(rng.choices(topic.split(), k=words)) for topic in topics]
 
@@ -173,14 +173,15 @@ class Turn:
         }
 
 
-def ask(port: int, prompt: str, max_tokens: int) -> Answer:
-    """A greedy completion of exactly ``max_tokens`` tokens."""
+def ask(port: int, prompt: str, max_tokens: int, temperature: float = 0.0) -> Answer:
+    """A completion of exactly ``max_tokens`` tokens; greedy at temperature 0."""
     connection = http.client.HTTPConnection(HOST, port, timeout=900)
     body = {
         "model": NAME,
         "prompt": prompt,
         "max_tokens": max_tokens,
-        "temperature": 0,
+        "temperature": temperature,
+        "seed": 0,
         "ignore_eos": True,
     }
     began = time.perf_counter()
@@ -200,11 +201,13 @@ def ask(port: int, prompt: str, max_tokens: int) -> Answer:
     return Answer(data["choices"][0]["text"], tokens, seconds)
 
 
-def take_turn(server: Server, texts: Sequence[str], max_tokens: int) -> Turn:
+def take_turn(
+    server: Server, texts: Sequence[str], max_tokens: int, temperature: float = 0.0
+) -> Turn:
     """Sends the requests one after the other; nobody else may send any meanwhile."""
     count_before, decode_before = _decode_time(server)
     began = time.perf_counter()
-    answers = [ask(server.port, text, max_tokens) for text in texts]
+    answers = [ask(server.port, text, max_tokens, temperature) for text in texts]
     seconds = time.perf_counter() - began
     deadline = time.perf_counter() + 10
     while True:  # a request may be answered a moment before it is counted
@@ -421,11 +424,10 @@ def bootstrap_of_median(
 def llamacpp_shape(args: argparse.Namespace) -> int:
     """Decode speed by the share of experts cached, beside llama.cpp's figures."""
     model = ensure_model(args.work_dir, _shape(args))
-    texts = prompts(args.requests)
     cases = []
     for share, mode in itertools.product(args.shares, args.modes):
         console.print(f"{mode}, {share:.0%} of the experts cached")
-        cases.append(_serve_share(args, model, texts, share, mode))
+        cases.append(_serve_share(args, model, share, mode))
     table = Table(
         title="Decode tokens/s, one request at a time (median of repeats)",
         caption="llama.cpp: measured by others on 2 cores, mmap, the same share of weights in "
@@ -485,7 +487,7 @@ def llamacpp_shape(args: argparse.Namespace) -> int:
 
 
 def _serve_share(
-    args: argparse.Namespace, model: Path, texts: Sequence[str], share: float, mode: str
+    args: argparse.Namespace, model: Path, share: float, mode: str
 ) -> dict[str, Any]:
     options = offload_options(mode, f"{100 * share:g}%", args.work_dir / "store")
     log = _logs(args) / f"share-{mode}-{100 * share:.0f}.log"
@@ -493,9 +495,10 @@ def _serve_share(
         model, serve_options(args, *options), log=log, environment=ENVIRONMENT
     ) as server:
         healthy = server.wait_healthy(900)
-        take_turn(server, texts, args.tokens)  # a cold cache is not what is compared
+        # A cold cache is not what is compared; nor is one that saw the very same requests.
+        _sampled_turn(server, args, args.repeats)
         before = offload_counters(server)
-        turns = [take_turn(server, texts, args.tokens) for _ in range(args.repeats)]
+        turns = [_sampled_turn(server, args, number) for number in range(args.repeats)]
         after = offload_counters(server)
     change = {name: after[name] - before[name] for name in after}
     speeds = [turn.decode_speed for turn in turns]
@@ -513,6 +516,16 @@ def _serve_share(
         "stall_share": change["stall_seconds"] / sum(turn.seconds for turn in turns),
         "texts": turns[0].texts,
     }
+
+
+def _sampled_turn(server: Server, args: argparse.Namespace, number: int) -> Turn:
+    """Other prompts for every ``number``.
+
+    Sampled, by default: greedily, the demo model repeats a few words over and over, and a
+    cache hits more than it would on text.
+    """
+    texts = prompts(args.requests, seed=number)
+    return take_turn(server, texts, args.tokens, args.temperature)
 
 
 # ---- start -----------------------------------------------------------------------------------
@@ -773,6 +786,7 @@ def build_parser() -> argparse.ArgumentParser:
     two.add_argument("--repeats", type=int, default=5)
     two.add_argument("--requests", type=int, default=4, help="per repeat")
     two.add_argument("--tokens", type=int, default=64, help="generated per request")
+    two.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
 
     three = commands.add_parser("start", help=start.__doc__)
     three.set_defaults(run=start)
