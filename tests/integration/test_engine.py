@@ -57,7 +57,7 @@ def test_start_errors_are_clear_and_second_start_opens(demo_model, run_engines, 
 
 def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, run_engines, store_dir):
     model = demo_model("gpt_oss")
-    share = f"{100 * (EXPERTS // 2) / (EXPERTS * LAYERS):.4f}%"
+    share = f"{100 * (EXPERTS // 2) / (EXPERTS * LAYERS):.12f}%"
     plain, waves = run_engines(
         [
             engine(model, eager=True),

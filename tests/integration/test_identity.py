@@ -82,4 +82,4 @@ def num_experts(arch):
 
 def one_layer(arch):
     """Share of all experts that is exactly one layer."""
-    return f"{100 * EXPERTS / num_experts(arch):.6f}%"
+    return f"{100 * EXPERTS / num_experts(arch):.12f}%"
