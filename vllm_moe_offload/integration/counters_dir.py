@@ -8,6 +8,7 @@ would change the hash that names vLLM's compilation cache.)
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -23,16 +24,21 @@ def counters_dir() -> Path | None:
     return Path(value) if value and os.path.isdir(value) else None
 
 
+_created: set[Path] = set()
 _at_exit: list[Callable[[Path], None]] = []
 
 
 def ensure_counters_dir() -> Path:
     """The directory (0700), created and removed at exit by the first process that asks."""
     existing = counters_dir()
-    if existing is not None:
+    # A main process that inherited the variable is another vLLM, started by this one's user:
+    # only what multiprocessing started belongs to the same server.
+    belongs = existing in _created or multiprocessing.parent_process() is not None
+    if existing is not None and belongs:
         return existing
     path = Path(tempfile.mkdtemp(prefix="vllm-moe-offload-"))
     os.environ[ENVIRONMENT] = str(path)
+    _created.add(path)
     atexit.register(_close, path, os.getpid())
     return path
 
