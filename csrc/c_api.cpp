@@ -277,12 +277,13 @@ int32_t vmo_reader_cancel(vmo_reader* reader, int64_t tag) {
 }
 
 int32_t vmo_reader_wait(vmo_reader* reader, vmo_completion* completions, int32_t capacity,
-                        int32_t timeout_ms) {
+                        int32_t min_count, int32_t timeout_ms) {
   return guarded<int32_t>(-1, [&] {
     std::array<vmo::ReadResult, 64> results;
     const size_t limit = std::min(results.size(), static_cast<size_t>(std::max(capacity, 0)));
     const size_t count =
-        reader->core.wait(results.data(), limit, std::chrono::milliseconds(timeout_ms));
+        reader->core.wait(results.data(), limit, static_cast<size_t>(std::max(min_count, 1)),
+                          std::chrono::milliseconds(timeout_ms));
     for (size_t i = 0; i < count; ++i) {
       completions[i] = {results[i].tag, results[i].error, 0, results[i].bytes};
     }

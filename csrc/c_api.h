@@ -108,11 +108,12 @@ VMO_API int32_t vmo_reader_submit(vmo_reader* reader, const vmo_read* reads, int
 VMO_API int32_t vmo_reader_promote(vmo_reader* reader, int64_t tag);
 // Drops a queued read; 1 if dropped, 0 if it began or ended (it will be reported).
 VMO_API int32_t vmo_reader_cancel(vmo_reader* reader, int64_t tag);
-// Copies up to `capacity` completions, blocking (asleep, never spinning) until at least
-// one is there, `timeout_ms` passed (0: do not wait, -1: for ever) or nothing is in flight.
-// Returns their number. A read is reported once, when nothing writes to it any more.
+// Copies up to `capacity` (at most 64) completions, blocking (asleep, never spinning) until
+// `min_count` are there, `timeout_ms` passed (0: do not wait, -1: for ever) or no more are
+// in flight. Returns their number. A read is reported once, when nothing writes to it any
+// more.
 VMO_API int32_t vmo_reader_wait(vmo_reader* reader, vmo_completion* completions,
-                                int32_t capacity, int32_t timeout_ms);
+                                int32_t capacity, int32_t min_count, int32_t timeout_ms);
 
 #ifdef __cplusplus
 }

@@ -20,10 +20,11 @@ namespace vmo {
 
 namespace {
 
-// A record is cut evenly for all threads, but not finer or coarser than this. Below, one
-// read no longer hides its own latency; above, a demand waits too long for a prefetch.
+// What waits is cut evenly for all threads, but not finer than one read needs to hide its
+// own latency. Prefetches are cut finer than demands, which wait for their chunks to end.
 constexpr uint64_t kMinChunkBytes = 256U << 10;
-constexpr uint64_t kMaxChunkBytes = 1U << 20;
+constexpr uint64_t kMaxDemandChunkBytes = 4U << 20;
+constexpr uint64_t kMaxPrefetchChunkBytes = 1U << 20;
 constexpr int32_t kEndOfFile = -1;
 
 uint64_t round_up(uint64_t value) {
@@ -194,15 +195,24 @@ std::unique_ptr<FileReader::Request> FileReader::make_request(ReadRequest&& read
   auto request = std::make_unique<Request>();
   request->read = std::move(read);
   for (const iovec& extent : request->read.extents) request->total_bytes += extent.iov_len;
-  const uint64_t share = round_up((request->total_bytes + num_threads_ - 1) / num_threads_);
-  request->chunk_bytes = std::clamp(share, kMinChunkBytes, kMaxChunkBytes);
   request->result.tag = request->read.tag;
   return request;
 }
 
 void FileReader::move_to(List& list, Request* request) {
+  const uint64_t waiting_bytes = request->total_bytes - request->issued_bytes;
+  if (request->list == &demands_) demand_bytes_ -= waiting_bytes;
+  if (&list == &demands_) demand_bytes_ += waiting_bytes;
   list.splice(list.end(), *request->list, request->position);
   request->list = &list;
+}
+
+uint64_t FileReader::chunk_bytes_of(const Request& request) const {
+  if (request.list != &demands_) return std::min(request.total_bytes, kMaxPrefetchChunkBytes);
+  const uint64_t share = demand_bytes_ / num_threads_;
+  const uint64_t most = std::clamp(share, kMinChunkBytes, kMaxDemandChunkBytes);
+  const uint64_t num_chunks = (request.total_bytes + most - 1) / most;
+  return round_up((request.total_bytes + num_chunks - 1) / num_chunks);
 }
 
 void FileReader::submit(std::vector<ReadRequest> reads) {
@@ -210,7 +220,7 @@ void FileReader::submit(std::vector<ReadRequest> reads) {
   std::unordered_map<int64_t, std::unique_ptr<Request>> fresh;
   List demands;
   List prefetches;
-  size_t num_chunks = 0;
+  uint64_t demand_bytes = 0;
   for (ReadRequest& read : reads) {
     check(read);
     std::unique_ptr<Request> request = make_request(std::move(read));
@@ -218,7 +228,7 @@ void FileReader::submit(std::vector<ReadRequest> reads) {
     List& list = is_demand ? demands : prefetches;
     request->position = list.insert(list.end(), request.get());
     request->list = is_demand ? &demands_ : &prefetches_;
-    num_chunks += (request->total_bytes + request->chunk_bytes - 1) / request->chunk_bytes;
+    if (is_demand) demand_bytes += request->total_bytes;
     const int64_t tag = request->read.tag;
     if (!fresh.emplace(tag, std::move(request)).second) throw_tag_in_use(tag);
   }
@@ -231,12 +241,9 @@ void FileReader::submit(std::vector<ReadRequest> reads) {
     requests_.merge(fresh);
     demands_.splice(demands_.end(), demands);
     prefetches_.splice(prefetches_.end(), prefetches);
+    demand_bytes_ += demand_bytes;
   }
-  if (num_chunks >= num_threads_) {
-    work_ready_.notify_all();
-  } else {
-    for (size_t i = 0; i < num_chunks; ++i) work_ready_.notify_one();
-  }
+  work_ready_.notify_one();  // who takes a chunk wakes the next thread if more are left
 }
 
 bool FileReader::promote(int64_t tag) {
@@ -246,7 +253,7 @@ bool FileReader::promote(int64_t tag) {
     if (found == requests_.end() || found->second->list != &prefetches_) return false;
     move_to(demands_, found->second.get());
   }
-  work_ready_.notify_all();
+  work_ready_.notify_one();
   return true;
 }
 
@@ -258,6 +265,7 @@ bool FileReader::cancel(int64_t tag) {
     Request* request = found->second.get();
     const bool queued = request->list == &demands_ || request->list == &prefetches_;
     if (!queued || request->issued_bytes != 0) return false;
+    if (request->list == &demands_) demand_bytes_ -= request->total_bytes;
     request->list->erase(request->position);
     requests_.erase(found);
   }
@@ -265,15 +273,25 @@ bool FileReader::cancel(int64_t tag) {
   return true;
 }
 
-size_t FileReader::wait(ReadResult* results, size_t capacity,
+bool FileReader::is_over(size_t min_count) const {
+  return ended_.size() >= min_count || ended_.size() == requests_.size();
+}
+
+size_t FileReader::wait(ReadResult* results, size_t capacity, size_t min_count,
                         std::chrono::milliseconds timeout) {
+  const size_t wanted = std::clamp<size_t>(min_count, 1, std::max<size_t>(capacity, 1));
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto is_over = [this] { return !ended_.empty() || requests_.empty(); };
+  // One wake-up per batch, not per read: threads that read need the cores.
+  notify_at_ = num_waiters_ == 0 ? wanted : std::min(notify_at_, wanted);
+  ++num_waiters_;
+  const auto over = [&] { return is_over(wanted); };
   if (timeout.count() < 0) {
-    result_ready_.wait(lock, is_over);
+    result_ready_.wait(lock, over);
   } else {
-    result_ready_.wait_for(lock, timeout, is_over);
+    result_ready_.wait_for(lock, timeout, over);
   }
+  --num_waiters_;
+  if (num_waiters_ > 0) notify_at_ = 1;
   size_t count = 0;
   for (; count < capacity && !ended_.empty(); ++count) {
     results[count] = ended_.front()->result;
@@ -308,6 +326,7 @@ bool FileReader::may_take() const {
 FileReader::Chunk FileReader::take() {
   const bool is_demand = !demands_.empty();
   Request* request = is_demand ? demands_.front() : prefetches_.front();
+  if (request->issued_bytes == 0) request->chunk_bytes = chunk_bytes_of(*request);
   Chunk chunk;
   chunk.request = request;
   chunk.begin = request->issued_bytes;
@@ -315,6 +334,7 @@ FileReader::Chunk FileReader::take() {
   chunk.priority = is_demand ? Priority::kDemand : Priority::kPrefetch;
   if (!is_demand) ++running_prefetch_chunks_;
   ++request->running_chunks;
+  if (is_demand) demand_bytes_ -= chunk.end - chunk.begin;
   request->issued_bytes = chunk.end;
   if (chunk.end == request->total_bytes) move_to(issued_, request);
   return chunk;
@@ -363,7 +383,7 @@ void FileReader::end_chunk(const Chunk& chunk, const ChunkResult& result) {
   }
   if (request->list == &issued_ && request->running_chunks == 0) {
     move_to(ended_, request);
-    result_ready_.notify_all();
+    if (num_waiters_ > 0 && is_over(notify_at_)) result_ready_.notify_all();
   }
 }
 

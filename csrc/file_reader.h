@@ -81,10 +81,11 @@ class FileReader {
   // Drops a request of which no chunk began. False if there is none: its result comes.
   bool cancel(int64_t tag);
 
-  // Writes up to `capacity` results and returns their number; asleep until there is one,
-  // `timeout` passed (negative: never does) or nothing is in flight. A request is reported
-  // once, when no thread writes to its extents any more.
-  size_t wait(ReadResult* results, size_t capacity, std::chrono::milliseconds timeout);
+  // Writes up to `capacity` results and returns their number; asleep until there are
+  // `min_count`, `timeout` passed (negative: never does) or no more are in flight. A request
+  // is reported once, when no thread writes to its extents any more.
+  size_t wait(ReadResult* results, size_t capacity, size_t min_count,
+              std::chrono::milliseconds timeout);
 
  private:
   struct Request;
@@ -93,8 +94,8 @@ class FileReader {
   struct Request {
     ReadRequest read;
     uint64_t total_bytes = 0;
-    uint64_t chunk_bytes = 0;
     uint64_t issued_bytes = 0;  // handed to threads, from the front
+    uint64_t chunk_bytes = 0;   // set when the first chunk is
     int32_t running_chunks = 0;
     ReadResult result;
     List* list = nullptr;
@@ -116,9 +117,11 @@ class FileReader {
   void stop_threads();
   void check(const ReadRequest& read) const;
   std::unique_ptr<Request> make_request(ReadRequest&& read) const;
-  static void move_to(List& list, Request* request);
+  void move_to(List& list, Request* request);
+  uint64_t chunk_bytes_of(const Request& request) const;
 
   void work();
+  bool is_over(size_t min_count) const;
   bool may_take() const;
   Chunk take();
   ChunkResult read_chunk(const Chunk& chunk, std::vector<iovec>& vectors) const;
@@ -135,11 +138,14 @@ class FileReader {
   std::condition_variable work_ready_;
   std::condition_variable result_ready_;
   bool stopping_ = false;
+  size_t num_waiters_ = 0;
+  size_t notify_at_ = 1;  // ended requests that a waiter wants
   size_t running_prefetch_chunks_ = 0;
   // By tag; each is on one of the lists below it.
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
   // With chunks still to be read.
   List demands_;
+  uint64_t demand_bytes_ = 0;  // not handed out yet, of all on the list
   List prefetches_;
   // All chunks handed out.
   List issued_;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,10 +81,12 @@ class Reader:
             read.tag = request.tag
         check(core.vmo_reader_submit(self.handle, reads, len(requests)))
 
-    def wait(self, timeout_ms: int = -1, capacity: int = 16) -> list[tuple[int, int, int]]:
+    def wait(
+        self, timeout_ms: int = -1, capacity: int = 16, min_count: int = 1
+    ) -> list[tuple[int, int, int]]:
         """(tag, error, bytes) of what ended."""
         ended = (Completion * capacity)()
-        count = check(core.vmo_reader_wait(self.handle, ended, capacity, timeout_ms))
+        count = check(core.vmo_reader_wait(self.handle, ended, capacity, min_count, timeout_ms))
         return [(c.tag, c.error, c.bytes) for c in ended[:count]]
 
     def wait_all(self) -> list[tuple[int, int, int]]:
@@ -295,6 +298,34 @@ def test_capacity_limits_one_wait(file):
             assert len(batch) <= 3
             seen += [tag for tag, _, _ in batch]
         assert sorted(seen) == list(range(10))
+
+
+def test_wait_for_several(file):
+    with Reader(file, threads=2) as reader:
+        reader.submit(*(Request(t, 0, [aligned(MIB)]) for t in range(10)))
+        assert len(reader.wait(min_count=4)) >= 4
+        reader.submit(*(Request(t, 0, [aligned(MIB)]) for t in range(10, 12)))
+        rest = reader.wait(min_count=100)
+        assert sorted(tag for tag, _, _ in rest)[-2:] == [10, 11]  # all that were left
+        assert reader.wait(min_count=2) == []
+
+
+def test_a_wait_for_several_gives_what_is_there_after_its_time(file):
+    with Reader(file, threads=1) as reader:
+        reader.submit(Request(0, 0, [aligned(BLOCK)]), plug(1))
+        ended = []
+        while not ended:
+            ended = reader.wait(timeout_ms=1, min_count=2)
+        assert ended == [(0, 0, BLOCK)]
+
+
+def test_several_waiters(file):
+    with Reader(file, threads=2) as reader, ThreadPoolExecutor(2) as waiters:
+        reader.submit(*(Request(t, 0, [aligned(MIB)]) for t in range(40)))
+        batches = list(waiters.map(lambda n: reader.wait(min_count=n), (5, 3)))
+        tags = [tag for batch in batches for tag, _, _ in batch]
+        tags += [tag for tag, _, _ in reader.wait_all()]
+        assert sorted(tags) == list(range(40))
 
 
 def test_idle_threads_sleep(file):

@@ -73,6 +73,7 @@ class TransferEngine:
         """
         self.read_ns = 0
         self._store = store
+        self._verify = verify
         try:
             self._reader = RecordReader(
                 store,
@@ -170,7 +171,7 @@ class TransferEngine:
             return False
         flights = self._register([(layer, expert, row)], is_prefetch=True)
         try:
-            self._submit(flights[0])
+            self._submit(flights, PREFETCH)
         except NativeError:
             self._forget(flights)
             raise
@@ -265,22 +266,28 @@ class TransferEngine:
         """Submits all, as tickets allow, and waits for all."""
         num_submitted = num_done = 0
         while num_done < len(flights):
-            while num_submitted < len(flights) and self._reader.free_tickets:
-                self._submit(flights[num_submitted])
-                num_submitted += 1
-            self._collect(_WAIT_MS)
+            num_tickets = len(self._reader.free_tickets)
+            if num_tickets and num_submitted < len(flights):
+                batch = flights[num_submitted : num_submitted + num_tickets]
+                self._submit(batch, DEMAND)
+                num_submitted += len(batch)
+            # To be woken for every read would take the cores from reading. But what is left
+            # to be submitted, or to be checked, should not wait for the last one.
+            wait_for_all = num_submitted == len(flights) and not self._verify
+            self._collect(_WAIT_MS, num_submitted - num_done if wait_for_all else 1)
             while num_done < num_submitted and flights[num_done].done:
                 num_done += 1
 
-    def _submit(self, flight: _Flight) -> None:
-        priority = PREFETCH if flight.is_prefetch else DEMAND
-        flight.ticket = self._reader.submit(flight.layer, flight.expert, flight.row, priority)
-        self._by_ticket[flight.ticket] = flight
+    def _submit(self, flights: Sequence[_Flight], priority: int) -> None:
+        records = [(flight.layer, flight.expert, flight.row) for flight in flights]
+        for flight, ticket in zip(flights, self._reader.submit(records, priority), strict=True):
+            flight.ticket = ticket
+            self._by_ticket[ticket] = flight
 
-    def _collect(self, timeout_ms: int) -> bool:
-        """Notes what ended, waiting for something up to ``timeout_ms``; whether it did."""
+    def _collect(self, timeout_ms: int, min_count: int = 1) -> bool:
+        """Notes what ended, waiting up to ``timeout_ms`` for ``min_count``; whether any did."""
         any_ended = False
-        for ticket, error in self._reader.wait(timeout_ms):
+        for ticket, error in self._reader.wait(timeout_ms, min_count):
             self._end(self._by_ticket.pop(ticket), error)
             any_ended = True
         return any_ended

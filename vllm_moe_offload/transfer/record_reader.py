@@ -39,21 +39,18 @@ _END_OF_FILE = -1
 
 
 class _Ticket:
-    """A native request and its tail buffer, made once and used for many records."""
+    """Extents and tail buffer of one read, made once and used for many records."""
 
-    def __init__(self, layout: ExpertLayout, index: int) -> None:
-        num_extents = len(layout.direct) + bool(layout.tail_bytes)
-        extents = (Extent * num_extents)()
-        self.direct = [extents[i] for i in range(len(layout.direct))]
+    def __init__(self, layout: ExpertLayout) -> None:
+        self.extents = (Extent * (len(layout.direct) + bool(layout.tail_bytes)))()
+        self.direct = [self.extents[i] for i in range(len(layout.direct))]
         for extent, spec in zip(self.direct, layout.direct, strict=True):
             extent.length = spec.nbytes
         self.tail = np.zeros(0, np.uint8)
         if layout.tail_bytes:
             self.tail = np.frombuffer(mmap.mmap(-1, layout.tail_bytes), np.uint8)
-            extents[-1].destination = self.tail.ctypes.data
-            extents[-1].length = layout.tail_bytes
-        self.read = Read(extents=extents, num_extents=num_extents, tag=index)
-        self.pointer = ctypes.pointer(self.read)
+            self.extents[-1].destination = self.tail.ctypes.data
+            self.extents[-1].length = layout.tail_bytes
         self.record = (-1, -1, -1)  # layer, expert, row
 
 
@@ -100,7 +97,9 @@ class RecordReader:
         affordable = _MAX_TAIL_BUFFERS_BYTES // max(layout.tail_bytes, 1)
         self.num_tickets = min(max(affordable, _MIN_TICKETS), _MAX_TICKETS)
         self.free_tickets = list(range(self.num_tickets))
-        self._tickets = [_Ticket(layout, index) for index in self.free_tickets]
+        self._tickets = [_Ticket(layout) for _ in self.free_tickets]
+        self._reads = (Read * self.num_tickets)()
+        self._read_items = list(self._reads)  # views, as indexing makes a new one each time
         self._completions = (Completion * self.num_tickets)()
         self._reader, self.direct = _open(store, num_threads, cpus, direct)
         # The threads must end before the rows they write to are freed.
@@ -112,22 +111,31 @@ class RecordReader:
         """Whether :meth:`close` was called."""
         return not self._finalizer.alive
 
-    def submit(self, layer: int, expert: int, row: int, priority: int) -> int:
-        """Begins to read a record into ``row``; returns its ticket.
+    def submit(self, records: Sequence[tuple[int, int, int]], priority: int) -> list[int]:
+        """Begins to read records; returns their tickets.
 
-        One of :attr:`free_tickets` must be left. Raises NativeError if the request is
+        As many of :attr:`free_tickets` must be left. Raises NativeError if a read is
         impossible, with nothing changed.
+
+        Args:
+            records: ``(layer, expert, row)`` each, at least one.
+            priority: :data:`DEMAND` or :data:`PREFETCH`.
         """
-        index = self.free_tickets[-1]
-        ticket = self._tickets[index]
-        for extent, (base, nbytes) in zip(ticket.direct, self._direct_bases, strict=True):
-            extent.destination = base + row * nbytes
-        ticket.read.offset = self._store.record_offset(layer, expert)
-        ticket.read.priority = priority
-        ticket.record = (layer, expert, row)
-        check(core.vmo_reader_submit(self._reader, ticket.pointer, 1))
-        self.free_tickets.pop()
-        return index
+        tickets = self.free_tickets[-len(records) :]
+        for read, index, record in zip(self._read_items, tickets, records, strict=False):
+            layer, expert, row = record
+            ticket = self._tickets[index]
+            ticket.record = record
+            for extent, (base, nbytes) in zip(ticket.direct, self._direct_bases, strict=True):
+                extent.destination = base + row * nbytes
+            read.offset = self._store.record_offset(layer, expert)
+            read.extents = ticket.extents
+            read.num_extents = len(ticket.extents)
+            read.priority = priority
+            read.tag = index
+        check(core.vmo_reader_submit(self._reader, self._reads, len(records)))
+        del self.free_tickets[-len(records) :]
+        return tickets
 
     def promote(self, index: int) -> None:
         """Makes what is left of a prefetch a demand."""
@@ -140,15 +148,17 @@ class RecordReader:
             self.free_tickets.append(index)
         return dropped
 
-    def wait(self, timeout_ms: int) -> Iterator[tuple[int, str | None]]:
+    def wait(self, timeout_ms: int, min_count: int = 1) -> Iterator[tuple[int, str | None]]:
         """Tickets of reads that ended, each with the reason why its row is not good.
 
-        Sleeps until there is one, ``timeout_ms`` passed (0: at once, -1: never does) or
-        nothing is in flight. The iterator must be consumed.
+        Sleeps until there are ``min_count``, ``timeout_ms`` passed (0: at once, -1: never
+        does) or no more are in flight. The iterator must be consumed.
         """
         completions = self._completions
         count = check(
-            core.vmo_reader_wait(self._reader, completions, self.num_tickets, timeout_ms)
+            core.vmo_reader_wait(
+                self._reader, completions, self.num_tickets, min_count, timeout_ms
+            )
         )
         for i in range(count):
             completion = completions[i]
