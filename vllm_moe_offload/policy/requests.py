@@ -16,26 +16,53 @@ class Decay:
 
     Attributes:
         keep: float32 ``[running, 1]``, factor on the old average.
-        gain: what a request's only row adds per use.
-        row_gain: float64 ``[rows]``, what each row adds per use otherwise.
+        gain: float32 ``[rows]``, what each row adds per use: the later, the more.
     """
 
     keep: FloatArray
-    gain: np.float32
-    row_gain: npt.NDArray[np.float64]
+    gain: FloatArray
 
-    def gain_of(
-        self,
-        used: npt.NDArray[np.int64] | None,
-        keys: npt.NDArray[np.int64],
-        top_k: int,
-        like: FloatArray,
-    ) -> FloatArray:
-        """What a layer call adds, shaped ``like`` the average."""
-        if used is not None:
-            return used * self.gain
-        added = np.bincount(keys, np.repeat(self.row_gain, top_k), like.size)
-        return added.reshape(like.shape).astype(np.float32)
+    @classmethod
+    def of_step(
+        cls, decay: float, steps: npt.NDArray[np.int64], age: npt.NDArray[np.int64]
+    ) -> Decay:
+        """Average that fades by ``decay`` per token.
+
+        Args:
+            decay: factor per token.
+            steps: int64 ``[running]``, tokens that each request computes.
+            age: int64 ``[rows]``, tokens of the same request behind each row.
+        """
+        keep = (decay**steps).astype(np.float32)[:, None]
+        return cls(keep, ((1 - decay) * decay**age).astype(np.float32))
+
+    def apply(self, average: FloatArray, where: Uses) -> None:
+        """Moves ``average`` ``[running, keys]`` on by the step's uses, in place."""
+        average *= self.keep
+        np.add.at(average, where.index, self.gain[where.row])
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """Every (token, expert) pair of one or more layer calls.
+
+    Attributes:
+        index: running request and key of each pair, for indexing ``[running, keys]``.
+        row: row of the step of each pair.
+    """
+
+    index: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    row: npt.NDArray[np.int64]
+
+    @classmethod
+    def of_layers(
+        cls, ids: npt.NDArray[np.int64], owner: npt.NDArray[np.int64], num_experts: int
+    ) -> Uses:
+        """Uses in ``ids`` ``[layers, rows, top_k]``; keys count from the first layer on."""
+        layers, rows, top_k = ids.shape
+        keys = ids + (np.arange(layers) * num_experts)[:, None, None]
+        row = np.broadcast_to(np.arange(rows)[:, None], (layers, rows, top_k)).reshape(-1)
+        return cls((owner[row], keys.reshape(-1)), row)
 
 
 class RunningRequests:
@@ -54,6 +81,7 @@ class RunningRequests:
         used: 1 for what the step's token used.
         trace: float32 ``[rows, width]``, discounted earlier states.
         tokens: int64 ``[rows]``, tokens computed.
+        match_at: int64 ``[rows]``, tokens at which the collection is asked again.
     """
 
     def __init__(self, size: int, width: int) -> None:
@@ -67,8 +95,19 @@ class RunningRequests:
         self.used: FloatArray = np.zeros((8, size), np.float32)
         self.trace: FloatArray = np.zeros((8, width), np.float32)
         self.tokens: npt.NDArray[np.int64] = np.zeros(8, np.int64)
+        self.match_at: npt.NDArray[np.int64] = np.zeros(8, np.int64)
 
-    _ARRAYS = ("activity", "history", "slow", "value", "prior", "used", "trace", "tokens")
+    _ARRAYS = (
+        "activity",
+        "history",
+        "slow",
+        "value",
+        "prior",
+        "used",
+        "trace",
+        "tokens",
+        "match_at",
+    )
 
     def __len__(self) -> int:
         return len(self.order)

@@ -26,13 +26,16 @@ import numpy.typing as npt
 
 from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
-from vllm_moe_offload.policy.requests import Decay, RunningRequests
+from vllm_moe_offload.policy.requests import Decay, RunningRequests, Uses
 from vllm_moe_offload.policy.value import SuccessorModel
 from vllm_moe_offload.trace.activation import ActivationTracer
 from vllm_moe_offload.trace.collection import ActivationCollection
 
 SLOW_SHARE_THAT_MATTERS = 0.02
 """Share of the slow frequency below which keeping it is not worth the time."""
+
+MATCHES_PER_STEP = 2
+"""Requests that ask the collection in one step, so that no step waits for many."""
 
 LEARNING_ROWS = 4
 """Requests learned from at a time: more add cost per step, and evidence comes anyway."""
@@ -59,6 +62,8 @@ class TraceOptions:
         distance_weight: see the module; 0 turns it off.
         prior: weight of the collection's forecast for a request without history.
         prior_tokens: tokens of own history that halve the prior's weight.
+        prior_floor: share of the prior's weight that stays: what nobody uses now is still
+            told apart by what others used before.
         entries: capacity of the collection.
         layers_ahead: layers whose scores follow each layer call at once; the rest is
             refreshed at the next step. Below 0, layer calls cost as little as LRFU's: only
@@ -69,9 +74,9 @@ class TraceOptions:
     value: float = 1.0
     value_tokens: float = 500.0
     history: float = 1.0
-    history_half_life: float = 8.0
-    slow_history: float = 2.0
-    slow_half_life: float = 64.0
+    history_half_life: float = 4.0
+    slow_history: float = 3.0
+    slow_half_life: float = 200.0
     state_half_life: float = 3.0
     discount: float = 0.7
     ridge: float = 40.0
@@ -79,6 +84,7 @@ class TraceOptions:
     distance_weight: float = 0.5
     prior: float = 0.5
     prior_tokens: float = 4.0
+    prior_floor: float = 0.0
     entries: float = 300
     layers_ahead: float = -1
     fallback: float = 1.0
@@ -157,7 +163,8 @@ class TracePolicy(Policy):
         self._prepare_decay(rows, lengths)
         self._refresh_priors(rows)
         self._discount_traces()
-        state.used[: len(state)] = 0
+        if self.model is not None:
+            state.used[: len(state)] = 0
         self._refresh()
         if self._fallback is not None:
             self._fallback.begin_step(rows)
@@ -172,25 +179,25 @@ class TracePolicy(Policy):
         ends = np.cumsum(lengths)
         age = ends[rows.request_of_row] - 1 - np.arange(rows.request_of_row.size)
         self._lengths = lengths
-        self._single = bool((lengths == 1).all())
-        self._decays = [
-            Decay(
-                (decay**steps).astype(np.float32)[:, None],
-                np.float32(1 - decay),
-                (1 - decay) * decay**age,
-            )
+        self._for_state, self._for_history, self._for_slow = (
+            Decay.of_step(decay, steps, age)
             for decay in (self._state_decay, self._history_decay, self._slow_decay)
-        ]
-        self._owner = self._rows_in_step[rows.request_of_row][:, None]
+        )
+        self._owner = self._rows_in_step[rows.request_of_row]
 
     def _refresh_priors(self, rows: StepRows) -> None:
         if self.options.prior <= 0 or not len(self.collection):
             return
         state = self._requests
+        matched = 0
         for row, request in zip(self._rows_in_step, rows.requests, strict=True):
             tokens = int(state.tokens[row])
-            if tokens > 8 * self.options.prior_tokens or tokens & (tokens - 1):
-                continue  # matched after 0, 1, 2, 4, ... own tokens
+            if tokens < state.match_at[row] or tokens > 8 * self.options.prior_tokens:
+                continue
+            if matched == MATCHES_PER_STEP:
+                break  # the others are still due at the next step
+            matched += 1
+            state.match_at[row] = max(1, 2 * tokens)
             forecast = self.collection.mean()
             activation = self.tracer.get(request)
             if activation is not None:
@@ -226,9 +233,8 @@ class TracePolicy(Policy):
         self._slow_share = np.float32(self.options.slow_history * (1.0 - evidence))
         self._share = np.float32(self.options.history / max(count, 1))
         options = self.options
-        cold = (
-            options.prior * options.prior_tokens / (options.prior_tokens + state.tokens[:count])
-        )
+        cold = options.prior_tokens / (options.prior_tokens + state.tokens[:count])
+        cold = options.prior * np.maximum(cold, options.prior_floor)
         self._cold = (cold / max(count, 1)).astype(np.float32)
         self._has_prior = options.prior > 0 and len(self.collection) > 0
         self._write(0, self.num_layers)
@@ -281,41 +287,30 @@ class TracePolicy(Policy):
 
     def _absorb_layer(self, layer: int) -> int:
         """Takes one layer's routing in; returns the layer up to which scores changed."""
-        change = self._absorb(layer, layer + 1)
+        own = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        before = self._requests.activity[: len(self._requests), own].copy()
+        self._absorb(layer, layer + 1)
         end = layer + 1
         if self.model is not None and self.model.version:
             end = min(self.num_layers, end + self._ahead)
+            change = self._requests.activity[: len(self._requests), own] - before
             window = slice(layer * self.num_experts, end * self.num_experts)
             weights = self.model.weights_of(layer, self.num_experts, end)
             self._requests.value[: len(self._requests), window] += change @ weights
         self._write(layer, end)
         return end
 
-    def _absorb(self, begin: int, end: int) -> FloatArray:
-        """Moves the averages of layers ``[begin, end)`` on; returns the activity's change."""
+    def _absorb(self, begin: int, end: int) -> None:
+        """Moves the averages of layers ``[begin, end)`` on."""
         state, count = self._requests, len(self._requests)
-        width = (end - begin) * self.num_experts
         own = slice(begin * self.num_experts, end * self.num_experts)
-        layer_keys = np.arange(end - begin)[:, None, None] * self.num_experts
-        keys = (layer_keys + self._owner * width + self._step_ids[begin:end]).reshape(-1)
-        used = None
-        if self._single:
-            used = np.bincount(keys, minlength=count * width).reshape(count, width)
-            state.used[:count, own] = used
-        repeats = self._step_ids.shape[2]
-        for_state, for_history, for_slow = self._decays
-        history = state.history[:count, own]
-        history *= for_history.keep
-        history += for_history.gain_of(used, keys, repeats, history)
+        uses = Uses.of_layers(self._step_ids[begin:end], self._owner, self.num_experts)
+        self._for_history.apply(state.history[:count, own], uses)
         if self._slow_share > SLOW_SHARE_THAT_MATTERS:
-            slow = state.slow[:count, own]
-            slow *= for_slow.keep
-            slow += for_slow.gain_of(used, keys, repeats, slow)
-        activity = state.activity[:count, own]
-        change = activity * (for_state.keep - 1)
-        change += for_state.gain_of(used, keys, repeats, activity)
-        activity += change
-        return change
+            self._for_slow.apply(state.slow[:count, own], uses)
+        if self.model is not None:
+            self._for_state.apply(state.activity[:count, own], uses)
+            state.used[:count, own][uses.index] = 1.0
 
     def end_step(self) -> None:
         """Takes the step in; one that broke off between layers is dropped."""

@@ -127,15 +127,13 @@ class ActivationTracer:
         """
         num_layers = ids.shape[0]
         keys = ids + (np.arange(num_layers) * self.num_experts)[:, None, None]
-        size = num_layers * self.num_experts
         owners = self._keys // self.num_experts
         bounds = np.searchsorted(owners, np.arange(len(self._counts) + 1))
         for counts, begin, end in zip(self._counts, bounds[:-1], bounds[1:], strict=True):
             mine = keys[:, begin:end]
             if not self._all_fresh:
                 mine = mine[:, self._fresh[begin:end]]
-            counted = np.bincount(mine.reshape(-1), minlength=size)
-            np.add(counts, counted.reshape(counts.shape), out=counts)
+            np.add.at(counts.reshape(-1), mine.reshape(-1), np.float32(1.0))
 
     def end_request(self, request: str) -> Activation | None:
         """The request ended: its matrices leave and are returned."""

@@ -1,0 +1,192 @@
+"""Hit rates of all policies on a routing trace, and what each part of ``trace`` brings.
+
+    python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic]
+
+Table: every policy in every cell of capacity and concurrency (the first 100 requests at
+concurrency 1 and 4, all of them above). Ablation: ``trace`` with one part removed at a time.
+Synthetic: models of other shapes, short traces, where ``trace`` must not lose either. The
+seconds are CPU time of one thread (run with OMP_NUM_THREADS=1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench_report import Bar, add_common_options, results_of, write_report  # noqa: E402
+from scripts.synthetic_trace import synthetic_trace  # noqa: E402
+from vllm_moe_offload.replay import replay  # noqa: E402
+from vllm_moe_offload.trace.routing import RoutingTrace, load_trace  # noqa: E402
+
+PLAIN = ("lru", "lru-layer", "lfu", "lrfu")
+POLICIES = (*PLAIN, "lrfu:half_life=32", "eamc", "trace", "belady")
+CAPACITIES = (0.125, 0.25, 0.5)
+CONCURRENCIES = (1, 4, 8, 32)
+FEW_REQUESTS = 100
+ABLATION_CELLS = ((1, 0.25), (4, 0.25), (8, 0.25))
+ABLATION = {
+    "complete": "trace",
+    "without the successor model": "trace:value=0",
+    "without own history": "trace:history=0",
+    "without the slow history": "trace:slow_history=0",
+    "without the distance to the next visit": "trace:distance_weight=0",
+    "without the collection's prior": "trace:prior=0",
+    "without shadows": "trace:fallback=0",
+    "with scores that follow within a step": "trace:layers_ahead=4",
+}
+TARGETS = {
+    (1, 0.125): 0.452,
+    (1, 0.25): 0.685,
+    (1, 0.5): 0.921,
+    (4, 0.125): 0.268,
+    (4, 0.25): 0.487,
+    (4, 0.5): 0.808,
+    (8, 0.125): 0.211,
+    (8, 0.25): 0.410,
+    (8, 0.5): 0.743,
+    (32, 0.25): 0.302,
+}
+"""What ``trace`` must reach on the gpt-oss-20b trace."""
+NEVER_LOSES_BY = 0.003
+SHAPE_FIELDS = ("layers", "experts", "top_k", "requests", "tokens")
+SYNTHETIC = {
+    "64 experts, top-8, one request": (12, 64, 8, 1, 250),
+    "256 experts, top-8, one request": (8, 256, 8, 1, 250),
+    "64 experts, top-8, six requests": (12, 64, 8, 6, 45),
+    "256 experts, top-8, six requests": (8, 256, 8, 6, 45),
+    "8 experts, top-2, one request": (6, 8, 2, 1, 250),
+}
+
+Log = Callable[[str], None]
+
+
+def log(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(
+    trace: RoutingTrace, policy: str, capacity: float, concurrency: int, requests: int | None
+) -> dict[str, Any]:
+    """One cell: the replay's figures and its CPU seconds."""
+    began = time.process_time()
+    result = replay(trace, policy, capacity, concurrency, num_requests=requests)
+    seconds = time.process_time() - began
+    log(f"B={concurrency} c={capacity:g} {policy}: {result.hit_rate:.4f} in {seconds:.1f} s")
+    return {**result.as_dict(), "cpu_seconds": round(seconds, 2)}
+
+
+def requests_at(trace: RoutingTrace, concurrency: int, quick: bool) -> int | None:
+    """How many requests a cell replays."""
+    if quick:
+        return min(4, trace.num_requests)
+    return min(FEW_REQUESTS, trace.num_requests) if concurrency < 8 else None
+
+
+def table(trace: RoutingTrace, quick: bool) -> list[dict[str, Any]]:
+    """Every policy in every cell."""
+    return [
+        measure(trace, policy, capacity, b, requests_at(trace, b, quick))
+        for b in CONCURRENCIES
+        for capacity in CAPACITIES
+        for policy in POLICIES
+    ]
+
+
+def ablation(trace: RoutingTrace, quick: bool) -> list[dict[str, Any]]:
+    """``trace`` without one part at a time."""
+    return [
+        {"part": part, **measure(trace, spec, capacity, b, requests_at(trace, b, quick))}
+        for b, capacity in ABLATION_CELLS
+        for part, spec in ABLATION.items()
+    ]
+
+
+def synthetic(seeds: int) -> list[dict[str, Any]]:
+    """``trace`` against the best plain policy on made-up traces."""
+    found = []
+    for name, shape in SYNTHETIC.items():
+        for seed in range(100, 100 + seeds):
+            sizes = dict(zip(SHAPE_FIELDS, shape, strict=True))
+            trace = synthetic_trace(seed=seed, **sizes)
+            for b in (1,) if trace.num_requests == 1 else (1, 4, 8):
+                for capacity in CAPACITIES:
+                    rates = {
+                        policy: replay(trace, policy, capacity, b).hit_rate
+                        for policy in (*PLAIN, "trace", "belady")
+                    }
+                    cell = {"trace": name, "seed": seed, "concurrency": b, "capacity": capacity}
+                    found.append({**cell, "hit_rates": rates})
+        log(f"synthetic: {name} done")
+    return found
+
+
+def margin(rates: dict[str, float]) -> float:
+    """How far ``trace`` lies above the best plain policy."""
+    return rates["trace"] - max(rates[policy] for policy in PLAIN)
+
+
+def bars_of_table(rows: list[dict[str, Any]]) -> list[Bar]:
+    """Targets of the cells, and the greatest loss anywhere."""
+    bars, margins = [], []
+    for b in CONCURRENCIES:
+        for capacity in CAPACITIES:
+            rates = {
+                row["policy"]: row["hit_rate"]
+                for row in rows
+                if row["concurrency"] == b and row["capacity"] == capacity
+            }
+            margins.append(margin(rates))
+            target = TARGETS.get((b, capacity))
+            if target is not None:
+                bars.append(Bar(f"trace, B={b}, c={capacity:g}", rates["trace"], target))
+    bars.append(Bar("trace - best plain, worst cell", min(margins), -NEVER_LOSES_BY))
+    return bars
+
+
+def main() -> int:
+    """Runs the parts asked for; exit status 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("trace", help="routing trace; the bars are those of gpt-oss-20b's")
+    parser.add_argument("--only", choices=["table", "ablation", "synthetic"])
+    parser.add_argument("--seeds", type=int, default=3, help="of every synthetic trace")
+    add_common_options(parser)
+    args = parser.parse_args()
+    trace = load_trace(args.trace)
+    bars: list[Bar] = []
+
+    def report(part: str, rows: list[dict[str, Any]], bars: list[Bar]) -> None:
+        parameters = {"trace": Path(args.trace).name, "requests": trace.num_requests}
+        write_report(
+            f"replay_{part}",
+            {"parameters": parameters, "samples": rows},
+            bars=bars,
+            results=results_of(args),
+        )
+
+    if args.only in (None, "synthetic"):
+        rows = synthetic(1 if args.quick else args.seeds)
+        worst = min(margin(row["hit_rates"]) for row in rows)
+        bars.append(Bar("synthetic: trace - best plain, worst cell", worst, -NEVER_LOSES_BY))
+        report("synthetic", rows, bars[-1:])
+    if args.only in (None, "ablation"):
+        report("ablation", ablation(trace, args.quick), [])
+    if args.only in (None, "table"):
+        rows = table(trace, args.quick)
+        table_bars = [] if args.quick else bars_of_table(rows)
+        bars += table_bars
+        report("table", rows, table_bars)
+    return int(not all(bar.met for bar in bars))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

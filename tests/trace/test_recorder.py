@@ -1,0 +1,267 @@
+"""Routing traces recorded while serving."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.trace.recorder import TraceRecorder
+from vllm_moe_offload.trace.routing import TraceError, load_trace
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+
+
+def recorder(path: Path, **changes: int) -> TraceRecorder:
+    options = {
+        "num_layers": LAYERS,
+        "num_experts": EXPERTS,
+        "top_k": TOP_K,
+        "num_slots": 5,
+        "num_staging_slots": 3,
+        "limit_bytes": 1 << 20,
+    }
+    return TraceRecorder(path, **(options | changes))
+
+
+def ids_of(request: int, position: int, again: int = 0) -> list[list[int]]:
+    """A routing that tells who it is: ``[layers, top_k]``."""
+    return [
+        [
+            (request + position + layer) % EXPERTS,
+            (request + position + layer + 1 + again) % EXPERTS,
+        ]
+        for layer in range(LAYERS)
+    ]
+
+
+def step(
+    target: TraceRecorder,
+    *parts: tuple[str, int, int, bool],
+    again: int = 0,
+    layers: int = LAYERS,
+) -> None:
+    """Parts are (request, first position, tokens, is prefill)."""
+    names, first, lengths, prefill = zip(*parts, strict=True)
+    rows = StepRows.of_lengths(
+        list(names), np.array(lengths), np.array(first), np.array(prefill)
+    )
+    table = np.array(
+        [
+            ids_of(ord(names[request][0]), int(position), again)
+            for request, position in zip(rows.request_of_row, rows.positions, strict=True)
+        ],
+        np.int32,
+    ).transpose(1, 0, 2)
+    target.begin_step(rows)
+    for layer in range(layers):
+        target.observe(layer, table[layer])
+    if layers == LAYERS:
+        target.end_step()
+
+
+def test_requests_come_back_whole_whatever_their_steps(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 3, True))
+    step(target, ("a", 3, 1, True), ("b", 0, 2, True))
+    step(target, ("b", 2, 1, False), ("a", 4, 1, False))
+    target.end_request("a")
+    step(target, ("b", 3, 1, False))
+    target.close()
+    trace = load_trace(path)
+    assert trace.names == ["a", "b"]
+    assert trace.lens.tolist() == [5, 4]
+    assert trace.prefill_lens.tolist() == [4, 2]
+    for request, name in enumerate("ab"):
+        for position in range(trace.lens[request]):
+            row = trace.ids[trace.starts[request] + position]
+            assert row.tolist() == ids_of(ord(name), position)
+    schedule = trace.schedule
+    assert schedule.row_step.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3]
+    assert schedule.row_request.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1]
+    assert schedule.row_position.tolist() == [0, 1, 2, 3, 0, 1, 2, 4, 3]
+    assert schedule.row_token.tolist() == [0, 1, 2, 3, 5, 6, 7, 4, 8]
+    assert schedule.end_steps.tolist() == [3, -1]
+    assert schedule.layer_ids.tolist() == [0, 1]
+    assert (schedule.slots, schedule.staging_slots) == (5, 3)
+    assert schedule.recomputed_ids.shape == (0, LAYERS, TOP_K)
+
+
+def test_recomputed_positions_are_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True))
+    step(target, ("a", 2, 1, False))
+    step(target, ("a", 0, 4, True), again=1)  # preempted, routed a little differently
+    step(target, ("a", 4, 1, False))
+    target.close()
+    trace = load_trace(path)
+    assert trace.lens.tolist() == [5]
+    assert trace.prefill_lens.tolist() == [2]
+    a = ord("a")
+    assert trace.ids[:3].tolist() == [ids_of(a, position) for position in range(3)]
+    assert trace.ids[3].tolist() == ids_of(a, 3, again=1)
+    schedule = trace.schedule
+    assert schedule.recomputed_ids.tolist() == [ids_of(a, p, again=1) for p in range(3)]
+    assert schedule.row_token.tolist() == [0, 1, 2, 5, 6, 7, 3, 4]
+
+
+def test_cached_prefixes_leave_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 16, 2, True))
+    step(target, ("a", 18, 1, False))
+    target.close()
+    trace = load_trace(path)
+    assert trace.schedule.first_positions.tolist() == [16]
+    assert trace.lens.tolist() == [3]
+    assert trace.prefill_lens.tolist() == [2]
+
+
+def test_a_name_used_again_is_another_request(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True))
+    target.end_request("a")
+    step(target, ("a", 0, 3, True))
+    target.end_request("stranger")
+    target.close()
+    assert load_trace(path).lens.tolist() == [2, 3]
+
+
+def test_a_step_that_broke_off_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 1, True))
+    step(target, ("a", 1, 1, False), layers=1)
+    step(target, ("a", 1, 1, False))
+    target.close()
+    trace = load_trace(path)
+    assert trace.lens.tolist() == [2]
+    assert trace.schedule.row_step.tolist() == [0, 1]
+
+
+def test_the_limit_stops_recording_with_one_warning(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "trace.npz"
+    row_bytes = LAYERS * TOP_K + 20
+    target = recorder(path, limit_bytes=4 * row_bytes)
+    with caplog.at_level(logging.WARNING, logger="vllm.moe_offload"):
+        step(target, ("a", 0, 3, True))
+        for position in range(3, 8):
+            step(target, ("a", position, 1, False))
+    assert not target.is_recording
+    assert [record.getMessage() for record in caplog.records] == [
+        "MoE offload: record_trace stopped after 4 rows, because the trace would outgrow "
+        f"record_trace_limit_gb ({4 * row_bytes / 2**30:.3g} GiB); what was recorded is kept"
+    ]
+    target.close()
+    assert load_trace(path).lens.tolist() == [4]
+
+
+def test_a_full_disk_stops_recording_not_serving(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 1, True))
+
+    class FullDisk:
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+    target._ids_file = FullDisk(target._ids_file)
+    step(target, ("a", 1, 1, False))
+    assert "No space left on device" in caplog.text
+    assert not target.is_recording
+
+
+def test_files_are_private_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 1, True))
+    assert list(tmp_path.iterdir()) == []  # nameless until it is whole
+    target.close()
+    target.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_failed_write_leaves_the_old_trace(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "trace.npz"
+    path.write_bytes(b"old")
+    target = recorder(path)
+    step(target, ("a", 0, 1, True))
+
+    def failing(*_: object) -> None:
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr("vllm_moe_offload.trace.recorder.os.replace", failing)
+    with pytest.raises(OSError, match="disk on fire"):
+        target.close()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
+
+
+def test_an_empty_recording_writes_nothing(tmp_path: Path) -> None:
+    recorder(tmp_path / "trace.npz").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_experts_take_wider_ids(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path, num_experts=300)
+    step(target, ("a", 0, 2, True))
+    target.close()
+    assert load_trace(path).ids.dtype == np.uint16
+
+
+class TestLoading:
+    """Files that are no routing traces."""
+
+    def save(self, path: Path, **changes: object) -> None:
+        arrays = {
+            "ids": np.zeros((4, 2, 1), np.uint8),
+            "starts": np.array([0, 2]),
+            "lens": np.array([2, 2]),
+            "num_experts": 4,
+        } | changes
+        np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"lens": None}, "lacks lens"),
+            ({"ids": np.zeros((4, 2), np.uint8)}, r"must have shape \[tokens, layers, k\]"),
+            ({"ids": np.zeros((4, 2, 1))}, "must be unsigned integers"),
+            ({"num_experts": 0}, r"must lie in \[0, num_experts = 0\)"),
+            ({"lens": np.array([2, 3])}, "lies outside the 4 tokens"),
+            ({"lens": np.array([2])}, "vectors of equal length"),
+            ({"row_step": np.zeros(1, np.int64)}, "its schedule lacks row_request"),
+            ({"names": np.array([object()], dtype=object)}, "Object arrays cannot be loaded"),
+        ],
+    )
+    def test_contradictions_are_named(
+        self, tmp_path: Path, changes: dict, message: str
+    ) -> None:
+        path = tmp_path / "trace.npz"
+        self.save(path, **changes)
+        with pytest.raises(TraceError, match=message) as error:
+            load_trace(path)
+        assert str(path) in str(error.value)
+
+    def test_other_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "trace.npz"
+        path.write_text("hello")
+        with pytest.raises(TraceError, match=r"not an \.npz routing trace"):
+            load_trace(path)
+        with pytest.raises(FileNotFoundError):
+            load_trace(tmp_path / "missing.npz")
