@@ -151,8 +151,8 @@ int32_t vmo_planner_complete(vmo_planner* planner, int32_t slot, int32_t ok) {
   });
 }
 
-int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert) {
-  return guarded<int32_t>(-2, [&] { return planner->core.prefetch(layer, expert); });
+int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert, float value) {
+  return guarded<int32_t>(-2, [&] { return planner->core.prefetch(layer, expert, value); });
 }
 
 int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot) {

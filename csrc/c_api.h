@@ -34,7 +34,8 @@ VMO_API int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void
 VMO_API int32_t vmo_planner_finish(vmo_planner* planner);
 VMO_API int32_t vmo_planner_complete(vmo_planner* planner, int32_t slot, int32_t ok);
 // Slot reserved, -1 nothing to do, -2 error.
-VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert);
+VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert,
+                                     float value);
 VMO_API int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot);
 
 // rows[i] = row of ids[i] for i < num_ids; rows[i] = row of ids[0] for the padding

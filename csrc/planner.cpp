@@ -111,6 +111,7 @@ void Planner::collect_victims(int32_t layer, size_t limit, bool unpinned) {
     if (full && !less(key, victims_.front())) continue;
     const Slot& slot = slots_[static_cast<size_t>(index)];
     if (slot.state != SlotState::kResident || (slot.pinned && !unpinned)) continue;
+    if (slot.expected) continue;
     if (full) {
       std::pop_heap(victims_.begin(), victims_.end(), less);
       victims_.back() = key;
@@ -206,8 +207,15 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
   } else {
     victims_.clear();
   }
-  if (!config_.unbounded_staging &&
-      num_missing > num_free + free_staging_.size() + victims_.size()) {
+  const auto fits = [&] {
+    return config_.unbounded_staging ||
+           num_missing <= num_free + free_staging_.size() + victims_.size();
+  };
+  if (!fits() && !expected_.empty()) {
+    forget_expected(-1);  // a need outweighs an expectation
+    collect_victims(layer, num_missing, unpinned);
+  }
+  if (!fits()) {
     for (const int32_t index : plan_.slots) {
       if (index >= 0) slots_[static_cast<size_t>(index)].pinned = false;
     }
@@ -318,7 +326,26 @@ void Planner::finish() {
     if (slot.key < 0) continue;
     if (slot.state == SlotState::kLoading || slot.transient) release(index);
   }
+  if (!expected_.empty()) forget_expected(open_layer_);
   open_layer_ = -1;
+}
+
+void Planner::expect(int32_t index) {
+  Slot& slot = slots_[static_cast<size_t>(index)];
+  if (slot.expected) return;
+  slot.expected = true;
+  expected_.push_back(index);
+}
+
+// Those of `layer` (-1: all) may be evicted again.
+void Planner::forget_expected(int32_t layer) {
+  const auto is_over = [&](int32_t index) {
+    Slot& slot = slots_[static_cast<size_t>(index)];
+    if (slot.expected && layer >= 0 && slot.key / config_.num_experts != layer) return false;
+    slot.expected = false;
+    return true;
+  };
+  expected_.erase(std::remove_if(expected_.begin(), expected_.end(), is_over), expected_.end());
 }
 
 void Planner::complete(int32_t index, bool ok) {
@@ -338,14 +365,18 @@ void Planner::complete(int32_t index, bool ok) {
   }
 }
 
-int32_t Planner::prefetch(int32_t layer, int32_t expert) {
+int32_t Planner::prefetch(int32_t layer, int32_t expert, float value) {
   require(config_.order == Order::kScore && config_.scope == Scope::kGlobal,
           "prefetch needs score order and global scope");
   require(
       layer >= 0 && layer < config_.num_layers && expert >= 0 && expert < config_.num_experts,
       "expert (" + std::to_string(layer) + ", " + std::to_string(expert) + ") does not exist");
   const int32_t key = key_of(layer, expert);
-  if (page_table_[static_cast<size_t>(key)] >= 0) return -1;
+  const int32_t present = page_table_[static_cast<size_t>(key)];
+  if (present >= 0) {
+    if (present < config_.num_slots) expect(present);
+    return -1;
+  }
   int32_t index = -1;
   if (fixed_slots_) {
     index = key;
@@ -353,12 +384,13 @@ int32_t Planner::prefetch(int32_t layer, int32_t expert) {
     index = take_free(layer);
   } else {
     collect_victims(layer, 1, /*unpinned=*/false);
-    if (victims_.empty() || !outscores(key, victims_[0])) return -1;
+    if (victims_.empty() || !(value > scores_[static_cast<size_t>(victims_[0])])) return -1;
     evict(page_table_[static_cast<size_t>(victims_[0])]);
     index = take_free(layer);
   }
   occupy(index, key, SlotState::kLoading);
   slots_[static_cast<size_t>(index)].prefetched = true;
+  expect(index);
   ++counters_.prefetch_issued;
   return index;
 }

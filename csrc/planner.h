@@ -93,9 +93,11 @@ class Planner {
   // A read into `slot` ended. `ok` false empties the slot.
   void complete(int32_t slot, bool ok);
 
-  // Reserves a slot for a prefetch of (layer, expert); -1 if it is resident or in flight
-  // already, or nothing of lower score may be evicted. Score order only.
-  int32_t prefetch(int32_t layer, int32_t expert);
+  // (layer, expert) is expected to be used soon, which is worth `value` on the scale of the
+  // scores. Reserves a slot for a prefetch of it; -1 if it is resident or in flight already,
+  // or nothing worth less may be evicted. Either way it is no victim until its layer was
+  // served, unless a plan would not fit otherwise. Score order and global scope only.
+  int32_t prefetch(int32_t layer, int32_t expert, float value);
 
   // Gives a reserved slot back because its read was cancelled before it began.
   void cancel_prefetch(int32_t slot);
@@ -125,6 +127,7 @@ class Planner {
     bool pinned = false;
     bool transient = false;   // emptied by finish()
     bool prefetched = false;  // not used since it was prefetched
+    bool expected = false;    // named by prefetch(); its layer was not served since
   };
 
   int32_t key_of(int32_t layer, int32_t expert) const {
@@ -140,6 +143,8 @@ class Planner {
   void occupy(int32_t slot, int32_t key, SlotState state);
   void release(int32_t slot);
   int32_t take_free(int32_t layer);
+  void expect(int32_t slot);
+  void forget_expected(int32_t layer);
 
   PlannerConfig config_;
   bool fixed_slots_ = false;
@@ -149,9 +154,10 @@ class Planner {
   std::vector<uint64_t> last_use_;
   std::vector<std::vector<int32_t>> free_slots_;  // one stack per pool, lowest on top
   std::vector<int32_t> free_staging_;
-  std::vector<uint8_t> needed_;   // bitmap scratch [num_experts]
-  std::vector<int32_t> victims_;  // scratch: keys, best victim first
-  std::vector<int32_t> missing_;  // scratch: expert indices in plan_.experts
+  std::vector<uint8_t> needed_;    // bitmap scratch [num_experts]
+  std::vector<int32_t> victims_;   // scratch: keys, best victim first
+  std::vector<int32_t> missing_;   // scratch: expert indices in plan_.experts
+  std::vector<int32_t> expected_;  // slots that are, or were until released, expected
   Plan plan_;
   int32_t open_layer_ = -1;
   uint32_t open_flags_ = 0;

@@ -33,6 +33,7 @@ class Slot:
     pinned: bool = False
     transient: bool = False
     prefetched: bool = False
+    expected: bool = False
 
 
 @dataclass
@@ -97,6 +98,7 @@ class ReferencePlanner:
             for row, slot in enumerate(self.slots[: self.num_slots])
             if slot.state == RESIDENT
             and not slot.pinned
+            and not slot.expected
             and (not self.per_layer or slot.key[0] == layer)
         ]
         return sorted(
@@ -135,7 +137,10 @@ class ReferencePlanner:
                 self.slots[row].pinned = True
         free = len(missing) if self.fixed else len(self.pool(layer))
         victims = self.victims(layer) if len(missing) > free else []
-        room = free + len(self.free_staging) + min(len(victims), len(missing))
+        if not self.unbounded and len(missing) > free + len(self.free_staging) + len(victims):
+            self.forget_expected(None)
+            victims = self.victims(layer)
+        room = free + len(self.free_staging) + len(victims)
         if not self.unbounded and len(missing) > room:
             for row in rows:
                 if row >= 0:
@@ -214,8 +219,14 @@ class ReferencePlanner:
     def is_loading(self, row: int) -> bool:
         return self.slots[row].state == LOADING
 
+    def forget_expected(self, layer: int | None) -> None:
+        for slot in self.slots:
+            if slot.key is not None and layer in (None, slot.key[0]):
+                slot.expected = False
+
     def finish(self) -> None:
-        _, plan = self.open
+        layer, plan = self.open
+        self.forget_expected(layer)
         for row in plan.rows:
             if row < 0:
                 continue
@@ -238,9 +249,11 @@ class ReferencePlanner:
             rows = self.open[1].rows
             rows[:] = [-1 if planned == row else planned for planned in rows]
 
-    def prefetch(self, layer: int, expert: int) -> int:
+    def prefetch(self, layer: int, expert: int, value: float) -> int:
         key = (layer, expert)
-        if self.row_of(key) >= 0:
+        present = self.row_of(key)
+        if present >= 0:
+            self.slots[present].expected = present < self.num_slots
             return -1
         if self.fixed:
             row = layer * self.experts + expert
@@ -251,10 +264,10 @@ class ReferencePlanner:
             if not victims:
                 return -1
             loser = self.slots[victims[0]].key
-            if not self.scores.get(key, 0.0) > self.scores.get(loser, 0.0):
+            if not value > self.scores.get(loser, 0.0):
                 return -1
             row = self.replace(layer, victims)
-        self.slots[row] = Slot(key, LOADING, prefetched=True)
+        self.slots[row] = Slot(key, LOADING, prefetched=True, expected=True)
         self.counters["prefetch_issued"] += 1
         return row
 

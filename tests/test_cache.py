@@ -133,10 +133,10 @@ class PlannerMachine(RuleBasedStateMachine):
             self.pinned.pop(key, None)
 
     @precondition(lambda self: self.prefetches)
-    @rule(data=st.data())
-    def prefetch(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), value=st.integers(-2, 4))
+    def prefetch(self, data: st.DataObject, value: int) -> None:
         key = self.key(data)
-        assert self.cache.prefetch(*key) == self.reference.prefetch(*key)
+        assert self.cache.prefetch(*key, value) == self.reference.prefetch(*key, value)
 
     @precondition(lambda self: self.prefetches)
     @rule(data=st.data())
@@ -268,9 +268,9 @@ def test_transient_calls_leave_no_trace() -> None:
 def test_a_demand_for_an_expert_in_flight_waits_for_its_prefetch() -> None:
     """The reference implementation fetched it a second time."""
     cache = ExpertCache(CacheShape(1, 4, 2, 2), SCORED)
-    row = cache.prefetch(0, 3)
+    row = cache.prefetch(0, 3, 1.0)
     assert row >= 0
-    assert cache.prefetch(0, 3) == -1
+    assert cache.prefetch(0, 3, 1.0) == -1
     assert cache.plan(0, ids(3))
     experts, rows, kinds = cache.misses
     assert (experts.tolist(), rows.tolist(), kinds.tolist()) == ([3], [row], [MISS_AWAIT])
@@ -283,23 +283,58 @@ def test_a_demand_for_an_expert_in_flight_waits_for_its_prefetch() -> None:
 
 def test_a_useful_prefetch_is_a_hit_and_counts_once() -> None:
     cache = ExpertCache(CacheShape(1, 4, 2, 2), SCORED)
-    cache.complete(cache.prefetch(0, 3), True)
+    cache.complete(cache.prefetch(0, 3, 1.0), True)
     assert serve(cache, 0, 3) == (1, 0)
     assert serve(cache, 0, 3) == (1, 0)
     assert cache.count("prefetch_useful") == 1
 
 
-def test_prefetch_never_evicts_a_higher_score() -> None:
+def test_prefetch_never_evicts_what_is_worth_more() -> None:
     cache = ExpertCache(CacheShape(1, 3, 1, 1), SCORED)
-    cache.scores[0] = [2, 1, 3]
+    cache.scores[0] = [2, 0, 0]
     serve(cache, 0, 0)
-    assert cache.prefetch(0, 1) == -1
-    row = cache.prefetch(0, 2)
+    assert cache.prefetch(0, 1, 2) == -1
+    row = cache.prefetch(0, 2, 3)
     assert row == 0
     cache.complete(row, True)
+    serve(cache, 0, 1)  # its layer was served without it: it may go
     cache.scores[0, 1] = 4
     serve(cache, 0, 1)
     assert cache.count("prefetch_wasted") == 1
+
+
+def test_what_is_expected_stays_until_its_layer_was_served() -> None:
+    cache = ExpertCache(CacheShape(2, 4, 2, 4), SCORED)
+    cache.scores[...] = [[9, 9, 9, 9], [1, 0, 0, 0]]
+    cache.complete(cache.prefetch(1, 0, 5.0), True)
+    cache.complete(cache.prefetch(1, 1, 5.0), True)
+    serve(cache, 0, 0, 1)  # worth more, and yet in staging
+    assert cache.is_resident(1, 0)
+    assert cache.is_resident(1, 1)
+    assert cache.prefetch(0, 3, 10.0) == -1
+    assert serve(cache, 1, 0) == (1, 0)
+    serve(cache, 0, 0, 1)
+    assert not cache.is_resident(1, 0)
+    assert not cache.is_resident(1, 1)
+
+
+def test_residents_can_be_expected_too() -> None:
+    cache = ExpertCache(CacheShape(2, 4, 2, 4), SCORED)
+    serve(cache, 1, 0, 1)
+    cache.scores[0] = 9
+    assert cache.prefetch(1, 1, 5.0) == -1
+    serve(cache, 0, 0, 1)
+    assert cache.is_resident(1, 1)
+    assert not cache.is_resident(1, 0)
+    assert cache.count("prefetch_issued") == 0
+
+
+def test_a_need_outweighs_expectations() -> None:
+    cache = ExpertCache(CacheShape(2, 4, 2, 0), SCORED)
+    cache.complete(cache.prefetch(1, 0, 5.0), True)
+    cache.complete(cache.prefetch(1, 1, 5.0), True)
+    assert serve(cache, 0, 0, 1) == (0, 2)
+    assert cache.count("prefetch_wasted") == 2
 
 
 def test_per_layer_scope_keeps_layers_apart() -> None:

@@ -216,9 +216,14 @@ class ExpertCache:
         """A read into ``row`` ended; ``ok`` False empties the row."""
         check(core.vmo_planner_complete(self.handle, row, ok))
 
-    def prefetch(self, layer: int, expert: int) -> int:
-        """Row reserved for a prefetch, or -1 if there is nothing to do or to gain."""
-        row = int(core.vmo_planner_prefetch(self.handle, layer, expert))
+    def prefetch(self, layer: int, expert: int, value: float) -> int:
+        """The expert is expected to be used soon: row reserved for its prefetch, or -1.
+
+        -1 says that it is resident or in flight already, or that nothing worth less than
+        ``value`` (on the scale of :attr:`scores`) may be evicted. Until its layer was served
+        an expected expert is evicted only if a plan would not fit otherwise.
+        """
+        row = int(core.vmo_planner_prefetch(self.handle, layer, expert, value))
         if row == -2:
             raise last_error()
         return row
