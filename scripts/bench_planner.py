@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
 from vllm_moe_offload.cache import ExpertCache  # noqa: E402
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
-from vllm_moe_offload.policy import StepRows, serving_policy  # noqa: E402
+from vllm_moe_offload.policy import StepRows, make_policy  # noqa: E402
 from vllm_moe_offload.pool import SlotPool  # noqa: E402
 from vllm_moe_offload.runtime import OffloadRuntime  # noqa: E402
 from vllm_moe_offload.sizing import cache_shape  # noqa: E402
@@ -73,7 +73,7 @@ class Setup:
         experts: int,
         top_k: int,
     ) -> None:
-        made = serving_policy(policy, layers, experts)
+        made = make_policy(policy, layers, experts)
         shape = cache_shape(
             int(share * layers * experts),
             num_layers=layers,

@@ -10,6 +10,7 @@ LAYERS = [
     {"config", "layout", "native"},
     {"policy", "trace"},
     {"cache", "store", "transfer", "predictor", "shadow", "pool", "sizing", "metrics"},
+    {"prefetch", "lookahead"},
     {"runtime", "replay"},
     {"integration", "cli"},
 ]

@@ -47,6 +47,7 @@ def test_cache_size_is_parsed(value, expected):
         ({"cache_gb": float("nan")}, ["cache_gb", "nan"]),
         ({"io_threads": 0}, ["io_threads", "0", "greater than or equal to 1"]),
         ({"record_trace": "trace.txt"}, ["record_trace", "trace.txt", ".npz"]),
+        ({"trace_path": "eam.npz"}, ["trace_path", "eam.npz", ".msgpack"]),
         ({"verify": "perhaps"}, ["verify", "perhaps"]),
         ({"cachegb": 8}, ["cachegb", "cache_gb", "store_dir"]),
     ],

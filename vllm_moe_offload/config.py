@@ -60,6 +60,19 @@ class OffloadConfig(BaseModel):
         bool,
         Field(description="Check the checksum of every expert read from the store."),
     ] = False
+    prefetch: Annotated[
+        bool,
+        Field(
+            description="Whether trace mode reads ahead what the next layers will probably use."
+        ),
+    ] = True
+    trace_path: Annotated[
+        str | None,
+        Field(
+            description="Where trace mode keeps the activation matrices of finished requests "
+            "between starts: a .msgpack file. Default: activations.msgpack beside the store."
+        ),
+    ] = None
     record_trace: Annotated[
         str | None,
         Field(description="Write the routing of all requests to this .npz file at exit."),
@@ -84,6 +97,13 @@ class OffloadConfig(BaseModel):
     def _check_record_trace(cls, value: str | None) -> str | None:
         if value is not None and not value.endswith(".npz"):
             raise ValueError("must end in .npz")
+        return value
+
+    @field_validator("trace_path")
+    @classmethod
+    def _check_trace_path(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".msgpack"):
+            raise ValueError("must end in .msgpack")
         return value
 
     @property

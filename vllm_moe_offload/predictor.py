@@ -8,8 +8,9 @@ online, predicts "this token uses expert e of layer l + d" from
 * what its request used lately in layer l + d (decayed, a few tokens),
 * a constant.
 
-Serving asks :meth:`CrossLayerPredictor.predict` after each layer call and prefetches what is
-likely and not resident; the lead time is d layers.
+Serving asks after each layer call and prefetches what is likely and not resident; the lead
+time is d layers. Where it can, it asks the model's own routers instead
+(:class:`vllm_moe_offload.lookahead.RouterLookahead`); replay, without hidden states, cannot.
 """
 
 from __future__ import annotations
@@ -101,21 +102,17 @@ class CrossLayerPredictor:
         if self._active:
             self._used[self._rows_index, layer, ids] = 1.0
 
-    def predict(self, layer: int) -> FloatArray:
-        """Expected use of the next layers' experts by this step's tokens.
-
-        Returns:
-            float32 ``[min(depth, layers - 1 - layer), experts]``: row d - 1 is layer
-            ``layer + d``; each entry the probability that at least one token uses the expert.
-            Zeros before anything was learned, and in steps with prefill.
-        """
-        ahead = min(self.depth, self.num_layers - 1 - layer)
-        if not self._active or not self.is_ready or ahead < 1:
-            return np.zeros((max(ahead, 0), self.num_experts), np.float32)
-        inputs = self._inputs(layer, ahead, self._used, self._lately)
-        likely = np.matmul(inputs, self._weights[layer, :ahead])  # [ahead, rows, experts]
+    def predict(
+        self, layer: int, ahead: int, hidden: object = None, absent: object = None
+    ) -> FloatArray | None:
+        """See :meth:`vllm_moe_offload.prefetch.Predictor.predict`; looks at routing alone."""
+        del hidden, absent
+        if not self._active or not self.is_ready or layer + ahead >= self.num_layers:
+            return None
+        inputs = self._inputs(layer, ahead, self._used, self._lately)[-1]
+        likely = inputs @ self._weights[layer, ahead - 1]  # [rows, experts]
         np.clip(likely, 0.0, 1.0, out=likely)
-        return np.asarray(1.0 - np.multiply.reduce(1.0 - likely, axis=1), np.float32)
+        return np.asarray(1.0 - np.multiply.reduce(1.0 - likely, axis=0), np.float32)
 
     def end_step(self) -> None:
         """Learns from the step."""

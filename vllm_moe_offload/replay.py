@@ -358,8 +358,11 @@ class _Forecast:
         self._useful += int(np.count_nonzero(named & missing))
         self._named[layer] = False
         self._predictor.observe(layer, ids)
-        likely = self._predictor.predict(layer)
-        self._named[layer + 1 : layer + 1 + len(likely)] |= likely >= self.THRESHOLD
+        for ahead in range(1, self._predictor.depth + 1):
+            likely = self._predictor.predict(layer, ahead)
+            if likely is None:
+                break
+            self._named[layer + ahead] |= likely >= self.THRESHOLD
 
     def end_step(self) -> None:
         self._predictor.end_step()

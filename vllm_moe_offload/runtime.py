@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 import vllm_moe_offload._C  # noqa: F401  (registers the operators)
-from vllm_moe_offload.cache import MISS_READ, PLAN_TRANSIENT, ExpertCache
+from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
 from vllm_moe_offload.metrics import VALUES, CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.prefetch import Prefetcher
+from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.transfer import TransferEngine, TransferError
 
@@ -37,6 +40,7 @@ class OffloadRuntime:
         cache: page table and counters.
         pool: the rows that kernels read.
         stall_ns: time that layer calls spent waiting for reads.
+        policy_ns: time that tracing, scoring and predicting took while nothing was read.
     """
 
     def __init__(
@@ -46,17 +50,23 @@ class OffloadRuntime:
         pool: SlotPool,
         transfer: TransferEngine,
         policy: Policy,
+        prefetcher: Prefetcher | None = None,
+        collection_file: CollectionFile | None = None,
         recorder: TraceRecorder | None = None,
         counter_file: CounterFile | None = None,
     ) -> None:
-        policy.bind(cache.scores)
+        bind_policy(policy, cache)
         self.cache = cache
         self.pool = pool
         self.policy = policy
         self.stall_ns = 0
         self.busy_ns = 0
+        self.policy_ns = 0
         self.num_tokens = 0
         self._transfer = transfer
+        self.prefetcher = prefetcher
+        self._layer_ready_ns = 0
+        self._collection_file = collection_file
         self._recorder = recorder
         self._counter_file = counter_file
         self._last_layer = cache.shape.num_layers - 1
@@ -80,6 +90,10 @@ class OffloadRuntime:
         self._rows = rows
         self._row_weights = torch.from_numpy(rows.weights)
         self.policy.begin_step(rows)
+        if self.prefetcher is not None:
+            self.prefetcher.begin_step(rows)
+        self._layer_ready_ns = 0
+        self.policy_ns += time.perf_counter_ns() - self._step_began_ns
         if self._recorder is not None:
             self._recorder.begin_step(rows)
 
@@ -88,7 +102,11 @@ class OffloadRuntime:
         if rows is None:
             return
         self._rows = None
+        began = time.perf_counter_ns()
         self.policy.end_step()
+        if self.prefetcher is not None:
+            self.prefetcher.end_step()
+        self.policy_ns += time.perf_counter_ns() - began
         if self._recorder is not None:
             self._recorder.end_step()
         self.num_tokens += rows.request_of_row.size
@@ -98,6 +116,10 @@ class OffloadRuntime:
     def end_request(self, request: str) -> None:
         """A request will never run again."""
         self.policy.end_request(request)
+        if self.prefetcher is not None:
+            self.prefetcher.end_request(request)
+        if self._collection_file is not None:
+            self._collection_file.changed()
         if self._recorder is not None:
             self._recorder.end_request(request)
 
@@ -116,13 +138,16 @@ class OffloadRuntime:
 
     # ---- layer calls -----------------------------------------------------------------
 
-    def begin_layer(self, layer: int, topk_ids: torch.Tensor) -> torch.Tensor | None:
+    def begin_layer(
+        self, layer: int, topk_ids: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
         """Makes the experts of ``topk_ids`` resident; returns their rows.
 
         Args:
             layer: index among the MoE layers.
             topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's rows are
                 padding, for which nothing is fetched or counted.
+            hidden: what the router was given, ``[tokens, hidden]``; for prediction only.
 
         Returns:
             Rows of the layer's parameters, shaped and typed like ``topk_ids``; or None if
@@ -140,13 +165,14 @@ class OffloadRuntime:
             num_tokens, flags = self._row_weights.numel(), 0
             self._observe(layer, topk_ids, num_tokens)
         slot_ids = torch.empty_like(topk_ids)
-        cache = self.cache
-        if not _plan(
-            cache.handle, layer, topk_ids, num_tokens, flags, slot_ids, self._plan_info
-        ):
-            return None
-        if cache.plan_info[2]:
-            self._read_misses(layer)
+        handle, info = self.cache.handle, self._plan_info
+        if not _plan(handle, layer, topk_ids, num_tokens, flags, slot_ids, info):
+            if self.prefetcher is None:
+                return None
+            self.prefetcher.drop_all()  # rows in flight may be all that was wanting
+            if not _plan(handle, layer, topk_ids, num_tokens, flags, slot_ids, info):
+                return None
+        self._fill(layer, hidden)
         return topk_ids if self._passes_ids_through else slot_ids
 
     def end_layer(self, layer: int) -> None:
@@ -211,32 +237,72 @@ class OffloadRuntime:
             )
 
     def _observe(self, layer: int, topk_ids: torch.Tensor, num_tokens: int) -> None:
+        began = time.perf_counter_ns()
         _expert_votes(topk_ids, self._row_weights, self._votes)
         ids = topk_ids.numpy()[:num_tokens]
         self.policy.observe(layer, ids, self._votes_array)
+        if self.prefetcher is not None:
+            if self._layer_ready_ns:
+                self.prefetcher.measured(compute_ns=began - self._layer_ready_ns)
+            self.prefetcher.collect()
+            self.prefetcher.observe(layer, ids)
+        self.policy_ns += time.perf_counter_ns() - began
         if self._recorder is not None:
             self._recorder.observe(layer, ids)
 
-    def _read_misses(self, layer: int) -> None:
-        experts, rows, kinds = self.cache.misses
-        if not experts.size:
+    def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
+        """Reads what the open plan misses, and issues prefetches meanwhile."""
+        prefetcher = self.prefetcher if self._rows is not None else None
+        if self.cache.plan_info[2]:
+            self._read_misses(layer, prefetcher, hidden)
+        elif prefetcher is not None:
+            began = time.perf_counter_ns()
+            prefetcher.pass_layer(layer)
+            prefetcher.issue(layer, hidden)
+            self.policy_ns += time.perf_counter_ns() - began
+        if prefetcher is not None:
+            self._layer_ready_ns = time.perf_counter_ns()
+
+    def _read_misses(
+        self,
+        layer: int,
+        prefetcher: Prefetcher | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> None:
+        experts, rows, kinds = (array.tolist() for array in self.cache.misses)
+        if not experts:
             return
         began = time.perf_counter_ns()
-        requests = [
-            (layer, int(expert), int(row))
-            for expert, row, kind in zip(experts, rows, kinds, strict=True)
-            if kind == MISS_READ
-        ]
+        planned = list(zip(experts, rows, kinds, strict=True))
+        requests = [(layer, expert, row) for expert, row, kind in planned if kind == MISS_READ]
+        awaited = [row for _, row, kind in planned if kind == MISS_AWAIT]
         try:
-            self._transfer.read(requests)
+            pending = self._transfer.begin_read(requests)
+            if prefetcher is not None:
+                for row in awaited:
+                    prefetcher.promote(row)
+                prefetcher.pass_layer(layer)
+                prefetcher.issue(layer, hidden)  # costs nothing while the disk is busy
+            self._transfer.end_read(pending)
+            for _, _, row in requests:
+                self.cache.complete(row, True)
+            if requests and prefetcher is not None and not awaited:
+                took = time.perf_counter_ns() - began
+                prefetcher.measured(read_ns=took / len(requests))
+            for row in awaited:
+                self._await(row)
         except TransferError:
             # All reads of the batch ended: finish() empties the rows that were to be filled.
+            if self.prefetcher is not None:
+                self.prefetcher.settle()
             self.cache.finish()
             self._rows = None
             raise
-        for _, _, row in requests:
-            self.cache.complete(row, True)
         self.stall_ns += time.perf_counter_ns() - began
+
+    def _await(self, row: int) -> None:
+        assert self.prefetcher is not None  # nobody else reserves rows
+        self.prefetcher.await_row(row)
 
     def load_everything(self) -> None:
         """Fills a cache that holds all experts, in store order, as plain vLLM's start does."""
@@ -276,4 +342,6 @@ class OffloadRuntime:
         self._publish()
         if self._recorder is not None:
             self._recorder.close()
+        if self._collection_file is not None:
+            self._collection_file.close()
         self._transfer.close()

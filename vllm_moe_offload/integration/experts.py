@@ -69,7 +69,7 @@ class OffloadedExperts:
         runtime = self.runtime
         if runtime is None:
             raise RuntimeError(f"{self.layer_name} runs before its experts were stored")
-        slot_ids = runtime.begin_layer(self.moe_layer, topk_ids)
+        slot_ids = runtime.begin_layer(self.moe_layer, topk_ids, x)
         if slot_ids is None:
             return self._forward_in_waves(runtime, x, topk_weights, topk_ids)
         try:

@@ -27,8 +27,10 @@ from vllm_moe_offload.integration import compat
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint, layer_number
 from vllm_moe_offload.integration.experts import offloaded_layers
+from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.lookahead import Router
 from vllm_moe_offload.store import (
     ExpertStore,
     StoreBuilder,
@@ -108,13 +110,20 @@ def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
             "routed expert layer; use --moe-offload=off"
         )
-    return ExpertLoad(vllm_config, options, layers)
+    return ExpertLoad(vllm_config, options, layers, routers_of(model, layers))
 
 
 class ExpertLoad:
     """One model's way from its checkpoint into store and pool."""
 
-    def __init__(self, vllm_config: Any, options: OffloadConfig, layers: list[Any]) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        options: OffloadConfig,
+        layers: list[Any],
+        routers: list[Router] | None,
+    ) -> None:
+        self._routers = routers
         self.options = options
         self.layers = layers
         self._vllm_config = vllm_config
@@ -202,7 +211,7 @@ class ExpertLoad:
                     layer.quant_method.process_weights_after_loading(layer)
             # vLLM's own pass over all modules must not process the pool's rows again.
             layer.quant_method.process_weights_after_loading = _already_processed
-        start_runtime(self._vllm_config, self.options, store, self.layers)
+        start_runtime(self._vllm_config, self.options, store, self.layers, self._routers)
 
 
 def _already_processed(layer: torch.nn.Module) -> None:

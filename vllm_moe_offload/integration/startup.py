@@ -10,27 +10,40 @@ from typing import Any
 import psutil
 
 from vllm_moe_offload.cache import CacheShape, ExpertCache
-from vllm_moe_offload.config import GIB, OffloadConfig
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.counters_dir import counters_dir
+from vllm_moe_offload.lookahead import Router, RouterLookahead
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
-from vllm_moe_offload.policy import Policy, serving_policy
+from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.predictor import CrossLayerPredictor
+from vllm_moe_offload.prefetch import LAYERS_AHEAD, Predictor, Prefetcher
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
 from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.transfer import TransferEngine
 
 logger = logging.getLogger("vllm.moe_offload")
 
+COLLECTION_NAME = "activations.msgpack"
+
 
 def start_runtime(
-    vllm_config: Any, options: OffloadConfig, store: ExpertStore, layers: list[Any]
+    vllm_config: Any,
+    options: OffloadConfig,
+    store: ExpertStore,
+    layers: list[Any],
+    routers: list[Router] | None,
 ) -> OffloadRuntime:
-    """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool."""
+    """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool.
+
+    ``routers``: of the layers, where they are known, for prediction.
+    """
     first = layers[0]
-    policy = serving_policy(options.mode, len(layers), first.local_num_experts)
+    policy = make_policy(options.mode, len(layers), first.local_num_experts)
     shape = _shape(vllm_config, options, store, first, policy)
     _log_plan(options, store, shape)
     pool = SlotPool(store.layout, shape.num_rows)
@@ -42,11 +55,18 @@ def start_runtime(
         cpus=io_cpus(),
         verify=options.verify,
     )
+    cache = ExpertCache(shape, policy.rules)
+    predictor = _predictor(options, shape, routers, first.top_k)
+    prefetcher = None
+    if predictor is not None:
+        prefetcher = Prefetcher(cache, transfer, policy, predictor)
     runtime = OffloadRuntime(
-        cache=ExpertCache(shape, policy.rules),
+        cache=cache,
         pool=pool,
         transfer=transfer,
         policy=policy,
+        prefetcher=prefetcher,
+        collection_file=_collection_file(options, store, policy, parallel),
         recorder=_recorder(options, store, shape, first.top_k, parallel),
         counter_file=_counter_file(vllm_config, options, parallel),
     )
@@ -129,6 +149,37 @@ def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> 
         shape.num_staging_slots,
         "; everything fits" if shape.holds_everything else "",
     )
+
+
+def _predictor(
+    options: OffloadConfig, shape: CacheShape, routers: list[Router] | None, top_k: int
+) -> Predictor | None:
+    """The model's routers, asked early; without them co-activation, learned online."""
+    if options.mode != "trace" or not options.prefetch or shape.holds_everything:
+        return None
+    if routers is not None:
+        return RouterLookahead(routers, shape.num_experts, top_k, LAYERS_AHEAD)
+    return CrossLayerPredictor(shape.num_layers, shape.num_experts, depth=LAYERS_AHEAD)
+
+
+def _collection_file(
+    options: OffloadConfig, store: ExpertStore, policy: Policy, parallel: Any
+) -> CollectionFile | None:
+    """Loads the policy's collection; all TP ranks see the same routing, so one of them saves."""
+    if not isinstance(policy, TracePolicy):
+        return None
+    path = store.directory.parent / COLLECTION_NAME
+    if options.trace_path is not None:
+        path = Path(options.trace_path)
+        if not path.parent.is_dir():
+            raise OptionError(
+                f"moe-offload: trace_path={options.trace_path!r} is not possible: there is no "
+                f"directory {path.parent}"
+            )
+    policy.collection.fingerprint = store.identity.checkpoint
+    file = CollectionFile(path, policy.collection, writes=parallel.tp_rank == 0)
+    policy.collection = file.load()
+    return file
 
 
 def _recorder(

@@ -9,7 +9,6 @@ from vllm_moe_offload.policy.lfu import LFU
 from vllm_moe_offload.policy.lrfu import LRFU
 from vllm_moe_offload.policy.lru import LRU, LayerLRU
 from vllm_moe_offload.policy.trace import TracePolicy
-from vllm_moe_offload.policy.tracing import TracingLRFU
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (LRU, LayerLRU, LFU, LRFU, EAMC, TracePolicy, Belady)
@@ -22,7 +21,6 @@ __all__ = [
     "StepRows",
     "TracePolicy",
     "make_policy",
-    "serving_policy",
 ]
 
 
@@ -50,14 +48,3 @@ def make_policy(spec: str, num_layers: int, num_experts: int) -> Policy:
         return POLICIES[name](num_layers, num_experts, **keywords)
     except TypeError as error:
         raise ValueError(f"policy {spec!r} takes no such parameter: {error}") from error
-
-
-def serving_policy(mode: str, num_layers: int, num_experts: int) -> Policy:
-    """Policy that ``--moe-offload=mode`` serves with.
-
-    ``trace`` serves with :class:`TracingLRFU`; replay's ``trace`` looks further ahead, at
-    a price that a layer call cannot pay yet.
-    """
-    if mode == TracingLRFU.name:
-        return TracingLRFU(num_layers, num_experts)
-    return make_policy(mode, num_layers, num_experts)

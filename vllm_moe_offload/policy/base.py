@@ -99,6 +99,11 @@ class Policy(ABC):
         self.num_experts = num_experts
         self.scores: FloatArray = np.zeros((num_layers, num_experts), np.float32)
 
+    @property
+    def full_score(self) -> float:
+        """Score of an expert that every request uses at every step, on this policy's scale."""
+        return 1.0
+
     def bind(self, scores: FloatArray) -> None:
         """Makes ``scores`` (the cache's table) the one that this policy writes."""
         scores[...] = self.scores

@@ -234,7 +234,7 @@ class ActivationCollection:
             "num_experts": self.num_experts,
             "entries": [
                 [entry.keys.astype("<i4").tobytes(), entry.counts.astype("<f4").tobytes()]
-                for entry in self._entries
+                for entry in list(self._entries)  # the server goes on adding
             ],
         }
         path = Path(path)

@@ -35,6 +35,14 @@ class _Flight:
     error: str | None = None
 
 
+@dataclass(slots=True)
+class PendingRead:
+    """Reads between :meth:`TransferEngine.begin_read` and :meth:`TransferEngine.end_read`."""
+
+    flights: list[_Flight]
+    num_submitted: int = 0
+
+
 class TransferEngine:
     """Reads experts of one store into the rows of one pool.
 
@@ -120,17 +128,49 @@ class TransferEngine:
             ValueError: a row or expert is in flight, twice in the call, or does not exist;
                 nothing was read.
         """
-        began = time.perf_counter_ns()
-        flights = self._register(requests, is_prefetch=False)
+        self.end_read(self.begin_read(requests))
+
+    def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> PendingRead:
+        """First half of :meth:`read`: the caller has time until :meth:`end_read`.
+
+        Raises:
+            ValueError: as :meth:`read`.
+        """
+        pending = PendingRead(self._register(requests, is_prefetch=False))
         try:
-            self._complete(flights)
+            self._submit_pending(pending)
+        except NativeError:
+            self._end_all_reads()
+            self._forget(pending.flights)
+            raise
+        return pending
+
+    def end_read(self, pending: PendingRead) -> None:
+        """Second half of :meth:`read`: returns when all are in their rows.
+
+        Raises:
+            TransferError: as :meth:`read`.
+        """
+        began = time.perf_counter_ns()
+        try:
+            self._complete(pending)
         except BaseException:
             self._end_all_reads()
             raise
         finally:
-            self._forget(flights)
+            self._forget(pending.flights)
             self.read_ns += time.perf_counter_ns() - began
-        self._raise_for_errors(flights)
+        self._raise_for_errors(pending.flights)
+
+    def promote(self, row: int) -> None:
+        """Gives what is left of the prefetch into ``row`` a demand's priority.
+
+        Raises:
+            ValueError: ``row`` is not in flight.
+        """
+        flight = self._flight_into(row)
+        if not flight.done:
+            self._reader.promote(flight.ticket)
 
     def await_row(self, row: int) -> None:
         """Waits for the prefetch into ``row``, now with a demand's priority.
@@ -262,21 +302,27 @@ class TransferEngine:
         if (layer, expert) in self._experts_in_flight:
             raise ValueError(f"expert {expert} of layer {layer} is in flight to another row")
 
-    def _complete(self, flights: list[_Flight]) -> None:
-        """Submits all, as tickets allow, and waits for all."""
-        num_submitted = num_done = 0
-        while num_done < len(flights):
-            num_tickets = len(self._reader.free_tickets)
-            if num_tickets and num_submitted < len(flights):
-                batch = flights[num_submitted : num_submitted + num_tickets]
-                self._submit(batch, DEMAND)
-                num_submitted += len(batch)
+    def _submit_pending(self, pending: PendingRead) -> None:
+        """Submits as many as there are tickets for."""
+        num_tickets = len(self._reader.free_tickets)
+        if num_tickets and pending.num_submitted < len(pending.flights):
+            begin = pending.num_submitted
+            batch = pending.flights[begin : begin + num_tickets]
+            self._submit(batch, DEMAND)
+            pending.num_submitted += len(batch)
+
+    def _complete(self, pending: PendingRead) -> None:
+        """Submits the rest, as tickets come back, and waits for all."""
+        flights = pending.flights
+        while True:
+            self._submit_pending(pending)
+            num_running = sum(not flight.done for flight in flights[: pending.num_submitted])
+            if not num_running:
+                return
             # To be woken for every read would take the cores from reading. But what is left
             # to be submitted, or to be checked, should not wait for the last one.
-            wait_for_all = num_submitted == len(flights) and not self._verify
-            self._collect(_WAIT_MS, num_submitted - num_done if wait_for_all else 1)
-            while num_done < num_submitted and flights[num_done].done:
-                num_done += 1
+            wait_for_all = pending.num_submitted == len(flights) and not self._verify
+            self._collect(_WAIT_MS, num_running if wait_for_all else 1)
 
     def _submit(self, flights: Sequence[_Flight], priority: int) -> None:
         records = [(flight.layer, flight.expert, flight.row) for flight in flights]

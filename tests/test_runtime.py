@@ -1,0 +1,290 @@
+"""The runtime: whatever is routed, evicted, prefetched or cancelled, rows hold the right bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.stores import build, layer_tensors, layout_of
+from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.policy import StepRows, make_policy
+from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.predictor import CrossLayerPredictor
+from vllm_moe_offload.prefetch import Prefetcher
+from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.transfer import TransferEngine, TransferError
+
+LAYERS, EXPERTS, TOP_K = 4, 8, 2
+
+
+class Foresight:
+    """Predicts whatever the test says."""
+
+    def __init__(self) -> None:
+        self.likely = np.zeros((LAYERS, EXPERTS), np.float32)
+
+    def begin_step(self, rows: StepRows) -> None:
+        pass
+
+    def observe(self, layer: int, ids: np.ndarray) -> None:
+        pass
+
+    depth = 2
+
+    def predict(
+        self, layer: int, ahead: int, hidden: object, absent: object
+    ) -> np.ndarray | None:
+        return self.likely[layer + ahead] if layer + ahead < LAYERS else None
+
+    def end_step(self) -> None:
+        pass
+
+    def end_request(self, request: str) -> None:
+        pass
+
+
+def runtime_of(
+    store: ExpertStore, slots: int, staging: int, mode: str = "trace", predictor=None
+) -> OffloadRuntime:
+    policy = make_policy(mode, store.num_layers, store.num_experts)
+    shape = CacheShape(store.num_layers, store.num_experts, slots, staging)
+    cache = ExpertCache(shape, policy.rules)
+    pool = SlotPool(store.layout, shape.num_rows)
+    transfer = TransferEngine(store, pool.destinations())
+    prefetcher = Prefetcher(cache, transfer, policy, predictor) if predictor else None
+    return OffloadRuntime(
+        cache=cache, pool=pool, transfer=transfer, policy=policy, prefetcher=prefetcher
+    )
+
+
+def decode_rows(requests: list[str], position: int = 1) -> StepRows:
+    count = len(requests)
+    return StepRows.of_lengths(
+        requests,
+        np.ones(count, np.int64),
+        np.full(count, position),
+        np.zeros(count, np.bool_),
+    )
+
+
+def assert_rows_hold(runtime: OffloadRuntime, store, layer: int, ids, rows) -> None:
+    wanted = layer_tensors(store.layout, store.num_experts, layer)
+    for name, tensor in wanted.items():
+        have = runtime.pool.bytes_of(name)
+        for expert, row in zip(ids.reshape(-1), rows.reshape(-1), strict=True):
+            assert (have[int(row)] == tensor[int(expert)]).all(), (name, layer, expert, row)
+
+
+def run_layer(runtime: OffloadRuntime, store, layer: int, ids: torch.Tensor) -> None:
+    """One layer call as the integration makes it; checks every byte the kernel would read."""
+    rows = runtime.begin_layer(layer, ids)
+    if rows is not None:
+        assert_rows_hold(runtime, store, layer, ids, rows)
+        runtime.end_layer(layer)
+        return
+    covered = torch.zeros_like(ids, dtype=torch.bool)
+    for wave_rows, in_wave in runtime.waves(layer, ids):
+        assert not bool((covered & in_wave).any())
+        assert_rows_hold(runtime, store, layer, ids[in_wave], wave_rows[in_wave])
+        covered |= in_wave
+    assert bool(covered.all())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ExpertStore:
+    return build(tmp_path_factory.mktemp("runtime"), layout_of(8192, 12), LAYERS, EXPERTS)
+
+
+class Serving(RuleBasedStateMachine):
+    """Any routing, any prediction, right or wrong, in caches of any size."""
+
+    store: ExpertStore
+
+    @initialize(
+        slots=st.integers(TOP_K, LAYERS * EXPERTS),
+        staging=st.integers(0, 3),
+        mode=st.sampled_from(["trace", "lrfu"]),
+    )
+    def start(self, slots: int, staging: int, mode: str) -> None:
+        everything = slots == LAYERS * EXPERTS
+        self.foresight = Foresight()
+        self.runtime = runtime_of(
+            self.store, slots, 0 if everything else staging, mode, self.foresight
+        )
+        self.position = 0
+
+    @rule(data=st.data())
+    def predict(self, data: st.DataObject) -> None:
+        chance = st.sampled_from([0.0, 0.5, 0.9])
+        size = LAYERS * EXPERTS
+        likely = data.draw(st.lists(chance, min_size=size, max_size=size))
+        self.foresight.likely = np.array(likely, np.float32).reshape(LAYERS, EXPERTS)
+
+    @rule(data=st.data(), requests=st.integers(1, 3), tokens=st.integers(1, 3))
+    def step(self, data: st.DataObject, requests: int, tokens: int) -> None:
+        rows = StepRows.of_lengths(
+            [f"r{index}" for index in range(requests)],
+            np.full(requests, tokens),
+            np.full(requests, self.position),
+            np.full(requests, tokens > 1),
+        )
+        self.position += tokens
+        self.runtime.begin_step(rows)
+        expert = st.integers(0, EXPERTS - 1)
+        for layer in range(LAYERS):
+            count = requests * tokens
+            ids = data.draw(
+                st.lists(
+                    st.lists(expert, min_size=TOP_K, max_size=TOP_K, unique=True),
+                    min_size=count,
+                    max_size=count,
+                )
+            )
+            run_layer(self.runtime, self.store, layer, torch.tensor(ids, dtype=torch.int32))
+
+    @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
+    def warm_up(self, layer: int, expert: int) -> None:
+        """A call without a request behind it."""
+        ids = torch.tensor([[expert, (expert + 1) % EXPERTS]], dtype=torch.int32)
+        run_layer(self.runtime, self.store, layer, ids)
+
+    @rule(request=st.integers(0, 2))
+    def end(self, request: int) -> None:
+        self.runtime.end_request(f"r{request}")
+
+    @precondition(lambda self: hasattr(self, "runtime"))
+    @invariant()
+    def every_slot_has_one_expert_and_its_bytes(self) -> None:
+        cache = self.runtime.cache
+        rows = cache.page_table[cache.page_table >= 0]
+        assert len(set(rows.tolist())) == rows.size
+        for layer, expert in np.argwhere(cache.page_table >= 0).tolist():
+            if cache.is_resident(layer, expert):
+                ids = np.array([expert])
+                row = np.array([cache.page_table[layer, expert]])
+                assert_rows_hold(self.runtime, self.store, layer, ids, row)
+
+    def teardown(self) -> None:
+        if hasattr(self, "runtime"):
+            self.runtime.close()
+
+
+def test_any_serving(store) -> None:
+    machine = type("ServingFromStore", (Serving,), {"store": store})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=20,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+# ---- prefetch ------------------------------------------------------------------------------
+
+
+def ids_of(*experts: int) -> torch.Tensor:
+    return torch.tensor([experts], dtype=torch.int32)
+
+
+def one_step(runtime: OffloadRuntime, store, experts: list[tuple[int, int]]) -> None:
+    runtime.begin_step(decode_rows(["a"]))
+    for layer, pair in enumerate(experts):
+        run_layer(runtime, store, layer, ids_of(*pair))
+
+
+def test_what_was_foreseen_is_no_demand(store) -> None:
+    foresight = Foresight()
+    runtime = runtime_of(store, 8, 2, predictor=foresight)
+    foresight.likely[1, [2, 3]] = 0.9
+    runtime.begin_step(decode_rows(["a"]))
+    run_layer(runtime, store, 0, ids_of(0, 1))
+    runtime.prefetcher.settle()  # the budget allows one read at a time at first
+    assert runtime.cache.count("prefetch_issued") == 1
+    run_layer(runtime, store, 1, ids_of(2, 3))
+    assert runtime.cache.count("prefetch_useful") == 1
+    assert runtime.cache.count("hits") == 1
+    runtime.close()
+
+
+def test_a_need_does_not_wait_for_what_was_foreseen_in_vain(store) -> None:
+    foresight = Foresight()
+    runtime = runtime_of(store, 8, 2, predictor=foresight)
+    foresight.likely[1, [4, 5]] = 0.9
+    one_step(runtime, store, [(0, 1), (2, 3), (0, 1), (0, 1)])
+    runtime.prefetcher.settle()
+    foresight.likely[...] = 0
+    for _ in range(6):
+        one_step(runtime, store, [(0, 1), (2, 3), (0, 1), (0, 1)])
+    assert runtime.cache.count("prefetch_useful") == 0
+    assert not runtime.cache.is_resident(1, 4)
+    assert runtime.cache.count("prefetch_wasted") >= 1
+    runtime.close()
+
+
+def test_prefetching_changes_no_byte_and_no_need(store) -> None:
+    generator = np.random.default_rng(0)
+    foresight = Foresight()
+    plain = runtime_of(store, 8, 2)
+    ahead = runtime_of(store, 8, 2, predictor=foresight)
+    for _ in range(30):
+        foresight.likely = generator.random((LAYERS, EXPERTS)).astype(np.float32)
+        routed = [
+            tuple(generator.choice(EXPERTS, 2, replace=False).tolist()) for _ in range(LAYERS)
+        ]
+        for runtime in (plain, ahead):
+            one_step(runtime, store, routed)
+    needs = [
+        runtime.cache.count("hits") + runtime.cache.count("misses")
+        for runtime in (plain, ahead)
+    ]
+    assert needs[0] == needs[1] == 30 * LAYERS * 2
+    assert ahead.cache.count("prefetch_issued") > 0
+    plain.close()
+    ahead.close()
+
+
+def test_prefill_is_not_predicted() -> None:
+    predictor = CrossLayerPredictor(LAYERS, EXPERTS, depth=2)
+    for position in range(200):
+        predictor.begin_step(decode_rows(["a"], position))
+        for layer in range(LAYERS):
+            predictor.observe(layer, np.array([[layer, layer + 1]]))
+        predictor.end_step()
+    rows = StepRows.of_lengths(["b"], np.array([5]), np.array([0]), np.array([True]))
+    predictor.begin_step(rows)
+    predictor.observe(0, np.zeros((5, 2), np.int64))
+    assert predictor.predict(0, 1) is None
+
+
+def test_a_read_error_ends_the_call_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = build(tmp_path, layout_of(8192, 12), LAYERS, EXPERTS)
+    foresight = Foresight()
+    runtime = runtime_of(store, 8, 2, predictor=foresight)
+    foresight.likely[1, 0] = 0.9
+    os.truncate(store.path, store.record_offset(1, 0))
+    runtime.begin_step(decode_rows(["a"]))
+    run_layer(runtime, store, 0, ids_of(0, 1))
+    with pytest.raises(TransferError, match="expert 0 of layer 1"):
+        run_layer(runtime, store, 1, ids_of(0, 1))
+    assert not runtime.cache.is_resident(1, 0)
+    assert not runtime.cache.is_resident(1, 1)
+    one_step(runtime, store, [(0, 1)])
+    runtime.close()

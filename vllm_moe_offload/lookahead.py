@@ -1,0 +1,138 @@
+"""Router lookahead: the next layers' own routers, asked early.
+
+A residual stream changes little from layer to layer, so the router of layer l + d, given what
+the router of layer l was given, mostly names the experts that it will name d layers later.
+The idea is that of Eliseev & Mazur (arXiv 2312.17238).
+
+How far such a guess is to be trusted is measured while it is used. A guess is described by
+
+* how many layers ahead it was made,
+* its margin: how far the expert's logit lies above the middle between the last expert that
+  the router would choose and the first that it would not, in standard deviations of the
+  token's logits,
+* whether the expert was absent from the cache: what was not used lately is guessed right
+  less often, and is all that prefetching is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_moe_offload.policy.base import IdArray, StepRows
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+MAX_ROWS = 64
+"""Steps of more rows than this are prefill, which streams whole layers: not predicted."""
+
+NUM_BINS = 16
+BIN_WIDTH = 0.25
+"""Margins from -2 to 2 standard deviations; beyond, they count as these."""
+
+FIRST_GUESSES = 16.0
+"""Guesses of every kind that are taken as made before the first one: those with a margin
+above 0 right in 3 of 4 cases, the others never."""
+
+MEMORY = 0.995
+"""Share of the older evidence that a step keeps: a few hundred steps count."""
+
+Router = Callable[[torch.Tensor], torch.Tensor]
+
+
+class RouterLookahead:
+    """Predicts with the model's routers; a :class:`vllm_moe_offload.prefetch.Predictor`.
+
+    Attributes:
+        depth: layers ahead that it may be asked for.
+    """
+
+    def __init__(
+        self, routers: Sequence[Router], num_experts: int, top_k: int, depth: int
+    ) -> None:
+        """``routers``: per layer, hidden states ``[rows, hidden]`` to logits ``[rows, experts]``.
+
+        ``top_k`` must be less than ``num_experts``.
+        """
+        self.depth = depth
+        self.num_layers = len(routers)
+        self.num_experts = num_experts
+        self._routers = list(routers)
+        self._boundary = [num_experts - top_k - 1, num_experts - top_k]
+        shape = (depth, 2, NUM_BINS)
+        self._tried: FloatArray = np.full(shape, FIRST_GUESSES, np.float32)
+        first = np.where(np.arange(NUM_BINS) >= NUM_BINS // 2, 0.75, 0.0)
+        self._right: FloatArray = (self._tried * first).astype(np.float32)
+        self._trust: FloatArray = self._right / self._tried
+        self._active = False
+        self._num_rows = 0
+        self._num_steps = 0
+        # Kinds of the guesses about one layer, by distance: what they were like is compared
+        # with what came. One layer per step is enough, and costs next to nothing.
+        self._watched = 0
+        self._kinds: list[npt.NDArray[np.int64] | None] = [None] * depth
+
+    @property
+    def trust(self) -> FloatArray:
+        """float32 ``[depth, 2, bins]``: how often guesses of each kind were right.
+
+        By layers ahead (from 1), resident or absent, and margin.
+        """
+        return self._trust
+
+    def begin_step(self, rows: StepRows) -> None:
+        """A step begins; steps with a prompt in them are not predicted."""
+        count = rows.request_of_row.size
+        self._active = count <= MAX_ROWS and not bool(rows.is_prefill.any())
+        self._num_rows = count
+        self._kinds = [None] * self.depth
+        self._num_steps += 1
+        self._watched = self._num_steps % self.num_layers
+
+    def observe(self, layer: int, ids: IdArray) -> None:
+        """Layer ``layer`` routed the step's rows, ids ``[rows, top_k]``: was the guess right?"""
+        if layer != self._watched or not self._active:
+            return
+        used = np.zeros((self._num_rows, self.num_experts), np.float32)
+        np.put_along_axis(used, np.asarray(ids, np.int64), 1.0, axis=1)
+        for distance, kinds in enumerate(self._kinds):
+            if kinds is None:
+                continue
+            flat, size = kinds.reshape(-1), 2 * NUM_BINS
+            tried = np.bincount(flat, minlength=size).reshape(2, NUM_BINS)
+            right = np.bincount(flat, used.reshape(-1), size).reshape(2, NUM_BINS)
+            self._tried[distance] = self._tried[distance] * MEMORY + tried
+            self._right[distance] = self._right[distance] * MEMORY + right
+        self._trust = self._right / self._tried
+
+    def predict(
+        self, layer: int, ahead: int, hidden: torch.Tensor | None, absent: BoolArray
+    ) -> FloatArray | None:
+        """See :meth:`vllm_moe_offload.prefetch.Predictor.predict`."""
+        target = layer + ahead
+        if not self._active or hidden is None or target >= self.num_layers:
+            return None
+        logits = self._routers[target](hidden[: self._num_rows]).float().numpy()
+        boundary = np.partition(logits, self._boundary, axis=1)[:, self._boundary]
+        margins = logits - boundary.mean(axis=1, keepdims=True)
+        margins *= 1.0 / (BIN_WIDTH * logits.std(axis=1, keepdims=True) + 1e-12)
+        kinds = np.clip(margins + NUM_BINS / 2, 0, NUM_BINS - 1).astype(np.int64)
+        kinds += absent * NUM_BINS
+        if target == self._watched:
+            self._kinds[ahead - 1] = kinds
+        trust = self._trust[ahead - 1].reshape(-1)[kinds]
+        if self._num_rows == 1:
+            return np.asarray(trust[0])
+        return np.asarray(1.0 - np.multiply.reduce(1.0 - trust, axis=0))
+
+    def end_step(self) -> None:
+        """All layers of the step ran."""
+        self._active = False
+
+    def end_request(self, request: str) -> None:
+        """Nothing is kept per request."""
+        del request

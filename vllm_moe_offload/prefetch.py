@@ -1,0 +1,220 @@
+"""Which experts are read ahead of their layer: prediction, budget, cancellation.
+
+After every layer call the predictor says what the next layers will use. What is likely and
+resident is kept until its layer was served; what is likely and absent is read while the
+kernel computes, most likely first, as many as the link carries until then. The file reader
+begins no prefetch while a demand waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_moe_offload.cache import ExpertCache
+from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
+from vllm_moe_offload.transfer import TransferEngine
+
+logger = logging.getLogger("vllm.moe_offload")
+
+LIKELY = 0.4
+"""Probability of use from which an expert is read ahead: a wrong guess costs a read that
+nobody waits for and the least valuable resident, a missed one a wait."""
+
+LAYERS_AHEAD = 3
+"""Layers for which experts are read ahead."""
+
+MOST_IN_FLIGHT = 8
+"""Prefetches under way at a time, however fast the link."""
+
+SMOOTHING = 0.05
+"""Weight of the newest measurement in the averages of read and layer times."""
+
+
+class Predictor(Protocol):
+    """What a prefetcher asks.
+
+    Attributes:
+        depth: layers ahead that it may be asked for.
+    """
+
+    depth: int
+
+    def begin_step(self, rows: StepRows) -> None:
+        """A step begins."""
+
+    def observe(self, layer: int, ids: IdArray) -> None:
+        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+
+    def predict(
+        self,
+        layer: int,
+        ahead: int,
+        hidden: torch.Tensor | None,
+        absent: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.float32] | None:
+        """How probable it is that layer ``layer + ahead`` uses each expert.
+
+        Args:
+            layer: the layer that routed last.
+            ahead: 1 to ``depth``.
+            hidden: what its router was given, ``[rows or more, hidden]``; None: not known.
+            absent: bool ``[experts]``, which of the asked layer's experts are not resident.
+
+        Returns:
+            float32 ``[experts]``: the probability that at least one of the step's tokens uses
+            the expert. None where nothing can be said: nothing learned, a step with prefill,
+            beyond the last layer.
+        """
+
+    def end_step(self) -> None:
+        """All layers of the step ran."""
+
+    def end_request(self, request: str) -> None:
+        """A request ended."""
+
+
+class Prefetcher:
+    """Reads ahead for one cache.
+
+    The calls of a step: :meth:`begin_step`; per layer :meth:`collect`, :meth:`observe`,
+    then, planned, :meth:`pass_layer` and :meth:`issue`; :meth:`end_step`.
+
+    Attributes:
+        predictor: says what the next layers will use.
+        read_ns: average time to read one expert.
+        compute_ns: average time from a layer's rows being ready to the next layer's call.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, transfer: TransferEngine, policy: Policy, predictor: Predictor
+    ) -> None:
+        self.predictor = predictor
+        self.read_ns = 0.0
+        self.compute_ns = 0.0
+        self._cache = cache
+        self._transfer = transfer
+        self._policy = policy
+        self._flights: dict[int, tuple[int, int]] = {}  # row -> layer, expert
+        self._warned = False
+
+    def begin_step(self, rows: StepRows) -> None:
+        """A step begins."""
+        self.predictor.begin_step(rows)
+
+    def observe(self, layer: int, ids: IdArray) -> None:
+        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+        self.predictor.observe(layer, ids)
+
+    def end_step(self) -> None:
+        """All layers of the step ran."""
+        self.predictor.end_step()
+
+    def end_request(self, request: str) -> None:
+        """A request ended."""
+        self.predictor.end_request(request)
+
+    def collect(self) -> None:
+        """Takes in what arrived; does not wait."""
+        if not self._flights:
+            return
+        for ended in self._transfer.poll():
+            del self._flights[ended.row]
+            self._cache.complete(ended.row, ended.ok)
+            if not ended.ok and not self._warned:
+                # Not an error yet: whoever needs the expert reads it again, and raises.
+                self._warned = True
+                logger.warning("MoE offload: a prefetch failed: %s", ended.error)
+
+    def pass_layer(self, layer: int) -> None:
+        """Drops what was queued for ``layer`` and is not in its plan."""
+        if not self._flights:
+            return
+        needed = set(self._cache.slots.tolist())
+        for row, (target, _) in list(self._flights.items()):
+            if target == layer and row not in needed and self._transfer.cancel(row):
+                del self._flights[row]
+                self._cache.cancel_prefetch(row)
+
+    def promote(self, row: int) -> None:
+        """The layer call needs the row now: its read goes before other prefetches."""
+        self._transfer.promote(row)
+
+    def await_row(self, row: int) -> None:
+        """Waits for a prefetch that the layer call needs.
+
+        Raises:
+            TransferError: the expert could not be read.
+        """
+        del self._flights[row]
+        self._transfer.await_row(row)
+        self._cache.complete(row, True)
+
+    def issue(self, layer: int, hidden: torch.Tensor | None) -> None:
+        """Reads ahead for the layers behind ``layer``, the next one first.
+
+        ``hidden``: what the router of ``layer`` was given.
+        """
+        for ahead in range(1, self.predictor.depth + 1):
+            if len(self._flights) >= self._budget():
+                return
+            target = layer + ahead
+            if target >= self._cache.shape.num_layers:
+                return
+            absent = self._cache.page_table[target] < 0
+            likely = self.predictor.predict(layer, ahead, hidden, absent)
+            if likely is None:
+                return
+            self._expect(target, likely)
+
+    def _expect(self, layer: int, likely: npt.NDArray[np.float32]) -> None:
+        """Keeps or reads what layer ``layer`` will probably use."""
+        experts = np.flatnonzero(likely >= LIKELY)
+        most_likely_first = experts[np.argsort(-likely[experts], kind="stable")].tolist()
+        value, budget = self._policy.full_score, self._budget()
+        resident = self._cache.page_table[layer]
+        for expert in most_likely_first:
+            if resident[expert] < 0 and len(self._flights) >= budget:
+                continue
+            row = self._cache.prefetch(layer, expert, float(likely[expert]) * value)
+            if row < 0:
+                continue
+            if not self._transfer.prefetch(layer, expert, row):
+                self._cache.cancel_prefetch(row)
+                return
+            self._flights[row] = (layer, expert)
+
+    def drop_all(self) -> None:
+        """Frees every row that is in flight: what was not begun is dropped, the rest awaited."""
+        for row in self._transfer.cancel_all():
+            del self._flights[row]
+            self._cache.cancel_prefetch(row)
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until nothing is in flight."""
+        self._transfer.drain()
+        self.collect()
+
+    def measured(
+        self, *, read_ns: float | None = None, compute_ns: float | None = None
+    ) -> None:
+        """Takes in what one read of an expert, or one layer's computing, took."""
+        if read_ns is not None:
+            self.read_ns += (read_ns - self.read_ns) * (SMOOTHING if self.read_ns else 1.0)
+        if compute_ns is not None:
+            weight = SMOOTHING if self.compute_ns else 1.0
+            self.compute_ns += (compute_ns - self.compute_ns) * weight
+
+    def _budget(self) -> int:
+        """Reads under way at a time: what the link carries while one layer computes, and one.
+
+        The one beyond is the read that the next layer call finds half done.
+        """
+        if not self.read_ns:
+            return 1
+        return min(1 + int(self.compute_ns / self.read_ns), MOST_IN_FLIGHT)
