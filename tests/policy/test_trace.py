@@ -107,6 +107,14 @@ def test_the_layer_just_passed_is_worth_least() -> None:
     assert policy.scores[0, 1] > policy.scores[1, 1]
 
 
+def test_full_score_is_what_an_expert_of_every_token_tends_to() -> None:
+    for parts, tokens in (({}, 1000), ({"value": 0, "history": 2}, 2000)):
+        policy = TracePolicy(LAYERS, EXPERTS, distance_weight=0, **parts)
+        run_request(policy, "a", (3, 4), tokens)
+        policy.begin_step(rows_of(["a"], [1], tokens))
+        assert policy.scores[:, 3] == pytest.approx(policy.full_score, rel=0.1)
+
+
 def test_fallback_follows_the_winner() -> None:
     trace = synthetic_trace(layers=4, experts=32, top_k=4, requests=4, tokens=600, seed=2)
     # History counts against an expert: as wrong as a policy can be.

@@ -125,11 +125,28 @@ class TracePolicy(Policy):
         self._ahead = int(chosen.layers_ahead)
         self._step_ids: npt.NDArray[np.int64] = np.zeros((num_layers, 0, 0), np.int64)
         self._layers_seen = 0
+        self._value_weight = np.float32(0.0)
+        self._slow_share = np.float32(chosen.slow_history)
 
     def bind(self, scores: FloatArray) -> None:
         """See :meth:`Policy.bind`; without shadows the own scores are the cache's."""
         super().bind(scores)
         self._table = self.scores
+
+    @property
+    def full_score(self) -> float:
+        """Score that an expert used by every request at every token tends to.
+
+        Makes a probability p of being used comparable with :attr:`scores`: ``p * full_score``.
+        Without the distance to the next visit, which shrinks a score by at most
+        ``exp(-distance_weight)``, and without the prior, whose weight vanishes as requests
+        grow. While a plain policy rules, scores are 1 for what it holds, 0 for the rest.
+        """
+        if self._fallback is not None and self._fallback.winner is not None:
+            return 1.0
+        slow = self._slow_share if self._slow_share > SLOW_SHARE_THAT_MATTERS else 0.0
+        value = self._value_weight if self.model is not None and self.model.version else 0.0
+        return float(self.options.history * (1.0 + slow) + value)
 
     def attach_shadows(
         self, own: Shadow, plain: Sequence[Shadow], counters: npt.NDArray[np.int64]
