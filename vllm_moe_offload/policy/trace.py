@@ -37,12 +37,16 @@ from vllm_moe_offload.trace.collection import ActivationCollection
 HALF_LIVES = (1.0, 4.0, 16.0, 200.0)
 """Tokens after which a use counts half in each average: the last token, a phrase, a
 paragraph, the whole answer. The mixture sorts out which of them matters."""
-POPULARITY_HALF_LIFE = 1000.0
-"""Steps after which a use counts half in the popularity: several requests."""
-INITIAL_WEIGHTS = (0.0, 0.25, 0.0, 0.5, 0.1, 0.1, 0.25, 0.0)
-"""Before anything was used: averages, popularity, prior, value, constant. A step or two of
+POPULARITY_HALF_LIVES = (30.0, 1000.0)
+"""Steps after which a use counts half in the popularities: what the requests before these
+used, and what most requests use."""
+INITIAL_WEIGHTS = (0.0, 0.25, 0.0, 0.5, 0.05, 0.05, 0.1, 0.25, 0.0)
+"""Before anything was used: averages, popularities, prior, value, constant. A step or two of
 evidence outweighs them."""
-POPULARITY, PRIOR, VALUE, CONSTANT = range(len(HALF_LIVES), len(INITIAL_WEIGHTS))
+POPULARITY = len(HALF_LIVES)
+PRIOR, VALUE, CONSTANT = range(POPULARITY + len(POPULARITY_HALF_LIVES), len(INITIAL_WEIGHTS))
+LASTING = PRIOR - 1
+"""The popularity that stands in where nothing else is known."""
 
 COLD_TOKENS = 0.1
 """Tokens of own history that weigh as much as what stands in for it: below one, since a
@@ -94,7 +98,7 @@ class TraceOptions:
     discount: float = 0.7
     ridge: float = 40.0
     memory_tokens: float = 50_000.0
-    mixture_discount: float = 0.6
+    mixture_discount: float = 0.4
     mixture_steps: float = 500.0
     distance_weight: float = 0.5
     entries: float = 300
@@ -141,12 +145,12 @@ class TracePolicy(Policy):
         self._factors = np.ones(len(parts))
         self._factors[:POPULARITY] = chosen.history
         self._factors[POPULARITY - 1] *= chosen.slow_history
-        self._factors[POPULARITY] = chosen.popularity
+        self._factors[POPULARITY:PRIOR] = chosen.popularity
         self._factors[PRIOR] = chosen.prior
         self._factors[VALUE] = chosen.value if self.model is not None else 0.0
         self._averages = UseAverages(HALF_LIVES, parts[:POPULARITY])
-        self._popularity_keep = 2.0 ** (-1.0 / POPULARITY_HALF_LIFE)
-        self._popularity_weight = 0.0
+        self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES)[:, None])
+        self._popularity_weight = np.zeros_like(self._popularity_keep)
         self._requests = RunningRequests(size, self.model.state_size if self.model else 0)
         self._is_prior_current = True
         self._state_decay = 2.0 ** (-1.0 / chosen.state_half_life)
@@ -275,10 +279,11 @@ class TracePolicy(Policy):
         mixing[CONSTANT, CONSTANT] = 1.0
         mixing[VALUE, VALUE] = 1.0 / count
         mixing[PRIOR, PRIOR] = self._ids.shape[2] / count  # its rows sum to 1, uses to top_k
-        if self._popularity_weight:
-            mixing[POPULARITY, POPULARITY] = 1.0 / self._popularity_weight
-        stand_in = PRIOR if self.options.prior and len(self.collection) else POPULARITY
-        if stand_in == POPULARITY and not self.options.popularity:
+        if self._popularity_weight.all():
+            popular = np.arange(POPULARITY, PRIOR)
+            mixing[popular, popular] = 1.0 / self._popularity_weight[:, 0]
+        stand_in = PRIOR if self.options.prior and len(self.collection) else LASTING
+        if stand_in == LASTING and not self.options.popularity:
             stand_in = CONSTANT  # the same for all: nothing is known
         cold = COLD_TOKENS * (1.0 - averages.decay)
         reached = averages.weight[:, :count].mean(axis=1)
@@ -349,9 +354,9 @@ class TracePolicy(Policy):
         used = self._votes.reshape(-1)
         self._mixture.learn(used)
         gained = 1.0 - self._popularity_keep
-        popularity = self._mixture.parts[POPULARITY]
-        popularity *= np.float32(self._popularity_keep)
-        popularity += np.float32(gained) * used
+        popularity = self._mixture.parts[POPULARITY:PRIOR]
+        popularity *= self._popularity_keep.astype(np.float32)
+        popularity += gained.astype(np.float32) * used
         self._popularity_weight += gained * (1.0 - self._popularity_weight)
         uses = StepUses.of_step(self._ids, self.rows, rows, self.num_experts)
         self._averages.take_in(uses, len(state))
