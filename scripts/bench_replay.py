@@ -133,7 +133,10 @@ def ablation(trace: RoutingTrace, quick: bool) -> list[dict[str, Any]]:
 
 
 def synthetic(seeds: int) -> list[dict[str, Any]]:
-    """``trace`` against the best plain policy on made-up traces."""
+    """``trace`` against the best plain policy on made-up traces.
+
+    ``standard_error`` is that of the margin over the steps of one trace.
+    """
     found = []
     for name, (shape, structure) in SYNTHETIC.items():
         for seed in range(100, 100 + seeds):
@@ -141,12 +144,18 @@ def synthetic(seeds: int) -> list[dict[str, Any]]:
             trace = synthetic_trace(seed=seed, **sizes, **structure)
             for b in (b for b in CONCURRENCIES if b == 1 or b < 2 * trace.num_requests):
                 for capacity in CAPACITIES:
-                    rates = {
-                        policy: replay(trace, policy, capacity, b).hit_rate
-                        for policy in (*PLAIN, "trace", "belady")
-                    }
+                    rates, steps = {}, {}
+                    for policy in (*PLAIN, "trace", "belady"):
+                        timeline: list[tuple[int, int]] = [(0, 0)]
+                        result = replay(trace, policy, capacity, b, timeline=timeline)
+                        rates[policy] = result.hit_rate
+                        steps[policy] = np.diff(np.array(timeline)[:, 0])
+                    best = max(PLAIN, key=rates.__getitem__)
+                    lead = steps["trace"] - steps[best]
+                    error = lead.std() * lead.size**0.5 / (result.hits + result.misses)
                     cell = {"trace": name, "seed": seed, "concurrency": b, "capacity": capacity}
-                    found.append({**cell, "margin": margin(rates), "hit_rates": rates})
+                    figures = {"margin": margin(rates), "standard_error": float(error)}
+                    found.append({**cell, **figures, "hit_rates": rates})
         log(f"synthetic: {name} done")
     return found
 

@@ -121,9 +121,9 @@ class UseAverages:
             else:
                 np.add.at(table, flat, gain * (decay**uses.age).astype(np.float32))
         if single and rows.size == running and self._are_totals_current:
-            counts = np.bincount(uses.keys, minlength=self._totals.shape[1])
             self._totals *= self.decay[:, None].astype(np.float32)
-            self._totals += np.multiply.outer(1.0 - self.decay, counts).astype(np.float32)
+            for total, decay in zip(self._totals, self.decay, strict=True):
+                np.add.at(total, uses.keys, np.float32(1.0 - decay))
         else:
             self._are_totals_current = False
         faded = (self._scale[:, rows] < SMALLEST_SCALE).any(axis=0)

@@ -19,8 +19,12 @@ import numpy.typing as npt
 
 from vllm_moe_offload.policy.base import FloatArray
 
-LEARNED_KEYS = 8192
+LEARNED_KEYS = 2048
 """Experts learned from in a step; of larger models a fixed sample, which is evidence enough."""
+FITTED_EACH = 64
+FITTED_EVERY = 8
+"""The weights are refitted at each of the first steps, then every few: what a step adds to
+hundreds of others is not worth its time."""
 RIDGE = 1.0
 """Pull towards the initial weights: that of a few experts in a single step."""
 
@@ -49,11 +53,12 @@ class Mixture:
         self.weights: npt.NDArray[np.float64] = initial.copy()
         self._initial = initial.copy()
         # Odd, so that a sample meets every expert number and not those of one residue.
-        self._stride = max(1, size // LEARNED_KEYS) | 1 if size > LEARNED_KEYS else 1
+        self._stride = size // LEARNED_KEYS | 1
         self._discount = discount
         self._keep = 1.0 - 1.0 / memory_steps
         self._gram: npt.NDArray[np.float64] = np.zeros((count, count))
         self._cross: npt.NDArray[np.float64] = np.zeros(count)
+        self._steps = 0
         self._trace: FloatArray = np.zeros((count, -(-size // self._stride)), np.float32)
 
     def learn(self, used: FloatArray) -> None:
@@ -62,6 +67,7 @@ class Mixture:
         Args:
             used: ``[size]``, share of the requests that used each expert in this step.
         """
+        self._steps += 1
         parts = self.parts[:, :: self._stride]
         self._gram *= self._keep
         self._gram += self.mixing @ (parts @ parts.T) @ self.mixing.T
@@ -71,11 +77,13 @@ class Mixture:
         self._cross += self._trace @ used[:: self._stride]
 
     def fit(self, active: npt.NDArray[np.bool_]) -> None:
-        """Refits the weights; those of forecasts that are not ``active`` are 0.
+        """Refits the weights now and then; those of forecasts that are not ``active`` are 0.
 
         None is negative: whatever the evidence so far, what is used more by one forecast
         must not score less.
         """
+        if self._steps > FITTED_EACH and self._steps % FITTED_EVERY:
+            return
         gram = self._gram + RIDGE * np.eye(len(self._gram))
         cross = self._cross + RIDGE * self._initial
         chosen = np.flatnonzero(active)
