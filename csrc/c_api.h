@@ -32,6 +32,14 @@ VMO_API int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void
                                  int64_t num_ids, int32_t id_bytes, uint32_t flags,
                                  int32_t info[4]);
 VMO_API int32_t vmo_planner_finish(vmo_planner* planner);
+// A shadow's share of a step: for each of `num_layers` layers from `first_layer` on,
+// scores[layer] = scores[layer] * decay + gain[i] (gain NULL: scores stay), then plan with
+// instant reads and finish. ids int32 [num_layers, ids_per_layer]; gain
+// [num_layers, num_experts]. Needs unbounded staging. 0, or -1 on an error: layers before an
+// id out of range stay planned.
+VMO_API int32_t vmo_planner_drive(vmo_planner* planner, int32_t first_layer, int32_t num_layers,
+                                  const int32_t* ids, int64_t ids_per_layer, const float* gain,
+                                  float decay);
 VMO_API int32_t vmo_planner_complete(vmo_planner* planner, int32_t slot, int32_t ok);
 // Slot reserved, -1 nothing to do, -2 error.
 VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert,

@@ -1,7 +1,9 @@
 #include "planner.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <numeric>
 
 namespace vmo {
 
@@ -9,6 +11,28 @@ namespace {
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Keys scanned at a time for a victim; small enough that few are looked at one by one.
+constexpr int32_t kBlock = 64;
+
+// Least of score + barrier. Lanes, because the compiler may not reorder one running minimum
+// of floats and would compare them one by one.
+float least_of(const float* scores, const float* barrier, int32_t count) {
+  constexpr int32_t kLanes = 8;
+  std::array<float, kLanes> least;
+  least.fill(kInfinity);
+  int32_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int32_t lane = 0; lane < kLanes; ++lane) {
+      const float value = scores[i + lane] + barrier[i + lane];
+      float& smallest = least[static_cast<size_t>(lane)];
+      smallest = value < smallest ? value : smallest;
+    }
+  }
+  for (; i < count; ++i) least[0] = std::min(least[0], scores[i] + barrier[i]);
+  return *std::min_element(least.begin(), least.end());
 }
 
 }  // namespace
@@ -34,6 +58,7 @@ Planner::Planner(const PlannerConfig& config) : config_(config) {
   page_table_.assign(static_cast<size_t>(all), -1);
   scores_.assign(static_cast<size_t>(all), 0.0F);
   last_use_.assign(static_cast<size_t>(all), 0);
+  barrier_.assign(static_cast<size_t>(all), kInfinity);
   needed_.assign(static_cast<size_t>(config.num_experts), 0);
 
   const auto num_experts = static_cast<size_t>(config.num_experts);
@@ -50,6 +75,11 @@ Planner::Planner(const PlannerConfig& config) : config_(config) {
   for (int32_t pool = 0; pool < num_pools; ++pool) {
     auto& stack = free_slots_[static_cast<size_t>(pool)];
     for (int32_t i = per_pool - 1; i >= 0; --i) stack.push_back(pool * per_pool + i);
+  }
+  if (config.order == Order::kRecency) {
+    newer_.resize(static_cast<size_t>(config.num_slots) + free_slots_.size());
+    std::iota(newer_.begin(), newer_.end(), 0);
+    older_ = newer_;
   }
   for (int32_t i = config.num_staging_slots - 1; i >= 0; --i) {
     free_staging_.push_back(config.num_slots + i);
@@ -82,11 +112,7 @@ void Planner::collect_need(const int32_t* ids, int64_t num_ids) {
 bool Planner::victim_is_less(int32_t a_key, int32_t b_key) const {
   const auto a = static_cast<size_t>(a_key);
   const auto b = static_cast<size_t>(b_key);
-  if (config_.order == Order::kRecency) {
-    if (last_use_[a] != last_use_[b]) return last_use_[a] < last_use_[b];
-  } else if (scores_[a] != scores_[b]) {
-    return scores_[a] < scores_[b];
-  }
+  if (scores_[a] != scores_[b]) return scores_[a] < scores_[b];
   return a_key < b_key;  // ties: (layer, expert)
 }
 
@@ -94,39 +120,79 @@ bool Planner::outscores(int32_t key, int32_t victim_key) const {
   return scores_[static_cast<size_t>(key)] > scores_[static_cast<size_t>(victim_key)];
 }
 
+bool Planner::may_go(int32_t index, bool unpinned) const {
+  const Slot& slot = slots_[static_cast<size_t>(index)];
+  return slot.state == SlotState::kResident && !slot.expected && (unpinned || !slot.pinned);
+}
+
 // Fills victims_ with up to `limit` keys that may be evicted for `layer`, best first.
 void Planner::collect_victims(int32_t layer, size_t limit, bool unpinned) {
   victims_.clear();
   if (limit == 0) return;
+  if (config_.order == Order::kRecency) {
+    const int32_t end = config_.num_slots + pool_of(layer);
+    for (int32_t index = newer_[static_cast<size_t>(end)];
+         index != end && victims_.size() < limit; index = newer_[static_cast<size_t>(index)]) {
+      if (may_go(index, unpinned)) victims_.push_back(slots_[static_cast<size_t>(index)].key);
+    }
+    return;
+  }
   const bool per_layer = config_.scope == Scope::kPerLayer;
   const int32_t begin = per_layer ? key_of(layer, 0) : 0;
   const int32_t end =
       per_layer ? key_of(layer, config_.num_experts) : static_cast<int32_t>(page_table_.size());
   const auto less = [this](int32_t a, int32_t b) { return victim_is_less(a, b); };
-  for (int32_t key = begin; key < end; ++key) {
-    const int32_t index = page_table_[static_cast<size_t>(key)];
-    if (index < 0 || index >= config_.num_slots) continue;
-    // A max-heap of the best victims so far: most residents fail this one comparison.
-    const bool full = victims_.size() == limit;
-    if (full && !less(key, victims_.front())) continue;
-    const Slot& slot = slots_[static_cast<size_t>(index)];
-    if (slot.state != SlotState::kResident || (slot.pinned && !unpinned)) continue;
-    if (slot.expected) continue;
-    if (full) {
-      std::pop_heap(victims_.begin(), victims_.end(), less);
-      victims_.back() = key;
-    } else {
-      victims_.push_back(key);
+  for (int32_t block = begin; block < end; block += kBlock) {
+    const int32_t block_end = std::min(block + kBlock, end);
+    // A max-heap of the best victims so far. Most blocks hold nothing better than its worst,
+    // and of equal scores the earlier key goes first.
+    if (victims_.size() == limit &&
+        least_of(&scores_[static_cast<size_t>(block)], &barrier_[static_cast<size_t>(block)],
+                 block_end - block) >= scores_[static_cast<size_t>(victims_.front())]) {
+      continue;
     }
-    std::push_heap(victims_.begin(), victims_.end(), less);
+    for (int32_t key = block; key < block_end; ++key) {
+      if (barrier_[static_cast<size_t>(key)] != 0.0F) continue;
+      const bool full = victims_.size() == limit;
+      if (full && !less(key, victims_.front())) continue;
+      if (!may_go(page_table_[static_cast<size_t>(key)], unpinned)) continue;
+      if (full) {
+        std::pop_heap(victims_.begin(), victims_.end(), less);
+        victims_.back() = key;
+      } else {
+        victims_.push_back(key);
+      }
+      std::push_heap(victims_.begin(), victims_.end(), less);
+    }
   }
   std::sort_heap(victims_.begin(), victims_.end(), less);
+}
+
+// Takes a slot out of its recency list, or moves it to the list's newest end.
+void Planner::unlink(int32_t index) {
+  if (newer_.empty() || index >= config_.num_slots) return;
+  const int32_t older = older_[static_cast<size_t>(index)];
+  const int32_t newer = newer_[static_cast<size_t>(index)];
+  newer_[static_cast<size_t>(older)] = newer;
+  older_[static_cast<size_t>(newer)] = older;
+}
+
+void Planner::link_newest(int32_t index, int32_t layer) {
+  if (newer_.empty() || index >= config_.num_slots) return;
+  const int32_t end = config_.num_slots + pool_of(layer);
+  const int32_t older = older_[static_cast<size_t>(end)];
+  newer_[static_cast<size_t>(older)] = index;
+  older_[static_cast<size_t>(index)] = older;
+  newer_[static_cast<size_t>(index)] = end;
+  older_[static_cast<size_t>(end)] = index;
 }
 
 void Planner::release(int32_t index) {
   Slot& slot = slots_[static_cast<size_t>(index)];
   if (slot.key >= 0) {
     page_table_[static_cast<size_t>(slot.key)] = -1;
+    barrier_[static_cast<size_t>(slot.key)] = kInfinity;
+    unlink(index);
     if (slot.state == SlotState::kResident && index < config_.num_slots) --num_resident_;
   }
   const int32_t layer = slot.key >= 0 ? slot.key / config_.num_experts : 0;
@@ -150,6 +216,8 @@ void Planner::occupy(int32_t index, int32_t key, SlotState state) {
   slot.key = key;
   slot.state = state;
   page_table_[static_cast<size_t>(key)] = index;
+  if (index < config_.num_slots) barrier_[static_cast<size_t>(key)] = 0.0F;
+  link_newest(index, key / config_.num_experts);
   if (state == SlotState::kResident && index < config_.num_slots) ++num_resident_;
 }
 
@@ -313,7 +381,35 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
     plan_.miss_slots.push_back(index);
     plan_.miss_kinds.push_back(static_cast<int32_t>(MissKind::kRead));
   }
+  if (!newer_.empty() && !transient) {
+    // Uses of one call are equally recent: ascending, hits and misses alike.
+    for (size_t i = 0; i < num_needed; ++i) {
+      const int32_t index = plan_.slots[i];
+      if (index < 0 || slot_of(layer, plan_.experts[i]) != index) continue;
+      unlink(index);
+      link_newest(index, layer);
+    }
+  }
   return true;
+}
+
+void Planner::drive(int32_t first_layer, int32_t num_layers, const int32_t* ids,
+                    int64_t ids_per_layer, const float* gain, float decay) {
+  require(config_.unbounded_staging, "drive needs a planner with unbounded staging");
+  require(first_layer >= 0 && num_layers >= 0 && num_layers <= config_.num_layers - first_layer,
+          "layers [" + std::to_string(first_layer) + ", " +
+              std::to_string(first_layer + num_layers) + ") are not all in [0, " +
+              std::to_string(config_.num_layers) + ")");
+  for (int32_t i = 0; i < num_layers; ++i) {
+    const int32_t layer = first_layer + i;
+    if (gain != nullptr) {
+      float* row = &scores_[static_cast<size_t>(key_of(layer, 0))];
+      const float* added = gain + static_cast<int64_t>(i) * config_.num_experts;
+      for (int32_t e = 0; e < config_.num_experts; ++e) row[e] = row[e] * decay + added[e];
+    }
+    plan(layer, ids + i * ids_per_layer, ids_per_layer, kPlanInstant);
+    finish();
+  }
 }
 
 void Planner::finish() {

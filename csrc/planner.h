@@ -90,6 +90,13 @@ class Planner {
   // plan must have ended; one that was not completed leaves its slot empty.
   void finish();
 
+  // A shadow's share of a step, all reads instant: for each of `num_layers` layers from
+  // `first_layer` on, scores[layer] = scores[layer] * decay + gain (unless gain is null), then
+  // plan and finish. ids [num_layers, ids_per_layer], gain [num_layers, num_experts].
+  // Needs unbounded staging. On an id out of range the layers before it stay planned.
+  void drive(int32_t first_layer, int32_t num_layers, const int32_t* ids, int64_t ids_per_layer,
+             const float* gain, float decay);
+
   // A read into `slot` ended. `ok` false empties the slot.
   void complete(int32_t slot, bool ok);
 
@@ -139,6 +146,9 @@ class Planner {
   void collect_victims(int32_t layer, size_t limit, bool unpinned);
   bool victim_is_less(int32_t a_key, int32_t b_key) const;
   bool outscores(int32_t key, int32_t victim_key) const;
+  bool may_go(int32_t slot, bool unpinned) const;
+  void unlink(int32_t slot);
+  void link_newest(int32_t slot, int32_t layer);
   void evict(int32_t slot);
   void occupy(int32_t slot, int32_t key, SlotState state);
   void release(int32_t slot);
@@ -154,6 +164,13 @@ class Planner {
   std::vector<uint64_t> last_use_;
   std::vector<std::vector<int32_t>> free_slots_;  // one stack per pool, lowest on top
   std::vector<int32_t> free_staging_;
+  // Per key, 0 for what has a cache slot, else infinity: scores + barrier has its least where
+  // the victim may be. Kept beside the slots because it is scanned as a whole.
+  std::vector<float> barrier_;
+  // Recency order only: per pool a ring of its slots from the oldest use to the newest, in
+  // which slot num_slots + pool stands for the two ends.
+  std::vector<int32_t> newer_;
+  std::vector<int32_t> older_;
   std::vector<uint8_t> needed_;    // bitmap scratch [num_experts]
   std::vector<int32_t> victims_;   // scratch: keys, best victim first
   std::vector<int32_t> missing_;   // scratch: expert indices in plan_.experts

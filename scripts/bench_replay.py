@@ -1,11 +1,12 @@
 """Hit rates of all policies on a routing trace, and what each part of ``trace`` brings.
 
-    python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic]
+    python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic|shift]
 
 Table: every policy in every cell of capacity and concurrency (the first 100 requests at
 concurrency 1 and 4, all of them above). Ablation: ``trace`` with one part removed at a time.
-Synthetic: models of other shapes, short traces, where ``trace`` must not lose either. The
-seconds are CPU time of one thread (run with OMP_NUM_THREADS=1).
+Synthetic: models of other shapes and workloads of other structure, short traces, where
+``trace`` must not lose either. Shift: hit rates before, at and after a change of workload.
+The seconds are CPU time of one thread (run with OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,8 +39,9 @@ ABLATION = {
     "without the successor model": "trace:value=0",
     "without own history": "trace:history=0",
     "without the slow history": "trace:slow_history=0",
-    "without the distance to the next visit": "trace:distance_weight=0",
+    "without popularity": "trace:popularity=0",
     "without the collection's prior": "trace:prior=0",
+    "without the distance to the next visit": "trace:distance_weight=0",
     "without shadows": "trace:fallback=0",
     "with scores that follow within a step": "trace:layers_ahead=4",
 }
@@ -55,14 +59,33 @@ TARGETS = {
 }
 """What ``trace`` must reach on the gpt-oss-20b trace."""
 NEVER_LOSES_BY = 0.003
+SPEED_CELL = (8, 0.25)
+PLAIN_SECONDS = 60.0
+TRACE_SLOWER = 5.0
+"""The whole trace by all plain policies together, and how much slower ``trace`` may be."""
 SHAPE_FIELDS = ("layers", "experts", "top_k", "requests", "tokens")
-SYNTHETIC = {
-    "64 experts, top-8, one request": (12, 64, 8, 1, 250),
-    "256 experts, top-8, one request": (8, 256, 8, 1, 250),
-    "64 experts, top-8, six requests": (12, 64, 8, 6, 45),
-    "256 experts, top-8, six requests": (8, 256, 8, 6, 45),
-    "8 experts, top-2, one request": (6, 8, 2, 1, 250),
+INDEPENDENT = {"topic_spread": 0.0, "kind_spread": 0.0}
+SYNTHETIC: dict[str, tuple[tuple[int, ...], dict[str, float]]] = {
+    "64 experts, top-8, one request": ((12, 64, 8, 1, 250), {}),
+    "256 experts, top-8, one request": ((8, 256, 8, 1, 250), {}),
+    "64 experts, top-8, six requests": ((12, 64, 8, 6, 45), {}),
+    "256 experts, top-8, six requests": ((8, 256, 8, 6, 45), {}),
+    "8 experts, top-2, one request": ((6, 8, 2, 1, 250), {}),
+    "128 experts, top-8, twenty requests": ((8, 128, 8, 20, 60), {}),
+    "independent tokens": ((12, 64, 8, 6, 45), INDEPENDENT),
+    "cycle of kinds, one request": ((12, 64, 8, 1, 250), {"sequence": 0.9}),
+    "cycle of kinds, six requests": ((12, 64, 8, 6, 45), {"sequence": 0.9}),
+    "long runs of a kind, one request": ((12, 64, 8, 1, 250), {"stickiness": 0.9}),
+    "drifting popularity": ((12, 64, 8, 6, 45), {"drift": 0.1}),
 }
+"""Layers, experts, top-k, requests, tokens; and what differs from the usual structure."""
+SHIFT_REQUESTS = 24
+SHIFT_TOKENS = 60
+SHIFT_CONCURRENCY = 2
+SHIFT_CAPACITY = 0.25
+RECOVERED = 0.95
+"""Share of the gain from the first requests of a new workload to its last ones at which a
+policy counts as recovered."""
 
 Log = Callable[[str], None]
 
@@ -110,22 +133,110 @@ def ablation(trace: RoutingTrace, quick: bool) -> list[dict[str, Any]]:
 
 
 def synthetic(seeds: int) -> list[dict[str, Any]]:
-    """``trace`` against the best plain policy on made-up traces."""
+    """``trace`` against the best plain policy on made-up traces.
+
+    ``standard_error`` is that of the margin over the steps of one trace.
+    """
     found = []
-    for name, shape in SYNTHETIC.items():
+    for name, (shape, structure) in SYNTHETIC.items():
         for seed in range(100, 100 + seeds):
             sizes = dict(zip(SHAPE_FIELDS, shape, strict=True))
-            trace = synthetic_trace(seed=seed, **sizes)
-            for b in (1,) if trace.num_requests == 1 else (1, 4, 8):
+            trace = synthetic_trace(seed=seed, **sizes, **structure)
+            for b in (b for b in CONCURRENCIES if b == 1 or b < 2 * trace.num_requests):
                 for capacity in CAPACITIES:
-                    rates = {
-                        policy: replay(trace, policy, capacity, b).hit_rate
-                        for policy in (*PLAIN, "trace", "belady")
-                    }
+                    rates, steps = {}, {}
+                    for policy in (*PLAIN, "trace", "belady"):
+                        timeline: list[tuple[int, int]] = [(0, 0)]
+                        result = replay(trace, policy, capacity, b, timeline=timeline)
+                        rates[policy] = result.hit_rate
+                        steps[policy] = np.diff(np.array(timeline)[:, 0])
+                    best = max(PLAIN, key=rates.__getitem__)
+                    lead = steps["trace"] - steps[best]
+                    error = lead.std() * lead.size**0.5 / (result.hits + result.misses)
                     cell = {"trace": name, "seed": seed, "concurrency": b, "capacity": capacity}
-                    found.append({**cell, "hit_rates": rates})
+                    figures = {"margin": margin(rates), "standard_error": float(error)}
+                    found.append({**cell, **figures, "hit_rates": rates})
         log(f"synthetic: {name} done")
     return found
+
+
+def shifted_trace(seed: int) -> tuple[RoutingTrace, int]:
+    """Requests of one workload, then as many of another; and the first token of those."""
+    before, after = (
+        synthetic_trace(
+            layers=6,
+            requests=SHIFT_REQUESTS,
+            tokens=SHIFT_TOKENS,
+            topics=2,
+            seed=2 * seed + part,
+        )
+        for part in (0, 1)
+    )
+    starts = np.concatenate([before.starts, after.starts + len(before.ids)])
+    both = RoutingTrace(
+        ids=np.concatenate([before.ids, after.ids]),
+        starts=starts,
+        lens=np.concatenate([before.lens, after.lens]),
+        num_experts=before.num_experts,
+    )
+    return both, len(before.ids)
+
+
+def shift(seeds: int) -> list[dict[str, Any]]:
+    """Hit rates around a change of workload: every expert's popularity is drawn anew.
+
+    ``before`` is that of the last ten requests of the old workload, ``right_after`` that of
+    the new one's first ten steps, ``after`` those of each pair of its requests in turn.
+    ``recovered_after_requests``: requests of the new workload until a pair reached
+    :data:`RECOVERED` of what the second half of them reach.
+    """
+    found = []
+    pair = SHIFT_CONCURRENCY * SHIFT_TOKENS  # tokens
+    for seed in range(seeds):
+        trace, first = shifted_trace(seed)
+        for policy in (*PLAIN, "trace"):
+            timeline: list[tuple[int, int]] = [(0, 0)]
+            replay(trace, policy, SHIFT_CAPACITY, SHIFT_CONCURRENCY, timeline=timeline)
+            totals = np.array(timeline)
+
+            def rate(begin: int, end: int, totals: np.ndarray = totals) -> float:
+                """Hit rate of the steps that compute the tokens ``[begin, end)``."""
+                steps = np.array([begin, end]) // SHIFT_CONCURRENCY
+                low, high = totals[np.minimum(steps, len(totals) - 1)]
+                return float((high - low)[0] / max((high - low).sum(), 1))
+
+            after = [rate(at, at + pair) for at in range(first, len(trace.ids) - pair, pair)]
+            settled = float(np.mean(after[len(after) // 2 :]))
+            recovered = next(i for i, value in enumerate(after) if value >= RECOVERED * settled)
+            row = {
+                "policy": policy,
+                "seed": seed,
+                "before": rate(first - 5 * pair, first),
+                "right_after": rate(first, first + 10 * SHIFT_CONCURRENCY),
+                "after": after,
+                "settled": settled,
+                "recovered_after_requests": SHIFT_CONCURRENCY * (recovered + 1),
+            }
+            log(f"shift: {row}")
+            found.append(row)
+    return found
+
+
+def bars_of_shift(rows: list[dict[str, Any]]) -> list[Bar]:
+    """``trace`` recovers within tens of requests, and to no less than the best plain policy."""
+    mine = [row for row in rows if row["policy"] == "trace"]
+    slowest = max(row["recovered_after_requests"] for row in mine)
+    margins = [
+        row["settled"]
+        - max(
+            other["settled"] for other in rows if other["seed"] == row["seed"] and other != row
+        )
+        for row in mine
+    ]
+    return [
+        Bar("shift: requests until recovered, slowest", slowest, 20, at_least=False),
+        Bar("shift: settled, trace - best plain, worst", min(margins), -NEVER_LOSES_BY),
+    ]
 
 
 def margin(rates: dict[str, float]) -> float:
@@ -148,6 +259,18 @@ def bars_of_table(rows: list[dict[str, Any]]) -> list[Bar]:
             if target is not None:
                 bars.append(Bar(f"trace, B={b}, c={capacity:g}", rates["trace"], target))
     bars.append(Bar("trace - best plain, worst cell", min(margins), -NEVER_LOSES_BY))
+    seconds = {
+        row["policy"]: row["cpu_seconds"]
+        for row in rows
+        if (row["concurrency"], row["capacity"]) == SPEED_CELL
+    }
+    plain = sum(seconds[policy] for policy in PLAIN)
+    cell = "B={}, c={:g}".format(*SPEED_CELL)
+    bars.append(Bar(f"all plain policies, {cell}", plain, PLAIN_SECONDS, "s", at_least=False))
+    slower = seconds["trace"] / plain
+    bars.append(
+        Bar(f"trace / all plain policies, {cell}", slower, TRACE_SLOWER, "x", at_least=False)
+    )
     return bars
 
 
@@ -157,7 +280,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trace", help="routing trace; the bars are those of gpt-oss-20b's")
-    parser.add_argument("--only", choices=["table", "ablation", "synthetic"])
+    parser.add_argument("--only", choices=["table", "ablation", "synthetic", "shift"])
     parser.add_argument("--seeds", type=int, default=3, help="of every synthetic trace")
     add_common_options(parser)
     args = parser.parse_args()
@@ -178,6 +301,11 @@ def main() -> int:
         worst = min(margin(row["hit_rates"]) for row in rows)
         bars.append(Bar("synthetic: trace - best plain, worst cell", worst, -NEVER_LOSES_BY))
         report("synthetic", rows, bars[-1:])
+    if args.only in (None, "shift"):
+        rows = shift(1 if args.quick else args.seeds)
+        shift_bars = bars_of_shift(rows)
+        bars += shift_bars
+        report("shift", rows, shift_bars)
     if args.only in (None, "ablation"):
         report("ablation", ablation(trace, args.quick), [])
     if args.only in (None, "table"):

@@ -22,6 +22,10 @@ def synthetic_trace(
     topics: int = 5,
     kinds: int = 24,
     stickiness: float = 0.4,
+    topic_spread: float = 1.2,
+    kind_spread: float = 1.2,
+    sequence: float = 0.0,
+    drift: float = 0.0,
     prompt: int = 0,
     seed: int = 0,
 ) -> RoutingTrace:
@@ -32,13 +36,19 @@ def synthetic_trace(
         topics: kinds of requests.
         kinds: kinds of tokens.
         stickiness: probability that a token is of the same kind as the one before.
+        topic_spread, kind_spread: standard deviation of what topic and kind add to a
+            router's logits; with both 0, tokens are independent of each other.
+        sequence: probability that a token is of the kind that follows the last one's in a
+            fixed cycle.
+        drift: standard deviation of the random walk that each expert's popularity does per
+            token.
         prompt: prompt tokens of every request, before the generated ones.
         seed: the same seed gives the same trace.
     """
     generator = np.random.default_rng(seed)
     of_model = generator.normal(0.0, 0.4, (layers, experts))
-    of_topic = generator.normal(0.0, 1.2, (topics, layers, experts))
-    of_kind = generator.normal(0.0, 1.2, (kinds, layers, experts))
+    of_topic = generator.normal(0.0, topic_spread, (topics, layers, experts))
+    of_kind = generator.normal(0.0, kind_spread, (kinds, layers, experts))
     favourites = generator.dirichlet(np.full(kinds, 0.3), topics)
     lens = prompt + np.maximum(generator.poisson(tokens, requests), 1)
     ids = np.empty((int(lens.sum()), layers, top_k), id_dtype(experts))
@@ -47,8 +57,12 @@ def synthetic_trace(
     for topic, length in zip(topic_of, lens, strict=True):
         kind = generator.choice(kinds, p=favourites[topic])
         for _ in range(length):
-            if generator.random() > stickiness:
+            if sequence and generator.random() < sequence:
+                kind = (kind + 1) % kinds
+            elif generator.random() > stickiness:
                 kind = generator.choice(kinds, p=favourites[topic])
+            if drift:
+                of_model += generator.normal(0.0, drift, of_model.shape)
             logits = of_model + of_topic[topic] + of_kind[kind]
             logits = logits + generator.normal(0.0, 0.6, logits.shape)
             ids[row] = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]

@@ -392,3 +392,74 @@ def test_transient_calls_need_no_victim_where_staging_is_unbounded() -> None:
     assert sorted(cache.slots.tolist()) == [-1, -1, 0]
     cache.finish()
     assert cache.num_resident == 0
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("recency", [False, True])
+@pytest.mark.parametrize("distinct_scores", [3, 10_000])
+def test_victims_of_a_large_cache_are_the_references(
+    per_layer: bool, recency: bool, distinct_scores: int
+) -> None:
+    """Sizes beyond what one block of keys holds, with and without ties."""
+    layers, experts, slots = 3, 150, 200
+    generator = np.random.default_rng(distinct_scores)
+    rules = PlannerRules(int(recency), int(per_layer), admission=not recency)
+    cache = ExpertCache(CacheShape(layers, experts, slots), rules, unbounded_staging=True)
+    reference = ReferencePlanner(
+        layers,
+        experts,
+        slots,
+        0,
+        recency=recency,
+        per_layer=per_layer,
+        admission=not recency,
+        unbounded_staging=True,
+    )
+    for step in range(60):
+        layer = step % layers
+        scores = generator.integers(0, distinct_scores, (layers, experts))
+        cache.scores[...] = scores
+        reference.scores = dict(np.ndenumerate(scores.astype(float)))
+        needed = generator.choice(experts, generator.integers(1, 40))
+        cache.plan(layer, needed.astype(np.int32), PLAN_INSTANT)
+        cache.finish()
+        reference.plan(layer, needed.tolist(), instant=True)
+        reference.finish()
+        table = [[reference.row_of((row, e)) for e in range(experts)] for row in range(layers)]
+        np.testing.assert_array_equal(cache.page_table, table)
+
+
+@pytest.mark.parametrize("rules", [SCORED, PlannerRules(ORDER_RECENCY, SCOPE_PER_LAYER, False)])
+def test_driving_layers_is_scoring_planning_and_finishing_them(rules: PlannerRules) -> None:
+    driven, planned = (
+        ExpertCache(CacheShape(3, 12, 10), rules, unbounded_staging=True) for _ in range(2)
+    )
+    generator = np.random.default_rng(0)
+    decay = np.float32(0.9)
+    for _ in range(30):
+        step_ids = generator.integers(0, 12, (3, 2, 3)).astype(np.int32)
+        gain = generator.random((3, 12), np.float32)
+        driven.drive(0, step_ids[:1], gain[:1], decay)
+        driven.drive(1, step_ids[1:], gain[1:], decay)
+        for layer in range(3):
+            planned.scores[layer] *= decay
+            planned.scores[layer] += gain[layer]
+            planned.plan(layer, step_ids[layer], PLAN_INSTANT)
+            planned.finish()
+        np.testing.assert_array_equal(driven.scores, planned.scores)
+        np.testing.assert_array_equal(driven.page_table, planned.page_table)
+        np.testing.assert_array_equal(driven.counters, planned.counters)
+    before = driven.scores.copy()
+    driven.drive(0, step_ids)
+    np.testing.assert_array_equal(driven.scores, before)
+
+
+def test_driving_says_what_is_wrong() -> None:
+    cache = ExpertCache(CacheShape(2, 4, 2), SCORED, unbounded_staging=True)
+    with pytest.raises(NativeError, match=r"layers \[1, 3\) are not all in \[0, 2\)"):
+        cache.drive(1, np.zeros((2, 1), np.int32))
+    with pytest.raises(NativeError, match=r"expert id 4 .*outside \[0, 4\)"):
+        cache.drive(0, np.full((2, 1), 4, np.int32))
+    bounded = ExpertCache(CacheShape(2, 4, 2, 1), SCORED)
+    with pytest.raises(NativeError, match="drive needs a planner with unbounded staging"):
+        bounded.drive(0, np.zeros((2, 1), np.int32))

@@ -212,6 +212,39 @@ class ExpertCache:
         """Ends the open plan: unpins its experts and empties staging."""
         check(core.vmo_planner_finish(self.handle))
 
+    def drive(
+        self,
+        first_layer: int,
+        ids: npt.NDArray[np.int32],
+        gain: npt.NDArray[np.float32] | None = None,
+        decay: float = 1.0,
+    ) -> None:
+        """Scores and plans consecutive layers of a shadow, whose reads take no time.
+
+        Per layer: ``scores[layer] = scores[layer] * decay + gain``, plan, finish. Needs
+        unbounded staging.
+
+        Args:
+            first_layer: layer of ``ids[0]``.
+            ids: C-contiguous ``[layers, ...]``.
+            gain: C-contiguous ``[layers, num_experts]``; None leaves the scores alone.
+            decay: factor on the scores before ``gain`` is added.
+
+        Raises:
+            NativeError: an id or a layer is out of range; layers before it stay planned.
+        """
+        check(
+            core.vmo_planner_drive(
+                self.handle,
+                first_layer,
+                len(ids),
+                ids.ctypes.data,
+                ids.size // max(len(ids), 1),
+                None if gain is None else gain.ctypes.data,
+                decay,
+            )
+        )
+
     def complete(self, row: int, ok: bool) -> None:
         """A read into ``row`` ended; ``ok`` False empties the row."""
         check(core.vmo_planner_complete(self.handle, row, ok))

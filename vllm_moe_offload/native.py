@@ -49,6 +49,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [c_void_p, c_int32, c_void_p, c_int64, c_int32, c_uint32, c_void_p],
     ),
     "vmo_planner_finish": (c_int32, [c_void_p]),
+    "vmo_planner_drive": (
+        c_int32,
+        [c_void_p, c_int32, c_int32, c_void_p, c_int64, c_void_p, c_float],
+    ),
     "vmo_planner_complete": (c_int32, [c_void_p, c_int32, c_int32]),
     "vmo_planner_prefetch": (c_int32, [c_void_p, c_int32, c_int32, c_float]),
     "vmo_planner_cancel_prefetch": (c_int32, [c_void_p, c_int32]),

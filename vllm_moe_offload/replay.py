@@ -186,11 +186,13 @@ def replay(
     num_requests: int | None = None,
     prefetch_depth: int = 0,
     progress: Progress | None = None,
+    timeline: list[tuple[int, int]] | None = None,
 ) -> ReplayResult:
     """Replays the first ``num_requests`` requests by the rules of the module.
 
     ``prefetch_depth`` above 0 also scores the cross-layer predictor that many layers ahead.
-    ``progress`` is called with the number of tokens done since its last call.
+    ``progress`` is called with the number of tokens done since its last call. ``timeline``
+    receives hits and misses so far after every step.
 
     Raises:
         ReplayError, ValueError: a parameter is out of range; says which and why.
@@ -202,7 +204,9 @@ def replay(
     schedule = decode_schedule(trace, concurrency, num_requests)
     predictor = CrossLayerPredictor(*shape, depth=prefetch_depth) if prefetch_depth else None
     forecast = _Forecast(predictor, cache) if predictor is not None else None
-    counts = _run(trace, schedule, chosen, cache, forecast, progress=progress)
+    counts = _run(
+        trace, schedule, chosen, cache, forecast, progress=progress, timeline=timeline
+    )
     return _result(policy, capacity, concurrency, counts)
 
 
@@ -265,6 +269,7 @@ def _run(
     forecast: _Forecast | None,
     *,
     progress: Progress | None,
+    timeline: list[tuple[int, int]] | None = None,
 ) -> _Counts:
     bind_policy(policy, cache)
     flags = PLAN_INSTANT
@@ -292,6 +297,8 @@ def _run(
         policy.end_step()
         if forecast is not None:
             forecast.end_step()
+        if timeline is not None:
+            timeline.append((cache.count("hits"), cache.count("misses")))
         if progress is not None:
             progress(rows.request_of_row.size)
     return _Counts(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache
+from vllm_moe_offload.cache import CacheShape, ExpertCache
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
-from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, StepRows
+from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules, StepRows
 
 PLAIN_POLICIES = ("lru", "lru-layer", "lfu", "lrfu")
 LARGEST_SHADOWED = 16384
@@ -17,12 +17,16 @@ LARGEST_SHADOWED = 16384
 class ShadowCache:
     """Implements :class:`vllm_moe_offload.policy.fallback.Shadow`.
 
+    A shadow of a plain policy keeps that policy's scores by itself.
+
     Attributes:
         name: of the policy; ``own`` for a cache that plans from somebody else's scores.
         scores: float32 ``[layers, experts]`` from which it plans.
     """
 
-    def __init__(self, policy: Policy | None, shape: CacheShape, rules: PlannerRules) -> None:
+    def __init__(
+        self, policy: PlainPolicy | None, shape: CacheShape, rules: PlannerRules
+    ) -> None:
         self.name = policy.name if policy is not None else "own"
         self._policy = policy
         self._cache = ExpertCache(shape, rules, unbounded_staging=True)
@@ -36,11 +40,6 @@ class ShadowCache:
         return int(self._cache.counters[0])
 
     @property
-    def misses(self) -> int:
-        """Misses so far."""
-        return int(self._cache.counters[1])
-
-    @property
     def resident(self) -> npt.NDArray[np.bool_]:
         """bool ``[layers, experts]``: what the shadow holds."""
         return self._cache.page_table >= 0
@@ -50,22 +49,14 @@ class ShadowCache:
         if self._policy is not None:
             self._policy.begin_step(rows)
 
-    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Scores and plans one layer call."""
-        if self._policy is not None:
-            self._policy.observe(layer, ids, votes)
-        self._cache.plan(layer, ids, PLAN_INSTANT)
-        self._cache.finish()
+    def drive(self, first_layer: int, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
+        """Scores and plans consecutive layers as the policy would call by call."""
+        assert self._policy is not None
+        self._cache.drive(first_layer, ids, self._policy.gain(votes), self._policy.decay)
 
-    def end_step(self) -> None:
-        """All layers of the step ran."""
-        if self._policy is not None:
-            self._policy.end_step()
-
-    def end_request(self, request: str) -> None:
-        """A request ended."""
-        if self._policy is not None:
-            self._policy.end_request(request)
+    def drive_with(self, ids: npt.NDArray[np.int32], gain: FloatArray, decay: float) -> None:
+        """Plans all layers; each one's scores fade by ``decay`` and gain ``gain`` first."""
+        self._cache.drive(0, ids, gain, decay)
 
 
 def bind_policy(policy: Policy, cache: ExpertCache) -> None:
@@ -86,5 +77,6 @@ def bind_policy(policy: Policy, cache: ExpertCache) -> None:
     plain = []
     for name in PLAIN_POLICIES:
         rival = make_policy(name, shape.num_layers, shape.num_experts)
+        assert isinstance(rival, PlainPolicy)
         plain.append(ShadowCache(rival, shadowed, rival.rules))
-    policy.attach_shadows(ShadowCache(None, shadowed, policy.rules), plain, cache.counters)
+    policy.attach_shadows(ShadowCache(None, shadowed, policy.rules), plain)

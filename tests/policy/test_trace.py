@@ -33,8 +33,9 @@ def test_a_request_is_predicted_on_its_first_iteration() -> None:
 
 
 def test_the_prompt_finds_the_requests_of_its_kind() -> None:
-    policy = TracePolicy(LAYERS, EXPERTS, value=0, history=0, slow_history=0)
-    for name, prompt, answer in (("x", (1, 2), (3, 4)), ("y", (5, 6), (7, 8))):
+    policy = TracePolicy(LAYERS, EXPERTS, value=0, history=0, popularity=0)
+    kinds = (("x", (1, 2), (3, 4)), ("y", (5, 6), (7, 8)))
+    for name, prompt, answer in kinds * 3:
         step(policy, rows_of([name], [30]), constant_ids(30, prompt))
         for position in range(30, 50):
             step(policy, rows_of([name], [1], position), constant_ids(1, answer))
@@ -57,7 +58,7 @@ def test_the_collection_grows_by_every_finished_request_of_a_batch() -> None:
 
 @pytest.mark.parametrize("layers_ahead", [-1, 2])
 def test_a_finished_request_stops_counting_at_once(layers_ahead: int) -> None:
-    parts = {"value": 0, "prior": 0, "layers_ahead": layers_ahead}
+    parts = {"value": 0, "prior": 0, "popularity": 0, "layers_ahead": layers_ahead}
     with_past, fresh = (
         TracePolicy(LAYERS, EXPERTS, **parts),
         TracePolicy(LAYERS, EXPERTS, **parts),
@@ -107,10 +108,18 @@ def test_the_layer_just_passed_is_worth_least() -> None:
     assert policy.scores[0, 1] > policy.scores[1, 1]
 
 
+def test_full_score_is_what_an_expert_of_every_token_tends_to() -> None:
+    for parts, tokens in (({}, 1000), ({"value": 0, "history": 2}, 2000)):
+        policy = TracePolicy(LAYERS, EXPERTS, distance_weight=0, **parts)
+        run_request(policy, "a", (3, 4), tokens)
+        policy.begin_step(rows_of(["a"], [1], tokens))
+        assert policy.scores[:, 3] == pytest.approx(policy.full_score, rel=0.1)
+
+
 def test_fallback_follows_the_winner() -> None:
     trace = synthetic_trace(layers=4, experts=32, top_k=4, requests=4, tokens=600, seed=2)
-    # History counts against an expert: as wrong as a policy can be.
-    wrong = "trace:history=-1,slow_history=-1,value=0,prior=0"
+    # What was used counts against an expert: as wrong as a policy can be.
+    wrong = "trace:history=-1,popularity=-1,value=0,prior=0"
     alone = replay(trace, wrong + ",fallback=0", 0.25, 1).hit_rate
     saved = replay(trace, wrong, 0.25, 1).hit_rate
     plain = replay(trace, "lrfu", 0.25, 1).hit_rate
@@ -171,13 +180,11 @@ class TestSuccessorModel:
         trace = np.zeros((1, model.state_size + 1), np.float32)
         for position, expert in enumerate(sequence):
             if position:
-                trace = trace * model.discount
-                trace[:, :-1] += (1 - model.discount) * model.project(activity)
-                trace[:, -1] += 1 - model.discount
+                model.discount_traces(trace, activity, np.array([0]))
             used = np.zeros((1, model.size), np.float32)
             used[0, expert] = 1
             activity = activity * 0.5 + used * 0.5
-            model.learn(model.project(activity), trace, used)
+            model.learn(activity, trace, used)
         return activity
 
     def test_predicts_nothing_before_it_learned(self) -> None:
@@ -188,7 +195,7 @@ class TestSuccessorModel:
     def test_learns_what_follows_what(self) -> None:
         model = self.model()
         state = self.feed(model, [0, 1, 2] * 200)  # ends after a 2: 0 comes next
-        forecast = model.predict(model.project(state))[0]
+        forecast = model.predict(state)[0]
         assert forecast.argmax() == 0
         # Uses of 0 at 1, 4, 7, ...: 0.5 * (1 + 1/8 + 1/64 + ...) = 4/7
         assert forecast[:3] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.03)
@@ -197,17 +204,16 @@ class TestSuccessorModel:
     def test_wide_models_have_bounded_weights(self) -> None:
         model = SuccessorModel(8, 1024, discount=0.7, ridge=1.0, memory_tokens=1e4)
         assert model.weights.size <= 1 << 22
-        activity = np.zeros((2, 8192), np.float32)
-        activity[0, [5, 4000]] = 1
-        states = model.project(activity)
-        assert states.shape == (2, model.state_size)
+        states = np.zeros((2, model.state_size), np.float32)
+        twice = np.array([0, 0]), np.array([5, 4000])
+        model.add_uses(states, *twice, np.array([1, 1], np.float32))
+        assert np.count_nonzero(states[0]) in (1, 2)
         assert not states[1].any()
-        window = model.weights_of(3, 1024, 5)
-        assert window.shape == (1024, 2048)
+        assert model.predict(states).shape == (2, 8192)
 
     def test_old_evidence_fades(self) -> None:
         model = self.model(memory_tokens=200)
         self.feed(model, [0, 1] * 500)
         state = self.feed(model, [0, 2] * 500)
-        forecast = model.predict(model.project(state))[0]
+        forecast = model.predict(state)[0]
         assert forecast[1] < 0.05

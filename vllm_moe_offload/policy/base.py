@@ -130,3 +130,28 @@ class Policy(ABC):
     def end_request(self, request: str) -> None:
         """``request`` ended: it must stop counting."""
         del request
+
+
+class PlainPolicy(Policy):
+    """A policy whose scores fade by a factor and gain by votes, layer call by layer call.
+
+    That is little enough for the core to do by itself (``vmo_planner_drive``), so that these
+    policies can run beside another one as shadows.
+
+    Attributes:
+        decay: factor on a layer's scores at each of its calls.
+    """
+
+    decay: float = 1.0
+
+    @abstractmethod
+    def gain(self, votes: FloatArray) -> FloatArray | None:
+        """What scores gain by ``votes`` ``[..., num_experts]``; None if they never change."""
+
+    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
+        """Fades the layer's scores and adds this call's gain."""
+        gain = self.gain(votes)
+        if gain is not None:
+            row = self.scores[layer]
+            row *= self.decay
+            row += gain

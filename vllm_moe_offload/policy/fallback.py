@@ -2,7 +2,12 @@
 
 A shadow is a cache without bytes: it plans from the same routing and counts its hits. The
 idea is that of set duelling (Qureshi et al., 2007): let policies compete on the running
-workload and follow the winner.
+workload and follow the winner. The own policy is judged by a shadow, too, so that prefetches
+and a change of rule favour nobody.
+
+Shadows see the same steps, so what counts is the difference of their hits step by step, which
+varies far less than the hits themselves. The rule changes hands once a rival's lead is more
+than chance (:data:`EVIDENCE`) and has paid for the change (:data:`COST`).
 """
 
 from __future__ import annotations
@@ -13,17 +18,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.policy.base import FloatArray, IdArray, StepRows
+from vllm_moe_offload.policy.base import FloatArray, StepRows
 
-PERIOD_STEPS = 32
-"""Steps between two decisions."""
-MEMORY = 0.85
-"""Share of the older hits that a period keeps: about 200 steps count."""
-MARGIN = 0.004
-"""A challenger must hit this much more, as a share of all needs, to take over."""
-WARM_UP_PERIODS = 8
-"""Periods after a start or a change of rule before the next decision: a few hundred steps of
-evidence, and caches that had time to fill."""
+EVIDENCE = 3.0
+"""Standard errors by which the mean difference must exceed 0."""
+COST = 1.0
+"""Lead that a rival must have, in misses per expert that the caches hold apart: as many misses
+as the change may cost at most."""
+MEMORY_STEPS = 200.0
+"""Steps after which a difference counts 1/e: as much as a shift of the workload may take."""
 
 
 class Shadow(Protocol):
@@ -37,24 +40,19 @@ class Shadow(Protocol):
         """Hits so far."""
 
     @property
-    def misses(self) -> int:
-        """Misses so far."""
-
-    @property
     def resident(self) -> npt.NDArray[np.bool_]:
         """bool ``[layers, experts]``: what the shadow holds."""
 
     def begin_step(self, rows: StepRows) -> None:
         """See :class:`Policy`."""
 
-    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Scores and plans one layer call."""
+    def drive(self, first_layer: int, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
+        """Scores and plans consecutive layers; ids ``[layers, rows, top_k]``, votes
+        ``[layers, experts]``.
+        """
 
-    def end_step(self) -> None:
-        """See :class:`Policy`."""
-
-    def end_request(self, request: str) -> None:
-        """See :class:`Policy`."""
+    def drive_with(self, ids: npt.NDArray[np.int32], gain: FloatArray, decay: float) -> None:
+        """Plans all layers; each one's scores fade by ``decay`` and gain ``gain`` first."""
 
 
 class Fallback:
@@ -65,78 +63,81 @@ class Fallback:
         switches: how often the rule changed hands.
     """
 
-    def __init__(
-        self, own: Shadow, plain: Sequence[Shadow], counters: npt.NDArray[np.int64]
-    ) -> None:
-        self._own = own
-        self._plain = list(plain)
-        self._counters = counters
-        self._seen = np.zeros((len(plain) + 1, 2), np.int64)
-        self._recent = np.zeros((len(plain) + 1, 2), np.float64)
-        self._steps = 0
-        self._warm_up = WARM_UP_PERIODS
-        self.winner: Shadow | None = None
+    def __init__(self, own: Shadow, plain: Sequence[Shadow]) -> None:
+        self._shadows = [own, *plain]
+        count = len(self._shadows)
+        self._hits: npt.NDArray[np.int64] = np.zeros(count, np.int64)
+        self._ruler = 0
+        self._keep = 1.0 - 1.0 / MEMORY_STEPS
+        # Of the ruler's rivals: decayed number of steps, sum of leads, sum of their squares.
+        self._steps = 0.0
+        self._lead: npt.NDArray[np.float64] = np.zeros(count)
+        self._square: npt.NDArray[np.float64] = np.zeros(count)
         self.switches = 0
 
-    def begin_step(self, rows: StepRows) -> None:
-        """A step begins."""
-        for shadow in self._plain:
+    @property
+    def winner(self) -> Shadow | None:
+        """The plain shadow that rules now, None while the own policy does."""
+        return self._shadows[self._ruler] if self._ruler else None
+
+    def begin_step(self, rows: StepRows, scores: FloatArray) -> None:
+        """A step begins; ``scores``: the own policy's."""
+        self._shadows[0].scores[...] = scores
+        for shadow in self._shadows[1:]:
             shadow.begin_step(rows)
 
-    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """All shadows plan one layer call."""
-        for shadow in self._plain:
-            shadow.observe(layer, ids, votes)
-        if self.winner is not None:
-            self._own.observe(layer, ids, votes)
+    def lead(
+        self,
+        layer: int,
+        ids: npt.NDArray[np.int32],
+        votes: FloatArray,
+        scores: FloatArray,
+    ) -> None:
+        """Lets the winner plan one layer call, and makes the cache follow it.
 
-    def end_request(self, request: str) -> None:
-        """A request ended."""
-        for shadow in self._plain:
-            shadow.end_request(request)
+        Args:
+            layer: that was routed.
+            ids: ``[layers, rows, top_k]`` of the step so far.
+            votes: ``[experts]`` of the layer.
+            scores: the cache's; 1 for what the winner holds now, 0 for the rest.
+        """
+        winner = self._shadows[self._ruler]
+        winner.drive(layer, ids[layer : layer + 1], votes[None])
+        scores[...] = winner.resident
 
-    def end_step(self) -> None:
-        """Decides now and then who rules."""
-        for shadow in self._plain:
-            shadow.end_step()
-        self._steps += 1
-        if self._steps % PERIOD_STEPS:
-            return
-        totals = np.array(
-            [self._own_total(), *((shadow.hits, shadow.misses) for shadow in self._plain)],
-            np.int64,
-        )
-        self._recent = self._recent * MEMORY + (totals - self._seen)
-        self._seen = totals
-        if self._warm_up:
-            self._warm_up -= 1
-            return
+    def end_step(
+        self, ids: npt.NDArray[np.int32], votes: FloatArray, gain: FloatArray, decay: float
+    ) -> None:
+        """The other shadows catch up; decides who rules.
+
+        Args:
+            ids: ``[layers, rows, top_k]``.
+            votes: ``[layers, experts]``.
+            gain, decay: what the own policy's scores did at each layer's call.
+        """
+        self._shadows[0].drive_with(ids, gain, decay)
+        for index, shadow in enumerate(self._shadows):
+            if index not in (0, self._ruler):
+                shadow.drive(0, ids, votes)
+        hits = np.array([shadow.hits for shadow in self._shadows], np.int64)
+        ahead = (hits - self._hits).astype(np.float64)
+        self._hits = hits
+        ahead -= ahead[self._ruler]
+        self._steps = self._steps * self._keep + 1.0
+        self._lead = self._lead * self._keep + ahead
+        self._square = self._square * self._keep + ahead * ahead
         self._decide()
 
-    def _own_total(self) -> tuple[int, int]:
-        if self.winner is None:  # the cache itself does what the own policy wants
-            return int(self._counters[0]), int(self._counters[1])
-        return self._own.hits, self._own.misses
-
     def _decide(self) -> None:
-        rates = self._recent[:, 0] / np.maximum(self._recent.sum(axis=1), 1.0)
-        best = int(rates[1:].argmax()) + 1
-        if self.winner is None:
-            if rates[best] > rates[0] + MARGIN:
-                self._hand_over(self._plain[best - 1])
-        elif rates[0] >= rates[best]:
-            self._hand_over(None)
-        elif rates[best] > rates[self._plain.index(self.winner) + 1] + MARGIN:
-            self._hand_over(self._plain[best - 1])
-
-    def _hand_over(self, winner: Shadow | None) -> None:
-        self._warm_up = WARM_UP_PERIODS
-        self._recent[0] = 0  # counted by another cache, cold or stale, from now on
-        self.winner = winner
-        self.switches += 1
-        self._seen[0] = self._own_total()
-
-    def follow(self, scores: FloatArray) -> None:
-        """Writes scores that turn the cache's contents into the winner's."""
-        assert self.winner is not None
-        scores[...] = self.winner.resident
+        variance = self._square - self._lead**2 / self._steps
+        best = int(np.argmax(self._lead))
+        lead = self._lead[best]
+        if lead <= 0 or lead * lead < EVIDENCE**2 * variance[best]:
+            return
+        apart = self._shadows[best].resident & ~self._shadows[self._ruler].resident
+        if lead > COST * np.count_nonzero(apart):
+            self._ruler = best
+            self.switches += 1
+            self._steps = 0.0
+            self._lead[...] = 0.0
+            self._square[...] = 0.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy
+import numpy as np
+
+from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules
 
 
-class LFU(Policy):
+class LFU(PlainPolicy):
     """Evicts the expert with the fewest tokens routed to it so far; inserts every miss.
 
     Counts are float32: exact up to 2**24 tokens per expert, after which a count stands.
@@ -16,6 +18,6 @@ class LFU(Policy):
     name: ClassVar[str] = "lfu"
     rules: ClassVar[PlannerRules] = PlannerRules(admission=False)
 
-    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Adds one per token and expert."""
-        self.scores[layer] += votes * len(self.rows.requests)
+    def gain(self, votes: FloatArray) -> FloatArray:
+        """One per token and expert."""
+        return votes * np.float32(len(self.rows.requests))

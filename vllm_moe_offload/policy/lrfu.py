@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy
+from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules
 
 DEFAULT_HALF_LIFE_STEPS = 8.0
 
 
-class LRFU(Policy):
+class LRFU(PlainPolicy):
     """Score = decayed share of the running requests' tokens; misses must earn their slot."""
 
     name: ClassVar[str] = "lrfu"
@@ -32,10 +32,8 @@ class LRFU(Policy):
             raise ValueError(
                 f"lrfu:half_life must be a positive number of steps, got {half_life}"
             )
-        self._decay = 2.0 ** (-1.0 / half_life)
+        self.decay = 2.0 ** (-1.0 / half_life)
 
-    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Decays the layer's scores and adds this call's votes."""
-        row = self.scores[layer]
-        row *= self._decay
-        row += votes
+    def gain(self, votes: FloatArray) -> FloatArray:
+        """This call's votes."""
+        return votes

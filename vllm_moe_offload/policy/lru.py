@@ -13,20 +13,19 @@ from vllm_moe_offload.policy.base import (
     ORDER_RECENCY,
     SCOPE_PER_LAYER,
     FloatArray,
-    IdArray,
+    PlainPolicy,
     PlannerRules,
-    Policy,
 )
 
 
-class LRU(Policy):
+class LRU(PlainPolicy):
     """Evicts the expert whose layer call lies furthest back; every miss is inserted."""
 
     name: ClassVar[str] = "lru"
     rules: ClassVar[PlannerRules] = PlannerRules(order=ORDER_RECENCY, admission=False)
 
-    def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Nothing to do: the core's clock is the state."""
+    def gain(self, votes: FloatArray) -> None:
+        """Nothing: the core's clock is the state."""
 
 
 class LayerLRU(LRU):

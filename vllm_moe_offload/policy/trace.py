@@ -1,18 +1,19 @@
 """The ``trace`` policy: request-level traces decide what stays.
 
-Score of an expert = what the running requests are expected to use at their next tokens:
+Score of an expert = what the running requests are expected to use of it at their next tokens,
+a mixture of forecasts whose weights are learned online (``policy/mixture.py``):
 
-* *value*: the successor model (``policy/value.py``) on each request's recent routing, joined
-  over requests as the probability that at least one of them uses the expert;
-* *history*: the mean of the requests' own decayed frequencies (LRFU), which needs nothing
-  learned and carries the first requests;
-* *prior*: for a request without much history, what the collection knows: the finished
-  requests nearest to its own matrix (prompt included), else the collection's mean;
-* *distance*: layers are visited in a cycle, so an expert of the layer just passed waits a
-  whole step for its next use and one of the next layer a moment. Scores shrink by
-  ``exp(-distance_weight)`` over one cycle (Belady's rule seen from a forecast);
-* *fall-back*: plain policies run as shadows (page tables without bytes) on the same routing;
-  while one of them hits more, the cache follows it.
+* *history*: the mean of the requests' own averages over few and over many tokens;
+* *popularity*: what all requests used lately, those that ended included;
+* *prior*: what the collection knows: the finished requests nearest to a request's own matrix
+  (prompt included), else the collection's mean. It also stands in for the history of a
+  request that has none yet;
+* *value*: the successor model (``policy/value.py``) on each request's recent routing.
+
+Layers are visited in a cycle, so an expert of the layer just passed waits a whole step for its
+next use and one of the next layer a moment: scores shrink by ``exp(-distance_weight)`` over
+one cycle (Belady's rule seen from a forecast). And plain policies run beside it as shadows
+(``policy/fallback.py``): while one of them hits more, the cache follows it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,35 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.policy.averages import StepUses, UseAverages
 from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
-from vllm_moe_offload.policy.requests import Decay, RunningRequests, Uses
+from vllm_moe_offload.policy.mixture import Mixture
+from vllm_moe_offload.policy.requests import RunningRequests
 from vllm_moe_offload.policy.value import SuccessorModel
 from vllm_moe_offload.trace.activation import ActivationTracer
 from vllm_moe_offload.trace.collection import ActivationCollection
 
-SLOW_SHARE_THAT_MATTERS = 0.02
-"""Share of the slow frequency below which keeping it is not worth the time."""
+HALF_LIVES = (1.0, 4.0, 16.0, 200.0)
+"""Tokens after which a use counts half in each average: the last token, a phrase, a
+paragraph, the whole answer. The mixture sorts out which of them matters."""
+POPULARITY_HALF_LIVES = (30.0, 1000.0)
+"""Steps after which a use counts half in the popularities: what the requests before these
+used, and what most requests use."""
+INITIAL_WEIGHTS = (0.0, 0.25, 0.0, 0.5, 0.05, 0.05, 0.1, 0.25, 0.0)
+"""Before anything was used: averages, popularities, prior, value, constant. A step or two of
+evidence outweighs them."""
+POPULARITY = len(HALF_LIVES)
+PRIOR, VALUE, CONSTANT = range(POPULARITY + len(POPULARITY_HALF_LIVES), len(INITIAL_WEIGHTS))
+LASTING = PRIOR - 1
+"""The popularity that stands in where nothing else is known."""
+
+COLD_TOKENS = 0.1
+"""Tokens of own history that weigh as much as what stands in for it: below one, since a
+request's first token says more about it than all other requests."""
+
+MATCHED_TOKENS = 32
+"""Age at which a request is matched for the last time: then its own history says more."""
 
 MATCHES_PER_STEP = 2
 """Requests that ask the collection in one step, so that no step waits for many."""
@@ -49,49 +70,50 @@ class TraceOptions:
     """Constants of the policy; none is tuned to a model.
 
     Attributes:
-        value: weight of the successor model; 0 turns it off.
-        value_tokens: tokens of evidence at which the successor model counts half.
-        history: weight of the requests' own decayed frequency.
-        slow_history: the same for a frequency that fades more slowly.
-        slow_half_life: its half-life in tokens.
-        history_half_life: tokens after which a use counts half.
-        state_half_life: the same for the successor model's state.
-        discount: of the successor model, per token.
+        value: factor on the successor model's part of the scores; 0 turns it off.
+        history: factor on the averages' part; 0 turns them off.
+        slow_history: further factor on the slowest average; 0 turns it off.
+        popularity: factor on what all requests used; 0 turns it off.
+        prior: factor on the collection's part; 0 turns the collection off.
+        state_half_life: tokens after which a use counts half in the successor model's state.
+        discount: of the future, per token, in the successor model.
         ridge: its regularisation, in tokens of evidence.
-        memory_tokens: evidence kept; older routing fades, so that a shift is followed.
+        memory_tokens: its evidence kept; older routing fades, so that a shift is followed.
+        mixture_discount: of the future, per step, in what the mixture forecasts.
+        mixture_steps: evidence that the mixture keeps.
         distance_weight: see the module; 0 turns it off.
-        prior: weight of the collection's forecast for a request without history.
-        prior_tokens: tokens of own history that halve the prior's weight.
-        prior_floor: share of the prior's weight that stays: what nobody uses now is still
-            told apart by what others used before.
         entries: capacity of the collection.
-        layers_ahead: layers whose scores follow each layer call at once; the rest is
-            refreshed at the next step. Below 0, layer calls cost as little as LRFU's: only
-            the history of the layer itself follows at once.
+        layers_ahead: layers whose forecasts follow each layer call at once, at the price of a
+            matrix product per layer call. Below 0, only the layer's own history does, and
+            the rest follows at the next step.
         fallback: whether shadows are heeded (1) or not (0).
     """
 
     value: float = 1.0
-    value_tokens: float = 500.0
     history: float = 1.0
-    history_half_life: float = 4.0
-    slow_history: float = 3.0
-    slow_half_life: float = 200.0
+    slow_history: float = 1.0
+    popularity: float = 1.0
+    prior: float = 1.0
     state_half_life: float = 3.0
     discount: float = 0.7
     ridge: float = 40.0
     memory_tokens: float = 50_000.0
+    mixture_discount: float = 0.4
+    mixture_steps: float = 500.0
     distance_weight: float = 0.5
-    prior: float = 0.5
-    prior_tokens: float = 4.0
-    prior_floor: float = 0.0
     entries: float = 300
     layers_ahead: float = -1
     fallback: float = 1.0
 
 
 class TracePolicy(Policy):
-    """Keeps what the running requests' traces say they will use."""
+    """Keeps what the running requests' traces say they will use.
+
+    Attributes:
+        collection: activation matrices of finished requests.
+        tracer: those of the running ones.
+        model: the successor model, None where it is off or the model is too large.
+    """
 
     name: ClassVar[str] = "trace"
     rules: ClassVar[PlannerRules] = PlannerRules(admission=True)
@@ -104,7 +126,7 @@ class TracePolicy(Policy):
         self.collection = ActivationCollection(num_layers, num_experts, int(chosen.entries))
         self.tracer = ActivationTracer(num_layers, num_experts)
         self.model: SuccessorModel | None = None
-        if chosen.value > 0 and size <= LARGEST_MODELLED:
+        if chosen.value != 0 and size <= LARGEST_MODELLED:
             self.model = SuccessorModel(
                 num_layers,
                 num_experts,
@@ -112,38 +134,66 @@ class TracePolicy(Policy):
                 ridge=chosen.ridge,
                 memory_tokens=chosen.memory_tokens,
             )
-        width = self.model.state_size + 1 if self.model is not None else 1
-        self._requests = RunningRequests(size, width)
-        self._table: FloatArray = self.scores
-        self._fallback: Fallback | None = None
+        self._mixture = Mixture(
+            np.array(INITIAL_WEIGHTS),
+            size,
+            discount=chosen.mixture_discount,
+            memory_steps=chosen.mixture_steps,
+        )
+        parts = self._mixture.parts
+        parts[CONSTANT] = 1.0
+        self._factors = np.ones(len(parts))
+        self._factors[:POPULARITY] = chosen.history
+        self._factors[POPULARITY - 1] *= chosen.slow_history
+        self._factors[POPULARITY:PRIOR] = chosen.popularity
+        self._factors[PRIOR] = chosen.prior
+        self._factors[VALUE] = chosen.value if self.model is not None else 0.0
+        self._averages = UseAverages(HALF_LIVES, parts[:POPULARITY])
+        self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES)[:, None])
+        self._popularity_weight = np.zeros_like(self._popularity_keep)
+        self._requests = RunningRequests(size, self.model.state_size if self.model else 0)
+        self._is_prior_current = True
         self._state_decay = 2.0 ** (-1.0 / chosen.state_half_life)
-        self._slow_decay = 2.0 ** (-1.0 / chosen.slow_half_life)
-        self._history_decay = 2.0 ** (-1.0 / chosen.history_half_life)
-        position = np.arange(num_layers, dtype=np.float32) / num_layers
+        self._fallback: Fallback | None = None
+
+        shape = (num_layers, num_experts)
+        position = np.arange(num_layers, dtype=np.float32)[:, None] / num_layers
         self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
         self._visited_factor = np.float32(np.exp(-chosen.distance_weight))
         self._ahead = int(chosen.layers_ahead)
-        self._step_ids: npt.NDArray[np.int64] = np.zeros((num_layers, 0, 0), np.int64)
+        self._vote_gain: FloatArray = np.zeros((num_layers, 1), np.float32)
+        self._fade: FloatArray = np.zeros(shape, np.float32)
+        self._change: FloatArray = np.zeros(num_experts, np.float32)
+        self._votes: FloatArray = np.zeros(shape, np.float32)
+        self._ids: npt.NDArray[np.int32] = np.zeros((num_layers, 0, 0), np.int32)
         self._layers_seen = 0
 
-    def bind(self, scores: FloatArray) -> None:
-        """See :meth:`Policy.bind`; without shadows the own scores are the cache's."""
-        super().bind(scores)
-        self._table = self.scores
+    @property
+    def full_score(self) -> float:
+        """Score that an expert used by every request at every token tends to.
 
-    def attach_shadows(
-        self, own: Shadow, plain: Sequence[Shadow], counters: npt.NDArray[np.int64]
-    ) -> None:
+        Makes a probability p of being used comparable with :attr:`scores`: ``p * full_score``.
+        Without the distance to the next visit, which shrinks a score by at most
+        ``exp(-distance_weight)``. While a plain policy rules, scores are 1 for what it holds,
+        0 for the rest.
+        """
+        if self._fallback is not None and self._fallback.winner is not None:
+            return 1.0
+        known = self._mixture.weights * self._factors
+        if self.model is None or not self.model.version:
+            known[VALUE] = 0.0
+        if not len(self.collection):
+            known[PRIOR] = 0.0
+        return float(known.sum())
+
+    def attach_shadows(self, own: Shadow, plain: Sequence[Shadow]) -> None:
         """Lets shadows compete.
 
         Args:
-            own: shadow that plans from this policy's own scores while another one rules.
+            own: shadow that plans from this policy's own scores.
             plain: shadows of the plain policies.
-            counters: the cache's own counters; hits first.
         """
-        own.scores[...] = self._table
-        self._table = own.scores
-        self._fallback = Fallback(own, plain, counters)
+        self._fallback = Fallback(own, plain)
 
     # ---- one step ----------------------------------------------------------------------
 
@@ -152,47 +202,44 @@ class TracePolicy(Policy):
         super().begin_step(rows)
         self._layers_seen = 0
         state = self._requests
-        self._rows_in_step = np.array(
+        self._running = np.array(
             [
-                state.row_of[request] if request in state.row_of else state.add(request)
+                state.row_of[request] if request in state.row_of else self._add(request)
                 for request in rows.requests
             ],
             np.int64,
         )
-        lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
-        self._prepare_decay(rows, lengths)
-        self._refresh_priors(rows)
-        self._discount_traces()
-        if self.model is not None:
-            state.used[: len(state)] = 0
-        self._refresh()
-        if self._fallback is not None:
-            self._fallback.begin_step(rows)
+        self._match(rows)
+        self._forecast()
+        read, follow = self._mix()
+        shape = self.scores.shape
+        parts = self._mixture.parts
+        # One product each: BLAS is slower at both at once, a matrix of two rows.
+        own = (read.astype(np.float32) @ parts).reshape(shape)
+        own *= self._unvisited
+        faded = (follow.astype(np.float32) @ parts).reshape(shape)
+        np.multiply(faded, self._vote_gain, out=self._fade)
+        if self._fallback is None:
+            self.scores[...] = own
+        else:
+            self._fallback.begin_step(rows, own)
             if self._fallback.winner is None:
-                self.scores[...] = self._table
+                self.scores[...] = own
 
-    def _prepare_decay(self, rows: StepRows, lengths: npt.NDArray[np.int64]) -> None:
-        """Decay and gain of every running request; one that does not run keeps its state."""
-        steps = np.zeros(len(self._requests), np.int64)
-        steps[self._rows_in_step] = lengths
-        # A request with n rows forgets n times; its older rows count less already.
-        ends = np.cumsum(lengths)
-        age = ends[rows.request_of_row] - 1 - np.arange(rows.request_of_row.size)
-        self._lengths = lengths
-        self._for_state, self._for_history, self._for_slow = (
-            Decay.of_step(decay, steps, age)
-            for decay in (self._state_decay, self._history_decay, self._slow_decay)
-        )
-        self._owner = self._rows_in_step[rows.request_of_row]
+    def _add(self, request: str) -> int:
+        row = self._requests.add(request)
+        self._averages.add(row)
+        return row
 
-    def _refresh_priors(self, rows: StepRows) -> None:
-        if self.options.prior <= 0 or not len(self.collection):
+    def _match(self, rows: StepRows) -> None:
+        """Asks the collection what requests like the young ones used."""
+        if not self.options.prior or not len(self.collection):
             return
         state = self._requests
         matched = 0
-        for row, request in zip(self._rows_in_step, rows.requests, strict=True):
+        for row, request in zip(self._running.tolist(), rows.requests, strict=True):
             tokens = int(state.tokens[row])
-            if tokens < state.match_at[row] or tokens > 8 * self.options.prior_tokens:
+            if tokens < state.match_at[row] or tokens > MATCHED_TOKENS:
                 continue
             if matched == MATCHES_PER_STEP:
                 break  # the others are still due at the next step
@@ -203,143 +250,141 @@ class TracePolicy(Policy):
             if activation is not None:
                 indices, cosines = self.collection.nearest(activation.counts, 3)
                 for index, cosine in zip(indices, cosines, strict=True):
-                    forecast += cosine * self.collection.distribution(int(index))
+                    self.collection.add_distribution(int(index), float(cosine), forecast)
                 forecast /= 1.0 + float(cosines.sum())
             state.prior[row] = forecast.reshape(-1)
+            self._is_prior_current = False
 
-    def _discount_traces(self) -> None:
-        if self.model is None:
-            return
-        state, rows = self._requests, self._rows_in_step
-        started = rows[(state.tokens[rows] > 0) & (rows < LEARNING_ROWS)]
-        if not started.size:
-            return
-        discount = self.model.discount
-        traces = state.trace[started] * discount
-        traces[:, :-1] += (1 - discount) * self.model.project(state.activity[started])
-        traces[:, -1] += 1 - discount
-        state.trace[started] = traces
-
-    def _refresh(self) -> None:
-        """Scores of all layers, as if none had been visited."""
+    def _forecast(self) -> None:
+        """Refreshes the parts that forecasts are made of."""
         state, count = self._requests, len(self._requests)
+        parts = self._mixture.parts
+        self._averages.refresh_totals(count)
+        if not self._is_prior_current:
+            np.sum(state.prior[:count], axis=0, out=parts[PRIOR])
+            self._is_prior_current = True
         if self.model is not None and self.model.version:
-            states = self.model.project(state.activity[:count])
-            state.value[:count] = self.model.predict(states)
-        learned = self.model.num_tokens if self.model is not None else 0
-        evidence = learned / (learned + self.options.value_tokens) if learned else 0.0
-        self._value_weight = np.float32(self.options.value * evidence)
-        # Of lasting preferences, too, the successor model knows more once it has evidence.
-        self._slow_share = np.float32(self.options.slow_history * (1.0 - evidence))
-        self._share = np.float32(self.options.history / max(count, 1))
-        options = self.options
-        cold = options.prior_tokens / (options.prior_tokens + state.tokens[:count])
-        cold = options.prior * np.maximum(cold, options.prior_floor)
-        self._cold = (cold / max(count, 1)).astype(np.float32)
-        self._has_prior = options.prior > 0 and len(self.collection) > 0
-        self._write(0, self.num_layers)
-        if self._ahead < 0:
-            mean = state.history[:count].mean(axis=0).reshape(self._table.shape)
-            self._mean_history = mean
-            gain = (1 - self._history_decay) * options.history * self._unvisited
-            self._own_gain = gain.astype(np.float32)
+            self._values = self.model.predict(state.state[:count])
+            np.sum(np.clip(self._values, 0.0, 1.0), axis=0, out=parts[VALUE])
 
-    def _write(self, begin: int, end: int) -> None:
-        """Writes the scores of layers ``[begin, end)``, not visited in this step."""
-        state, count = self._requests, len(self._requests)
-        part = slice(begin * self.num_experts, end * self.num_experts)
-        total = state.history[:count, part].sum(axis=0)
-        if self._slow_share > SLOW_SHARE_THAT_MATTERS:
-            total += self._slow_share * state.slow[:count, part].sum(axis=0)
-        total *= self._share
-        if self.model is not None and self.model.version:
-            if count == 1:
-                total += self._value_weight * np.maximum(state.value[0, part], 0.0)
-            else:
-                unused = 1.0 - np.minimum(np.maximum(state.value[:count, part], 0.0), 1.0)
-                total += self._value_weight
-                total -= self._value_weight * np.multiply.reduce(unused, axis=0)
-        if self._has_prior:
-            total += self._cold @ state.prior[:count, part]
-        table = total.reshape(end - begin, self.num_experts)
-        np.multiply(table, self._unvisited[begin:end, None], out=self._table[begin:end])
+    def _mix(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Refits the mixture.
+
+        Returns:
+            ``[forecasts]`` each: factors on the parts that give the scores, and those that
+            give what a layer's history loses at its call, per unit of ``_vote_gain``.
+        """
+        count = len(self._requests)
+        averages, mixing = self._averages, self._mixture.mixing
+        mixing[...] = 0.0
+        mixing[CONSTANT, CONSTANT] = 1.0
+        mixing[VALUE, VALUE] = 1.0 / count
+        mixing[PRIOR, PRIOR] = self._ids.shape[2] / count  # its rows sum to 1, uses to top_k
+        if self._popularity_weight.all():
+            popular = np.arange(POPULARITY, PRIOR)
+            mixing[popular, popular] = 1.0 / self._popularity_weight[:, 0]
+        stand_in = PRIOR if self.options.prior and len(self.collection) else LASTING
+        if stand_in == LASTING and not self.options.popularity:
+            stand_in = CONSTANT  # the same for all: nothing is known
+        cold = COLD_TOKENS * (1.0 - averages.decay)
+        reached = averages.weight[:, :count].mean(axis=1)
+        history = np.arange(POPULARITY)
+        mixing[history, history] = 1.0 / (count * (reached + cold))
+        mixing[history, stand_in] = cold / (reached + cold) * mixing[stand_in, stand_in]
+        self._mixture.fit(self._factors != 0)
+        weights = self._mixture.weights * self._factors
+        # An average moves towards what this call used by a share that shrinks to 1 - decay.
+        share = (1.0 - averages.decay) / (1.0 - (1.0 - reached) * averages.decay + cold)
+        gains = weights[:POPULARITY] * share
+        np.multiply(
+            self._unvisited, np.float32(gains.sum() * self._visited_factor), self._vote_gain
+        )
+        follow = gains @ mixing[:POPULARITY] / (gains.sum() or 1.0)
+        return weights @ mixing, follow
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Updates the scores of this layer and, through the model, of the next ones."""
-        if self._step_ids.shape[1:] != ids.shape:
-            self._step_ids = np.zeros((self.num_layers, *ids.shape), np.int64)
-        self._step_ids[layer] = ids
+        """Updates the scores of this layer; with ``layers_ahead``, also of the next ones."""
+        if self._ids.shape[1:] != ids.shape:
+            self._ids = np.zeros((self.num_layers, *ids.shape), np.int32)
+        self._ids[layer] = ids
+        self._votes[layer] = votes
         self._layers_seen += 1
-        end = layer + 1
-        if self._ahead < 0:
-            # Mean of the requests' histories after this call; the rest keeps until the step's end.
-            row = self._table[layer]
-            row += (votes - self._mean_history[layer]) * self._own_gain[layer]
-        else:
-            end = self._absorb_layer(layer)
-        self._table[layer] *= self._visited_factor
-        if self._fallback is not None:
-            self._fallback.observe(layer, ids, votes)
-            if self._fallback.winner is not None:
-                self._fallback.follow(self.scores)
-            else:
-                self.scores[layer:end] = self._table[layer:end]
+        if self._fallback is not None and self._fallback.winner is not None:
+            self._fallback.lead(layer, self._ids, votes, self.scores)
+            return
+        if self._ahead >= 0:
+            self._look_ahead(layer)
+        change, row = self._change, self.scores[layer]
+        np.multiply(votes, self._vote_gain[layer], out=change)
+        change -= self._fade[layer]
+        row *= self._visited_factor
+        row += change
 
-    def _absorb_layer(self, layer: int) -> int:
-        """Takes one layer's routing in; returns the layer up to which scores changed."""
-        own = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-        before = self._requests.activity[: len(self._requests), own].copy()
-        self._absorb(layer, layer + 1)
-        end = layer + 1
-        if self.model is not None and self.model.version:
-            end = min(self.num_layers, end + self._ahead)
-            change = self._requests.activity[: len(self._requests), own] - before
-            window = slice(layer * self.num_experts, end * self.num_experts)
-            weights = self.model.weights_of(layer, self.num_experts, end)
-            self._requests.value[: len(self._requests), window] += change @ weights
-        self._write(layer, end)
-        return end
-
-    def _absorb(self, begin: int, end: int) -> None:
-        """Moves the averages of layers ``[begin, end)`` on."""
-        state, count = self._requests, len(self._requests)
-        own = slice(begin * self.num_experts, end * self.num_experts)
-        uses = Uses.of_layers(self._step_ids[begin:end], self._owner, self.num_experts)
-        self._for_history.apply(state.history[:count, own], uses)
-        if self._slow_share > SLOW_SHARE_THAT_MATTERS:
-            self._for_slow.apply(state.slow[:count, own], uses)
-        if self.model is not None:
-            self._for_state.apply(state.activity[:count, own], uses)
-            state.used[:count, own][uses.index] = 1.0
+    def _look_ahead(self, layer: int) -> None:
+        """Lets the forecasts of the next layers follow this call's routing."""
+        if self.model is None or not self.model.version or not self.model.dense:
+            return
+        state, count, experts = self._requests, len(self._requests), self.num_experts
+        end = min(self.num_layers, layer + 1 + self._ahead)
+        own = slice(layer * experts, (layer + 1) * experts)
+        window = slice(layer * experts, end * experts)
+        lengths = np.bincount(self.rows.request_of_row, minlength=self._running.size)
+        change = np.zeros((count, experts), np.float32)
+        kept = (self._state_decay**lengths).astype(np.float32)[:, None]
+        change[self._running] = (kept - 1.0) * state.state[self._running, own]
+        owner = self._running[self.rows.request_of_row]
+        np.add.at(change, (owner[:, None], self._ids[layer]), 1.0 - self._state_decay)
+        before = np.clip(self._values[:, window], 0.0, 1.0).sum(axis=0)
+        self._values[:, window] += change @ self.model.weights[own, window]
+        after = np.clip(self._values[:, window], 0.0, 1.0).sum(axis=0)
+        weight = self._mixture.weights[VALUE] * self._factors[VALUE] / count
+        gain = (after - before).reshape(-1, experts) * np.float32(weight)
+        self.scores[layer:end] += gain * self._unvisited[layer:end]
 
     def end_step(self) -> None:
         """Takes the step in; one that broke off between layers is dropped."""
-        if self._fallback is not None:
-            self._fallback.end_step()
         if self._layers_seen != self.num_layers:
             return
+        if self._fallback is not None:
+            gain = self._votes * self._vote_gain
+            gain -= self._fade
+            self._fallback.end_step(self._ids, self._votes, gain, float(self._visited_factor))
         self.tracer.begin_step(self.rows)
-        self.tracer.observe_step(self._step_ids)
-        if self._ahead < 0:
-            self._absorb(0, self.num_layers)
-        state, rows = self._requests, self._rows_in_step
+        self.tracer.observe_step(self._ids)
+        state, rows = self._requests, self._running
+        used = self._votes.reshape(-1)
+        self._mixture.learn(used)
+        gained = 1.0 - self._popularity_keep
+        popularity = self._mixture.parts[POPULARITY:PRIOR]
+        popularity *= self._popularity_keep.astype(np.float32)
+        popularity += gained.astype(np.float32) * used
+        self._popularity_weight += gained * (1.0 - self._popularity_weight)
+        uses = StepUses.of_step(self._ids, self.rows, rows, self.num_experts)
+        self._averages.take_in(uses, len(state))
         if self.model is not None:
-            learnable = rows[(self._lengths == 1) & ~self.rows.is_prefill]
-            learnable = learnable[learnable < LEARNING_ROWS]
-            if learnable.size:
-                self.model.learn(
-                    self.model.project(state.activity[learnable]),
-                    state.trace[learnable],
-                    state.used[learnable],
-                )
-        state.tokens[rows] += self._lengths
+            self._learn_values(self.model, uses)
+        state.tokens[rows] += uses.lengths
+
+    def _learn_values(self, model: SuccessorModel, uses: StepUses) -> None:
+        """Moves the successor model's states on and lets it learn from some of them."""
+        state, rows = self._requests, uses.rows
+        started = rows[(rows < LEARNING_ROWS) & (state.tokens[rows] > 0)]
+        model.discount_traces(state.trace, state.state, started)
+        state.state[rows] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
+        gain = ((1.0 - self._state_decay) * self._state_decay**uses.age).astype(np.float32)
+        model.add_uses(state.state, uses.owner, uses.keys, gain)
+        learnable = rows[(rows < LEARNING_ROWS) & (uses.lengths == 1) & ~self.rows.is_prefill]
+        if learnable.size:
+            used = np.zeros((LEARNING_ROWS, model.size), np.float32)
+            few = uses.owner < LEARNING_ROWS
+            used[uses.owner[few], uses.keys[few]] = 1.0
+            model.learn(state.state[learnable], state.trace[learnable], used[learnable])
 
     def end_request(self, request: str) -> None:
         """The request stops counting at once; its matrix enters the collection."""
         if request in self._requests.row_of:
-            self._requests.remove(request)
+            self._averages.move(*self._requests.remove(request))
+            self._is_prior_current = False
         activation = self.tracer.end_request(request)
-        if activation is not None and self.options.prior > 0:
+        if activation is not None and self.options.prior:
             self.collection.add(activation.counts)
-        if self._fallback is not None:
-            self._fallback.end_request(request)

@@ -77,27 +77,38 @@ class SuccessorModel:
         self._next_solve = float(MIN_TOKENS)
         self.version = 0
 
-    def project(self, activity: FloatArray) -> FloatArray:
-        """States ``[n, state_size]`` of activities ``[n, layers * experts]``."""
+    def add_uses(
+        self,
+        states: FloatArray,
+        owner: npt.NDArray[np.int64],
+        keys: npt.NDArray[np.int64],
+        gain: FloatArray,
+    ) -> None:
+        """Adds uses to the states of their requests, in place.
+
+        Args:
+            states: ``[requests, state_size]``.
+            owner: ``[uses]``, request of each use.
+            keys: ``[uses]``, its ``layer * num_experts + expert``.
+            gain: ``[uses]``, what it counts.
+        """
         if self.dense:
-            return activity
-        signed = activity * self.sign
-        states = np.empty((len(activity), self.state_size), np.float32)
-        for row, values in enumerate(signed):
-            states[row] = np.bincount(self.bucket, values, self.state_size)
-        return states
+            np.add.at(states, (owner, keys), gain)
+        else:
+            np.add.at(states, (owner, self.bucket[keys]), gain * self.sign[keys])
+
+    def discount_traces(
+        self, traces: FloatArray, states: FloatArray, rows: npt.NDArray[np.int64]
+    ) -> None:
+        """Takes the states of ``rows`` into their traces ``[requests, state_size + 1]``."""
+        discounted = traces[rows] * self.discount
+        discounted[:, :-1] += (1 - self.discount) * states[rows]
+        discounted[:, -1] += 1 - self.discount
+        traces[rows] = discounted
 
     def predict(self, states: FloatArray) -> FloatArray:
         """Values ``[n, layers * experts]`` of states ``[n, state_size]``."""
         return np.asarray(states @ self.weights + self.bias, np.float32)
-
-    def weights_of(self, layer: int, num_experts: int, end: int) -> FloatArray:
-        """Weights ``[experts, (end - layer) * experts]`` from ``layer`` to ``[layer, end)``."""
-        own = slice(layer * num_experts, (layer + 1) * num_experts)
-        target = slice(layer * num_experts, end * num_experts)
-        if self.dense:
-            return self.weights[own, target]
-        return self.weights[self.bucket[own], target] * self.sign[own, None]
 
     def learn(self, states: FloatArray, traces: FloatArray, used: FloatArray) -> None:
         """Takes in one token of each of n requests.

@@ -79,6 +79,7 @@ class ActivationCollection:
         self._sign: FloatArray = generator.choice(np.array([-1, 1], np.float32), size)
         self._sketches: FloatArray = np.zeros((min(capacity, 16), width), np.float32)
         self._sum: FloatArray = np.zeros(size, np.float32)
+        self._mean: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -99,7 +100,7 @@ class ActivationCollection:
         An empty matrix is ignored (-1). When full, the closest entry is replaced.
         """
         flat = np.asarray(counts, np.float32).reshape(-1)
-        keys = np.flatnonzero(flat)
+        keys = np.flatnonzero(flat > 0)
         if not keys.size:
             return -1
         if keys.size > MAX_NONZERO:
@@ -136,7 +137,7 @@ class ActivationCollection:
         so a request under way is compared by what was observed of it.
         """
         flat = np.asarray(counts, np.float32).reshape(-1)
-        keys = np.flatnonzero(flat)
+        keys = np.flatnonzero(flat > 0)
         if not keys.size or not self._entries:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         return self._nearest_of(keys, flat[keys], self._sketch(keys, flat[keys]), k)
@@ -174,15 +175,26 @@ class ActivationCollection:
         dense[entry.keys] = entry.counts
         return _normalise_rows(dense.reshape(self.num_layers, self.num_experts))
 
+    def add_distribution(self, index: int, weight: float, table: FloatArray) -> None:
+        """Adds ``weight * distribution(index)`` to ``table`` ``[layers, experts]``."""
+        entry = self._entries[index]
+        layer = entry.keys // self.num_experts
+        total = np.bincount(layer, entry.counts, self.num_layers)
+        share = weight * entry.counts / total[layer]
+        table.reshape(-1)[entry.keys] += share.astype(np.float32)
+
     def mean(self) -> FloatArray:
-        """Mean distribution over all entries ``[layers, experts]``."""
-        table = self._sum.reshape(self.num_layers, self.num_experts)
-        return _normalise_rows(np.maximum(table, 0.0))
+        """Mean distribution over all entries ``[layers, experts]``; the caller's to keep."""
+        if self._mean is None:
+            table = self._sum.reshape(self.num_layers, self.num_experts)
+            self._mean = _normalise_rows(np.maximum(table, 0.0))
+        return self._mean.copy()
 
     def _add_to_mean(self, entry: SparseMatrix, sign: float) -> None:
         # Rows of one request sum to its tokens in every layer: a share per request.
         total = float(entry.counts.sum())
         self._sum[entry.keys] += entry.counts * np.float32(sign / total)
+        self._mean = None
 
     def _sketch(self, keys: npt.NDArray[Any], counts: FloatArray) -> FloatArray:
         """Unit vector: the matrix itself where matching is exact, else its count sketch."""

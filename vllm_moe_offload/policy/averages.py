@@ -1,0 +1,143 @@
+"""Exponential averages of what each running request used, and their sums over requests.
+
+Fading a whole table per step would cost as much as everything else together in a large model,
+where a step uses a few experts of many: rows are kept divided by a scale of their own, which
+fades instead of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.policy.base import FloatArray, StepRows
+
+SMALLEST_SCALE = 2.0**-60
+"""Scale at which a row is multiplied out, far from where float32 loses digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepUses:
+    """Every (token, expert) pair of a step.
+
+    Attributes:
+        keys: int64 ``[pairs]``, ``layer * num_experts + expert``.
+        owner: int64 ``[pairs]``, running request (its row) of each pair.
+        age: int64 ``[pairs]``, later tokens of the same request in the step.
+        rows: int64 ``[requests]``, running requests in the step.
+        lengths: int64 ``[requests]``, tokens that each of them computes.
+    """
+
+    keys: npt.NDArray[np.int64]
+    owner: npt.NDArray[np.int64]
+    age: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+    @classmethod
+    def of_step(
+        cls,
+        ids: npt.NDArray[np.int32],
+        rows: StepRows,
+        running: npt.NDArray[np.int64],
+        num_experts: int,
+    ) -> StepUses:
+        """Uses in ``ids`` ``[layers, rows, top_k]``; ``running`` are the requests' rows."""
+        layers, count, top_k = ids.shape
+        lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
+        offsets = np.arange(layers, dtype=np.int64) * num_experts
+        keys = (ids + offsets[:, None, None]).reshape(-1)
+        age = np.cumsum(lengths)[rows.request_of_row] - 1 - np.arange(count)
+        shape = (layers, count, top_k)
+        owner = running[rows.request_of_row]
+        return cls(
+            keys,
+            np.broadcast_to(owner[:, None], shape).reshape(-1),
+            np.broadcast_to(age[:, None], shape).reshape(-1),
+            running,
+            lengths,
+        )
+
+    @property
+    def one_token_each(self) -> bool:
+        """Whether every request computes exactly one token."""
+        return bool((self.lengths == 1).all())
+
+
+class UseAverages:
+    """Averages of several half-lives at once.
+
+    Attributes:
+        decay: float64 ``[averages]``, factor per token.
+        weight: float64 ``[averages, rows]``, what an expert of every token would have by now:
+            an average over few tokens has not reached its level yet.
+    """
+
+    def __init__(self, half_lives: tuple[float, ...], totals: FloatArray) -> None:
+        """``totals``: ``[averages, size]``, receives the sums over the running requests."""
+        self.decay = 2.0 ** (-1.0 / np.array(half_lives))
+        count, size = totals.shape
+        self._totals = totals
+        self._are_totals_current = True
+        self._scaled: FloatArray = np.zeros((count, 8, size), np.float32)
+        self._scale: npt.NDArray[np.float64] = np.ones((count, 8))
+        self.weight: npt.NDArray[np.float64] = np.zeros((count, 8))
+
+    def add(self, row: int) -> None:
+        """A request without any use takes ``row``."""
+        if row == self.weight.shape[1]:
+            for name in ("_scaled", "_scale", "weight"):
+                array = getattr(self, name)
+                setattr(self, name, np.concatenate([array, array], axis=1))
+        self._scaled[:, row] = 0.0
+        self._scale[:, row] = 1.0
+        self.weight[:, row] = 0.0
+
+    def move(self, source: int, target: int) -> None:
+        """The request of row ``target`` ended; that of ``source`` takes its row."""
+        self._are_totals_current = False
+        if source != target:
+            for array in (self._scaled, self._scale, self.weight):
+                array[:, target] = array[:, source]
+
+    def take_in(self, uses: StepUses, running: int) -> None:
+        """Moves the averages on by a step; ``running``: requests there are."""
+        rows, lengths = uses.rows, uses.lengths
+        single = uses.one_token_each
+        keep = self.decay[:, None] ** lengths
+        self._scale[:, rows] *= keep
+        many = rows[lengths > 1]
+        if many.size:  # a prompt may fade everything before it to nothing
+            self._multiply_out(many)
+        self.weight[:, rows] = 1.0 - (1.0 - self.weight[:, rows]) * keep
+        flat = uses.owner * self._scaled.shape[2] + uses.keys
+        for index, decay in enumerate(self.decay):
+            gain = ((1.0 - decay) / self._scale[index]).astype(np.float32)[uses.owner]
+            table = self._scaled[index].reshape(-1)
+            if single:  # no pair occurs twice
+                table[flat] += gain
+            else:
+                np.add.at(table, flat, gain * (decay**uses.age).astype(np.float32))
+        if single and rows.size == running and self._are_totals_current:
+            self._totals *= self.decay[:, None].astype(np.float32)
+            for total, decay in zip(self._totals, self.decay, strict=True):
+                np.add.at(total, uses.keys, np.float32(1.0 - decay))
+        else:
+            self._are_totals_current = False
+        faded = (self._scale[:, rows] < SMALLEST_SCALE).any(axis=0)
+        if faded.any():
+            self._multiply_out(rows[faded])
+
+    def _multiply_out(self, rows: npt.NDArray[np.int64]) -> None:
+        self._scaled[:, rows] *= self._scale[:, rows, None].astype(np.float32)
+        self._scale[:, rows] = 1.0
+
+    def refresh_totals(self, running: int) -> None:
+        """Adds the sums up afresh where requests came, went or paused."""
+        if self._are_totals_current:
+            return
+        scale = self._scale[:, :running].astype(np.float32)
+        np.einsum("ar,ars->as", scale, self._scaled[:, :running], out=self._totals)
+        self._are_totals_current = True
