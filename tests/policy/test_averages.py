@@ -22,11 +22,9 @@ def some_step(
         np.zeros(len(lengths), np.int64),
         np.zeros(len(lengths), np.bool_),
     )
-    ids = [
-        [generator.choice(EXPERTS, TOP_K, replace=False) for _ in range(sum(lengths))]
-        for _ in range(LAYERS)
-    ]
-    return StepUses.of_step(np.array(ids, np.int32), rows, np.array(requests), EXPERTS)
+    shuffled = np.argsort(generator.random((LAYERS, sum(lengths), EXPERTS)), axis=2)
+    ids = shuffled[:, :, :TOP_K].astype(np.int32)
+    return StepUses.of_step(ids, rows, np.array(requests), EXPERTS)
 
 
 @pytest.mark.parametrize("longest", [1, 9, 3000])
