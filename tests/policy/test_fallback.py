@@ -133,4 +133,4 @@ def test_a_step_that_broke_off_is_not_counted() -> None:
     policy.end_step()
     assert policy._fallback is not None
     assert [shadow.hits for shadow in policy._fallback._shadows] == [0] * 5
-    assert not policy._requests.tokens.any()
+    assert not policy.forecast.requests.tokens.any()
