@@ -41,7 +41,7 @@ def test_the_prompt_finds_the_requests_of_its_kind() -> None:
             step(policy, rows_of([name], [1], position), constant_ids(1, answer))
         policy.end_request(name)
     step(policy, rows_of(["new"], [30]), constant_ids(30, (5, 6)))
-    policy._requests.tokens[:] = 1  # due for its next match
+    policy.forecast.requests.tokens[:] = 1  # due for its next match
     policy.begin_step(rows_of(["new"], [1], 30))
     assert (policy.scores[:, 7] > policy.scores[:, 3]).all()
 
@@ -162,8 +162,8 @@ def test_memory_is_given_back_by_ended_requests() -> None:
     for index in range(40):
         step(policy, rows_of([f"r{index}"], [1]), some_ids(generator, 1))
         policy.end_request(f"r{index}")
-    assert len(policy._requests) == 0
-    assert len(policy._requests.tokens) == 8
+    assert len(policy.forecast.requests) == 0
+    assert len(policy.forecast.requests.tokens) == 8
     assert len(policy.tracer) == 0
 
 

@@ -1,0 +1,78 @@
+"""Averages kept by scale, against averages that fade as a whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.policy.averages import StepUses, UseAverages
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+SIZE = LAYERS * EXPERTS
+HALF_LIVES = (1.0, 5.0)
+
+
+def some_step(
+    generator: np.random.Generator, requests: list[int], lengths: list[int]
+) -> StepUses:
+    rows = StepRows.of_lengths(
+        [str(request) for request in requests],
+        np.array(lengths),
+        np.zeros(len(lengths), np.int64),
+        np.zeros(len(lengths), np.bool_),
+    )
+    shuffled = np.argsort(generator.random((LAYERS, sum(lengths), EXPERTS)), axis=2)
+    ids = shuffled[:, :, :TOP_K].astype(np.int32)
+    return StepUses.of_step(ids, rows, np.array(requests), EXPERTS)
+
+
+@pytest.mark.parametrize("longest", [1, 9, 3000])
+def test_averages_are_those_of_fading_tables(longest: int) -> None:
+    generator = np.random.default_rng(longest)
+    totals = np.zeros((2, SIZE), np.float32)
+    averages = UseAverages(HALF_LIVES, totals)
+    decay = 2.0 ** (-1.0 / np.array(HALF_LIVES))
+    plain = np.zeros((2, 0, SIZE))
+    weight = np.zeros((2, 0))
+    for step in range(150):
+        running = plain.shape[1]
+        if (running < 12 and generator.random() < 0.2) or not running:
+            averages.add(running)
+            plain = np.concatenate([plain, np.zeros((2, 1, SIZE))], axis=1)
+            weight = np.concatenate([weight, np.zeros((2, 1))], axis=1)
+            running += 1
+        if running > 1 and generator.random() < 0.1:
+            row = int(generator.integers(running))
+            averages.move(running - 1, row)
+            plain[:, row], weight[:, row] = plain[:, -1], weight[:, -1]
+            plain, weight = plain[:, :-1], weight[:, :-1]
+            running -= 1
+        everyone = step % 3 != 0
+        chosen = [row for row in range(running) if everyone or generator.random() < 0.7] or [0]
+        lengths = generator.integers(1, longest + 1, len(chosen)).tolist()
+        uses = some_step(generator, chosen, lengths)
+        averages.take_in(uses, running)
+        for index in range(2):
+            for row, length in zip(chosen, lengths, strict=True):
+                plain[index, row] *= decay[index] ** length
+                mine = uses.owner == row
+                gain = (1 - decay[index]) * decay[index] ** uses.age[mine].astype(float)
+                np.add.at(plain[index, row], uses.keys[mine], gain)
+                kept = (1 - weight[index, row]) * decay[index] ** length
+                weight[index, row] = 1 - kept
+        averages.refresh_totals(running)
+        np.testing.assert_allclose(totals, plain.sum(axis=1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(averages.weight[:, :running], weight, rtol=1e-6)
+
+
+def test_an_expert_of_every_token_reaches_the_weight() -> None:
+    totals = np.zeros((2, SIZE), np.float32)
+    averages = UseAverages(HALF_LIVES, totals)
+    averages.add(0)
+    rows = StepRows.of_lengths(["a"], np.array([1]), np.array([0]), np.array([False]))
+    ids = np.broadcast_to(np.array([3, 4], np.int32), (LAYERS, 1, TOP_K))
+    for _ in range(300):
+        averages.take_in(StepUses.of_step(ids, rows, np.array([0]), EXPERTS), 1)
+        np.testing.assert_allclose(totals[:, 3], averages.weight[:, 0], rtol=1e-4)
+    assert totals[:, 3] == pytest.approx([1, 1], rel=1e-3)
