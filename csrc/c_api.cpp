@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "file_reader.h"
+#include "lookahead.h"
 #include "planner.h"
 
 struct vmo_planner {
@@ -241,6 +242,20 @@ int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, i
                     out);
     }
     return 0;
+  });
+}
+
+int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
+                       int32_t top_k, const int32_t* slots, const float* trust, float threshold,
+                       uint8_t* kinds, int32_t* experts, float* chances) {
+  return guarded<int32_t>(-1, [&] {
+    const std::vector<vmo::Guess> guesses =
+        vmo::look_ahead(logits, num_rows, num_experts, top_k, slots, trust, threshold, kinds);
+    for (size_t i = 0; i < guesses.size(); ++i) {
+      experts[i] = guesses[i].expert;
+      chances[i] = guesses[i].chance;
+    }
+    return static_cast<int32_t>(guesses.size());
   });
 }
 

@@ -71,6 +71,15 @@ VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t 
                                      int32_t id_bytes, const float* weights,
                                      int32_t num_experts, float* out);
 
+// ---- router lookahead ----------------------------------------------------------------
+// Experts that a layer will probably use, judged by its router's logits; arguments as in
+// lookahead.h. `experts` and `chances` have room for num_experts; returns how many were
+// written, most probable first; -1 on error.
+VMO_API int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
+                               int32_t top_k, const int32_t* slots, const float* trust,
+                               float threshold, uint8_t* kinds, int32_t* experts,
+                               float* chances);
+
 // ---- file reader -------------------------------------------------------------------
 typedef struct vmo_reader vmo_reader;
 

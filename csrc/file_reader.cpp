@@ -277,10 +277,8 @@ bool FileReader::is_over(size_t min_count) const {
   return ended_.size() >= min_count || ended_.size() == requests_.size();
 }
 
-size_t FileReader::wait(ReadResult* results, size_t capacity, size_t min_count,
-                        std::chrono::milliseconds timeout) {
-  const size_t wanted = std::clamp<size_t>(min_count, 1, std::max<size_t>(capacity, 1));
-  std::unique_lock<std::mutex> lock(mutex_);
+void FileReader::sleep_until(std::unique_lock<std::mutex>& lock, size_t wanted,
+                             std::chrono::milliseconds timeout) {
   // One wake-up per batch, not per read: threads that read need the cores.
   notify_at_ = num_waiters_ == 0 ? wanted : std::min(notify_at_, wanted);
   ++num_waiters_;
@@ -292,6 +290,13 @@ size_t FileReader::wait(ReadResult* results, size_t capacity, size_t min_count,
   }
   --num_waiters_;
   if (num_waiters_ > 0) notify_at_ = 1;
+}
+
+size_t FileReader::wait(ReadResult* results, size_t capacity, size_t min_count,
+                        std::chrono::milliseconds timeout) {
+  const size_t wanted = std::clamp<size_t>(min_count, 1, std::max<size_t>(capacity, 1));
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (timeout.count() != 0) sleep_until(lock, wanted, timeout);
   size_t count = 0;
   for (; count < capacity && !ended_.empty(); ++count) {
     results[count] = ended_.front()->result;

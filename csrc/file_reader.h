@@ -122,6 +122,8 @@ class FileReader {
 
   void work();
   bool is_over(size_t min_count) const;
+  void sleep_until(std::unique_lock<std::mutex>& lock, size_t wanted,
+                   std::chrono::milliseconds timeout);
   bool may_take() const;
   Chunk take();
   ChunkResult read_chunk(const Chunk& chunk, std::vector<iovec>& vectors) const;

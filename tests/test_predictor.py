@@ -37,7 +37,7 @@ def test_it_learns_what_follows_in_the_next_layers() -> None:
     predictor = taught()
     predictor.begin_step(rows_of(1))
     predictor.observe(0, np.array([[3]]))
-    one, two = predictor.predict(0, 1), predictor.predict(0, 2)
+    one, two = predictor.probabilities(0, 1), predictor.probabilities(0, 2)
     assert one.shape == (EXPERTS,)
     assert one.dtype == np.float32
     assert (one.argmax(), two.argmax()) == (4, 5)
@@ -49,7 +49,7 @@ def test_every_request_of_a_step_counts() -> None:
     predictor = taught()
     predictor.begin_step(rows_of(2))
     predictor.observe(0, np.array([[0], [5]]))
-    likely = predictor.predict(0, 1)
+    likely = predictor.probabilities(0, 1)
     assert set(np.argsort(likely)[-2:].tolist()) == {1, 6}
 
 
@@ -59,7 +59,7 @@ def test_nothing_lies_beyond_the_last_layer() -> None:
     for layer in range(LAYERS):
         predictor.observe(layer, np.array([[layer]]))
         for ahead in (1, 2):
-            known = predictor.predict(layer, ahead) is not None
+            known = predictor.probabilities(layer, ahead) is not None
             assert known == (layer + ahead < LAYERS)
 
 
@@ -67,12 +67,12 @@ def test_nothing_is_predicted_too_early_or_in_prefill() -> None:
     fresh = CrossLayerPredictor(LAYERS, EXPERTS)
     fresh.begin_step(rows_of(1))
     fresh.observe(0, np.array([[3]]))
-    assert fresh.predict(0, 1) is None
+    assert fresh.probabilities(0, 1) is None
     for rows in (rows_of(1, prefill=True), rows_of(MAX_ROWS + 1)):
         predictor = taught()
         predictor.begin_step(rows)
         predictor.observe(0, np.zeros((rows.request_of_row.size, 1), np.int64))
-        assert predictor.predict(0, 1) is None
+        assert predictor.probabilities(0, 1) is None
         predictor.end_step()
 
 
@@ -93,7 +93,7 @@ def test_many_experts_share_inputs() -> None:
         predictor.end_step()
     predictor.begin_step(rows_of(1))
     predictor.observe(0, np.array([[10]]))
-    assert predictor.predict(0, 1).shape == (200,)
+    assert predictor.probabilities(0, 1).shape == (200,)
 
 
 def test_depth_is_checked() -> None:

@@ -46,10 +46,14 @@ class Foresight:
 
     depth = 2
 
-    def predict(
-        self, layer: int, ahead: int, hidden: object, absent: object
-    ) -> np.ndarray | None:
-        return self.likely[layer + ahead] if layer + ahead < LAYERS else None
+    def predict(self, layer, ahead, hidden, slots, threshold):
+        if layer + ahead >= LAYERS:
+            return None
+        likely = self.likely[layer + ahead]
+        order = np.argsort(-likely, kind="stable").tolist()
+        return [
+            (expert, float(likely[expert])) for expert in order if likely[expert] >= threshold
+        ]
 
     def end_step(self) -> None:
         pass
@@ -271,7 +275,7 @@ def test_prefill_is_not_predicted() -> None:
     rows = StepRows.of_lengths(["b"], np.array([5]), np.array([0]), np.array([True]))
     predictor.begin_step(rows)
     predictor.observe(0, np.zeros((5, 2), np.int64))
-    assert predictor.predict(0, 1) is None
+    assert predictor.probabilities(0, 1) is None
 
 
 def test_a_read_error_ends_the_call_and_leaves_nothing_behind(tmp_path: Path) -> None:

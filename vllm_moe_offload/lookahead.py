@@ -22,17 +22,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_moe_offload.native import check, core
 from vllm_moe_offload.policy.base import IdArray, StepRows
 
 FloatArray = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
 
 MAX_ROWS = 64
 """Steps of more rows than this are prefill, which streams whole layers: not predicted."""
 
 NUM_BINS = 16
-BIN_WIDTH = 0.25
-"""Margins from -2 to 2 standard deviations; beyond, they count as these."""
+"""Bins of margins, a quarter of a standard deviation each, as ``csrc/lookahead.h`` has them:
+from -2 to 2 standard deviations; what lies beyond counts as these."""
 
 FIRST_GUESSES = 16.0
 """Guesses of every kind that are taken as made before the first one: those with a margin
@@ -62,19 +62,23 @@ class RouterLookahead:
         self.num_layers = len(routers)
         self.num_experts = num_experts
         self._routers = list(routers)
-        self._boundary = [num_experts - top_k - 1, num_experts - top_k]
+        self._top_k = top_k
         shape = (depth, 2, NUM_BINS)
         self._tried: FloatArray = np.full(shape, FIRST_GUESSES, np.float32)
         first = np.where(np.arange(NUM_BINS) >= NUM_BINS // 2, 0.75, 0.0)
         self._right: FloatArray = (self._tried * first).astype(np.float32)
         self._trust: FloatArray = self._right / self._tried
+        self._trust_at = [table.ctypes.data for table in self._trust]
+        self._experts: npt.NDArray[np.int32] = np.zeros(num_experts, np.int32)
+        self._chances: FloatArray = np.zeros(num_experts, np.float32)
+        self._unwatched: npt.NDArray[np.uint8] = np.zeros((0, num_experts), np.uint8)
         self._active = False
         self._num_rows = 0
         self._num_steps = 0
         # Kinds of the guesses about one layer, by distance: what they were like is compared
         # with what came. One layer per step is enough, and costs next to nothing.
         self._watched = 0
-        self._kinds: list[npt.NDArray[np.int64] | None] = [None] * depth
+        self._kinds: list[npt.NDArray[np.uint8] | None] = [None] * depth
 
     @property
     def trust(self) -> FloatArray:
@@ -102,32 +106,49 @@ class RouterLookahead:
         for distance, kinds in enumerate(self._kinds):
             if kinds is None:
                 continue
-            flat, size = kinds.reshape(-1), 2 * NUM_BINS
+            flat, size = kinds.reshape(-1).astype(np.int64), 2 * NUM_BINS
             tried = np.bincount(flat, minlength=size).reshape(2, NUM_BINS)
             right = np.bincount(flat, used.reshape(-1), size).reshape(2, NUM_BINS)
             self._tried[distance] = self._tried[distance] * MEMORY + tried
             self._right[distance] = self._right[distance] * MEMORY + right
-        self._trust = self._right / self._tried
+        np.divide(self._right, self._tried, out=self._trust)
 
     def predict(
-        self, layer: int, ahead: int, hidden: torch.Tensor | None, absent: BoolArray
-    ) -> FloatArray | None:
+        self,
+        layer: int,
+        ahead: int,
+        hidden: torch.Tensor | None,
+        slots: npt.NDArray[np.int32],
+        threshold: float,
+    ) -> list[tuple[int, float]] | None:
         """See :meth:`vllm_moe_offload.prefetch.Predictor.predict`."""
         target = layer + ahead
         if not self._active or hidden is None or target >= self.num_layers:
             return None
-        logits = self._routers[target](hidden[: self._num_rows]).float().numpy()
-        boundary = np.partition(logits, self._boundary, axis=1)[:, self._boundary]
-        margins = logits - boundary.mean(axis=1, keepdims=True)
-        margins *= 1.0 / (BIN_WIDTH * logits.std(axis=1, keepdims=True) + 1e-12)
-        kinds = np.clip(margins + NUM_BINS / 2, 0, NUM_BINS - 1).astype(np.int64)
-        kinds += absent * NUM_BINS
+        logits = self._routers[target](hidden[: self._num_rows]).float().contiguous()
+        shape = (self._num_rows, self.num_experts)
         if target == self._watched:
-            self._kinds[ahead - 1] = kinds
-        trust = self._trust[ahead - 1].reshape(-1)[kinds]
-        if self._num_rows == 1:
-            return np.asarray(trust[0])
-        return np.asarray(1.0 - np.multiply.reduce(1.0 - trust, axis=0))
+            kinds = self._kinds[ahead - 1] = np.empty(shape, np.uint8)
+        else:
+            kinds = self._unwatched
+            if kinds.size < logits.numel():
+                kinds = self._unwatched = np.empty(shape, np.uint8)
+        count = check(
+            core.vmo_look_ahead(
+                logits.data_ptr(),
+                self._num_rows,
+                self.num_experts,
+                self._top_k,
+                slots.ctypes.data,
+                self._trust_at[ahead - 1],
+                threshold,
+                kinds.ctypes.data,
+                self._experts.ctypes.data,
+                self._chances.ctypes.data,
+            )
+        )
+        experts, chances = self._experts[:count].tolist(), self._chances[:count].tolist()
+        return list(zip(experts, chances, strict=True))
 
     def end_step(self) -> None:
         """All layers of the step ran."""

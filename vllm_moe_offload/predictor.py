@@ -103,10 +103,33 @@ class CrossLayerPredictor:
             self._used[self._rows_index, layer, ids] = 1.0
 
     def predict(
-        self, layer: int, ahead: int, hidden: object = None, absent: object = None
-    ) -> FloatArray | None:
+        self,
+        layer: int,
+        ahead: int,
+        hidden: object,
+        slots: object,
+        threshold: float,
+    ) -> list[tuple[int, float]] | None:
         """See :meth:`vllm_moe_offload.prefetch.Predictor.predict`; looks at routing alone."""
-        del hidden, absent
+        del hidden, slots
+        likely = self.probabilities(layer, ahead)
+        if likely is None:
+            return None
+        experts = np.flatnonzero(likely >= threshold)
+        order = experts[np.argsort(-likely[experts], kind="stable")]
+        return list(zip(order.tolist(), likely[order].tolist(), strict=True))
+
+    def probabilities(self, layer: int, ahead: int) -> FloatArray | None:
+        """Expected use of the experts of layer ``layer + ahead`` by this step's tokens.
+
+        Args:
+            layer: the layer that routed last.
+            ahead: 1 to ``depth``.
+
+        Returns:
+            float32 ``[experts]``: the probability that at least one token uses the expert.
+            None before anything was learned, in steps with prefill, and beyond the last layer.
+        """
         if not self._active or not self.is_ready or layer + ahead >= self.num_layers:
             return None
         inputs = self._inputs(layer, ahead, self._used, self._lately)[-1]

@@ -55,19 +55,21 @@ class Predictor(Protocol):
         layer: int,
         ahead: int,
         hidden: torch.Tensor | None,
-        absent: npt.NDArray[np.bool_],
-    ) -> npt.NDArray[np.float32] | None:
-        """How probable it is that layer ``layer + ahead`` uses each expert.
+        slots: npt.NDArray[np.int32],
+        threshold: float,
+    ) -> list[tuple[int, float]] | None:
+        """What layer ``layer + ahead`` will probably use.
 
         Args:
             layer: the layer that routed last.
             ahead: 1 to ``depth``.
             hidden: what its router was given, ``[rows or more, hidden]``; None: not known.
-            absent: bool ``[experts]``, which of the asked layer's experts are not resident.
+            slots: int32 ``[experts]``, the asked layer's part of the page table.
+            threshold: least probability that matters.
 
         Returns:
-            float32 ``[experts]``: the probability that at least one of the step's tokens uses
-            the expert. None where nothing can be said: nothing learned, a step with prefill,
+            (expert, probability that at least one of the step's tokens uses it), most probable
+            first. None where nothing can be said: nothing learned yet, a step with prefill,
             beyond the last layer.
         """
 
@@ -159,28 +161,26 @@ class Prefetcher:
 
         ``hidden``: what the router of ``layer`` was given.
         """
-        for ahead in range(1, self.predictor.depth + 1):
-            if len(self._flights) >= self._budget():
-                return
+        num_layers, depth = self._cache.shape.num_layers, self.predictor.depth
+        budget = self._budget()
+        for ahead in range(1, depth + 1):
             target = layer + ahead
-            if target >= self._cache.shape.num_layers:
+            if target >= num_layers or len(self._flights) >= budget:
                 return
-            absent = self._cache.page_table[target] < 0
-            likely = self.predictor.predict(layer, ahead, hidden, absent)
+            likely = self.predictor.predict(
+                layer, ahead, hidden, self._cache.page_table[target], LIKELY
+            )
             if likely is None:
                 return
-            self._expect(target, likely)
+            self._expect(target, likely, budget)
 
-    def _expect(self, layer: int, likely: npt.NDArray[np.float32]) -> None:
+    def _expect(self, layer: int, likely: list[tuple[int, float]], budget: int) -> None:
         """Keeps or reads what layer ``layer`` will probably use."""
-        experts = np.flatnonzero(likely >= LIKELY)
-        most_likely_first = experts[np.argsort(-likely[experts], kind="stable")].tolist()
-        value, budget = self._policy.full_score, self._budget()
-        resident = self._cache.page_table[layer]
-        for expert in most_likely_first:
+        value, resident = self._policy.full_score, self._cache.page_table[layer]
+        for expert, chance in likely:
             if resident[expert] < 0 and len(self._flights) >= budget:
                 continue
-            row = self._cache.prefetch(layer, expert, float(likely[expert]) * value)
+            row = self._cache.prefetch(layer, expert, chance * value)
             if row < 0:
                 continue
             if not self._transfer.prefetch(layer, expert, row):
@@ -211,10 +211,11 @@ class Prefetcher:
             self.compute_ns += (compute_ns - self.compute_ns) * weight
 
     def _budget(self) -> int:
-        """Reads under way at a time: what the link carries while one layer computes, and one.
+        """Reads under way at a time: what the link carries while one layer computes, and two.
 
-        The one beyond is the read that the next layer call finds half done.
+        One that the next layer call finds half done, and one that waits behind it, so that
+        the link never idles until somebody asks again.
         """
         if not self.read_ns:
             return 1
-        return min(1 + int(self.compute_ns / self.read_ns), MOST_IN_FLIGHT)
+        return min(2 + int(self.compute_ns / self.read_ns), MOST_IN_FLIGHT)

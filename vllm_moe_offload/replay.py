@@ -366,7 +366,7 @@ class _Forecast:
         self._named[layer] = False
         self._predictor.observe(layer, ids)
         for ahead in range(1, self._predictor.depth + 1):
-            likely = self._predictor.predict(layer, ahead)
+            likely = self._predictor.probabilities(layer, ahead)
             if likely is None:
                 break
             self._named[layer + ahead] |= likely >= self.THRESHOLD

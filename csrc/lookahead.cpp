@@ -1,0 +1,67 @@
+#include "lookahead.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace vmo {
+
+namespace {
+
+struct Scale {
+  float boundary;
+  float bins_per_logit;
+};
+
+Scale scale_of(const float* logits, int32_t num_experts, int32_t top_k,
+               std::vector<float>& scratch) {
+  scratch.assign(logits, logits + num_experts);
+  const auto first_out = scratch.begin() + top_k;
+  std::nth_element(scratch.begin(), first_out, scratch.end(), std::greater<>());
+  const float last_in = *std::min_element(scratch.begin(), first_out);
+  float sum = 0.0F;
+  for (const float logit : scratch) sum += logit;
+  const float mean = sum / static_cast<float>(num_experts);
+  float squares = 0.0F;
+  for (const float logit : scratch) squares += (logit - mean) * (logit - mean);
+  const float deviation = std::sqrt(squares / static_cast<float>(num_experts));
+  return {0.5F * (last_in + *first_out), kBinsPerDeviation / (deviation + 1e-12F)};
+}
+
+}  // namespace
+
+std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
+                              int32_t top_k, const int32_t* slots, const float* trust,
+                              float threshold, uint8_t* kinds) {
+  if (top_k < 1 || top_k >= num_experts) {
+    throw std::invalid_argument("top_k must lie in [1, " + std::to_string(num_experts) +
+                                "), got " + std::to_string(top_k));
+  }
+  const auto width = static_cast<size_t>(num_experts);
+  std::vector<float> scratch;
+  std::vector<float> unused(width, 1.0F);  // probability that no row uses it
+  for (int32_t row = 0; row < num_rows; ++row) {
+    const size_t begin = static_cast<size_t>(row) * width;
+    const Scale scale = scale_of(logits + begin, num_experts, top_k, scratch);
+    for (size_t e = 0; e < width; ++e) {
+      const float margin = (logits[begin + e] - scale.boundary) * scale.bins_per_logit;
+      const float bin = std::clamp(std::floor(margin) + static_cast<float>(kMarginBins / 2),
+                                   0.0F, static_cast<float>(kMarginBins - 1));
+      const int32_t kind = static_cast<int32_t>(bin) + (slots[e] < 0 ? kMarginBins : 0);
+      kinds[begin + e] = static_cast<uint8_t>(kind);
+      unused[e] *= 1.0F - trust[kind];
+    }
+  }
+  std::vector<Guess> guesses;
+  for (size_t e = 0; e < width; ++e) {
+    const float chance = 1.0F - unused[e];
+    if (chance >= threshold) guesses.push_back({static_cast<int32_t>(e), chance});
+  }
+  std::stable_sort(guesses.begin(), guesses.end(),
+                   [](const Guess& a, const Guess& b) { return a.chance > b.chance; });
+  return guesses;
+}
+
+}  // namespace vmo

@@ -1,0 +1,31 @@
+// What early answers of a router are worth (vllm_moe_offload/lookahead.py tells the idea).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace vmo {
+
+// Margins lie in bins of 1 / kBinsPerDeviation standard deviations around the boundary
+// between what the router would choose and what not, which is the middle one's lower end.
+inline constexpr int32_t kMarginBins = 16;
+inline constexpr float kBinsPerDeviation = 4.0F;
+
+struct Guess {
+  int32_t expert;
+  float chance;
+};
+
+// Which experts a layer will probably use, judged by its router's logits.
+//
+// `logits` [num_rows, num_experts]; `slots` [num_experts], the layer's page table, negative
+// for what is absent; `trust` [2, kMarginBins], how often a guess of each kind (resident or
+// absent, margin) was right; `kinds` [num_rows, num_experts] receives each guess's kind.
+// Returns the experts that at least one row uses with a probability of `threshold` or more,
+// most probable first, ties by expert. Throws std::invalid_argument unless
+// 0 < top_k < num_experts.
+std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
+                              int32_t top_k, const int32_t* slots, const float* trust,
+                              float threshold, uint8_t* kinds);
+
+}  // namespace vmo
