@@ -211,6 +211,24 @@ class TestSuccessorModel:
         assert not states[1].any()
         assert model.predict(states).shape == (2, 8192)
 
+    def test_a_wide_model_is_solved_column_by_column(self) -> None:
+        """At once it would hold up a step; until it is done the old weights hold."""
+        model = SuccessorModel(2, 1024, discount=0.7, ridge=1.0, memory_tokens=1e4)
+        generator = np.random.default_rng(0)
+        steps = 0
+        while not model.version:
+            states = generator.random((4, model.state_size), np.float32)
+            traces = generator.random((4, model.state_size + 1), np.float32)
+            used = (generator.random((4, model.size)) < 0.1).astype(np.float32)
+            model.learn(states, traces, used)
+            steps += 1
+            if steps == 25:  # 100 tokens: a refit begins
+                gram = model._gram + np.eye(model.state_size + 1, dtype=np.float32)
+                expected = np.linalg.solve(gram, model._cross)
+        assert steps == 25 + 2048 // 256
+        np.testing.assert_allclose(model.weights, expected[:-1], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(model.bias, expected[-1], rtol=1e-3, atol=1e-4)
+
     def test_old_evidence_fades(self) -> None:
         model = self.model(memory_tokens=200)
         self.feed(model, [0, 1] * 500)

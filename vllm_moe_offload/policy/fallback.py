@@ -21,12 +21,14 @@ import numpy.typing as npt
 from vllm_moe_offload.policy.base import FloatArray, StepRows
 
 EVIDENCE = 3.0
-"""Standard errors by which the mean difference must exceed 0."""
+"""Standard errors by which the mean difference must exceed 0: it is asked at every step, and
+two would be exceeded by chance every few hundred."""
 COST = 1.0
 """Lead that a rival must have, in misses per expert that the caches hold apart: as many misses
 as the change may cost at most."""
 MEMORY_STEPS = 200.0
-"""Steps after which a difference counts 1/e: as much as a shift of the workload may take."""
+"""Steps after which a difference counts 1/e: a request's worth, so that a lead of long ago
+does not stand against a shift of the workload."""
 
 
 class Shadow(Protocol):

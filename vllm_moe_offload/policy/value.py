@@ -30,6 +30,9 @@ DENSE_STATE = 1024
 MAX_WEIGHTS = 1 << 22
 MIN_TOKENS = 100
 BATCH = 32
+SOLVED_COLUMNS = 256
+"""Experts per call for which the weights of a wide model are solved: all of them at once
+would hold up a step for a quarter of a second at 6144 experts."""
 
 
 class SuccessorModel:
@@ -72,6 +75,10 @@ class SuccessorModel:
         self._traces: FloatArray = np.zeros((BATCH, width), np.float32)
         self._used: FloatArray = np.zeros((BATCH, size), np.float32)
         self._filled = 0
+        self._inverse: FloatArray | None = None  # a refit under way, its sums and its result
+        self._fitted_cross: FloatArray = np.zeros((0, size), np.float32)
+        self._solution: FloatArray = np.zeros((0, size), np.float32)
+        self._solved = 0
         self.num_tokens = 0
         self._effective = 0.0
         self._next_solve = float(MIN_TOKENS)
@@ -134,17 +141,22 @@ class SuccessorModel:
                 self._filled = 0
         self.num_tokens += count
         self._effective += count
-        if self.num_tokens >= self._next_solve:
-            self._solve()
+        if self._inverse is not None:
+            self._solve_columns(self._inverse)
+        elif self.num_tokens >= self._next_solve:
+            self._refit()
 
-    def _solve(self) -> None:
+    def _refit(self) -> None:
         """Refits W; ever more rarely, so that its cost stays a small share of all steps."""
         regular = self._gram.copy()
         regular.flat[:: len(regular) + 1] += self._ridge
-        solution = np.linalg.solve(regular, self._cross)
-        self.weights = np.ascontiguousarray(solution[:-1])
-        self.bias = np.ascontiguousarray(solution[-1])
-        self.version += 1
+        if self.dense:
+            self._adopt(np.linalg.solve(regular, self._cross))
+        else:
+            self._inverse = np.asarray(np.linalg.inv(regular), np.float32)
+            self._fitted_cross = self._cross.copy()
+            self._solution = np.empty_like(self._cross)
+            self._solved = 0
         self._next_solve = self.num_tokens + max(
             MIN_TOKENS if self.num_tokens < 1000 else 500,
             0.2 * min(self.num_tokens, self._memory_tokens),
@@ -154,3 +166,17 @@ class SuccessorModel:
             self._gram *= keep
             self._cross *= keep
             self._effective = self._memory_tokens
+
+    def _solve_columns(self, inverse: FloatArray) -> None:
+        """The next columns of a refit; the old weights hold until the last."""
+        columns = slice(self._solved, self._solved + SOLVED_COLUMNS)
+        self._solution[:, columns] = inverse @ self._fitted_cross[:, columns]
+        self._solved += SOLVED_COLUMNS
+        if self._solved >= self.size:
+            self._adopt(self._solution)
+            self._inverse = None
+
+    def _adopt(self, solution: FloatArray) -> None:
+        self.weights = np.ascontiguousarray(solution[:-1])
+        self.bias = np.ascontiguousarray(solution[-1])
+        self.version += 1
