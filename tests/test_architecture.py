@@ -9,7 +9,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "vllm_moe_offload"
 LAYERS = [
     {"config", "layout", "native"},
     {"policy", "trace"},
-    {"cache", "store", "transfer", "predictor", "shadow", "pool", "sizing", "metrics"},
+    {
+        "cache",
+        "store",
+        "transfer",
+        "predictor",
+        "shadow",
+        "pool",
+        "sizing",
+        "metrics",
+        "miss_cost",
+    },
     {"prefetch", "lookahead"},
     {"runtime", "replay"},
     {"integration", "cli"},
