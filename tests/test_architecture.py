@@ -18,7 +18,6 @@ LAYERS = [
         "pool",
         "sizing",
         "metrics",
-        "miss_cost",
     },
     {"prefetch", "lookahead"},
     {"runtime", "replay"},

@@ -98,6 +98,8 @@ def run_layer(runtime: OffloadRuntime, store, layer: int, ids: torch.Tensor) -> 
     """One layer call as the integration makes it; checks every byte the kernel would read."""
     rows = runtime.begin_layer(layer, ids)
     if rows is not None:
+        if runtime.cache.shape.holds_everything:
+            rows = rows + layer * EXPERTS  # the layer sees only its own rows
         assert_rows_hold(runtime, store, layer, ids, rows)
         runtime.end_layer(layer)
         return

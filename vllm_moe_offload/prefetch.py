@@ -16,13 +16,12 @@ import numpy.typing as npt
 import torch
 
 from vllm_moe_offload.cache import ExpertCache
-from vllm_moe_offload.miss_cost import MissCost
 from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
 from vllm_moe_offload.transfer import TransferEngine
 
 logger = logging.getLogger("vllm.moe_offload")
 
-LIKELY = 0.4
+LIKELY = 0.6
 """Probability of use from which an expert is read ahead: a wrong guess costs a read that
 nobody waits for and the least valuable resident, a missed one a wait."""
 
@@ -31,9 +30,6 @@ LAYERS_AHEAD = 3
 
 MOST_IN_FLIGHT = 8
 """Prefetches under way at a time, however fast the link."""
-
-WEIGHING_PERIOD_STEPS = 32
-"""Steps after which the policy learns anew what a miss costs in each layer."""
 
 SMOOTHING = 0.05
 """Weight of the newest measurement in the averages of read and layer times."""
@@ -92,7 +88,6 @@ class Prefetcher:
 
     Attributes:
         predictor: says what the next layers will use.
-        miss_cost: what misses cost, by layer.
         read_ns: average time to read one expert.
         compute_ns: average time from a layer's rows being ready to the next layer's call.
     """
@@ -106,9 +101,6 @@ class Prefetcher:
         self._cache = cache
         self._transfer = transfer
         self._policy = policy
-        self.miss_cost = MissCost(cache.shape.num_layers)
-        self._num_useful = 0
-        self._num_steps = 0
         self._flights: dict[int, tuple[int, int]] = {}  # row -> layer, expert
         self._warned = False
 
@@ -123,18 +115,6 @@ class Prefetcher:
     def end_step(self) -> None:
         """All layers of the step ran."""
         self.predictor.end_step()
-        self.miss_cost.end_step()
-        self._num_steps += 1
-        if self._num_steps % WEIGHING_PERIOD_STEPS == 0:
-            self._policy.weigh_layers(self.miss_cost.relative())
-
-    def served(self, layer: int, num_missing: int, stall_ns: int) -> None:
-        """A call of ``layer`` has its rows, after a wait of ``stall_ns``."""
-        useful = self._cache.count("prefetch_useful")
-        num_absent = num_missing + useful - self._num_useful
-        self._num_useful = useful
-        if num_absent:
-            self.miss_cost.note(layer, stall_ns, num_absent)
 
     def end_request(self, request: str) -> None:
         """A request ended."""
@@ -184,9 +164,9 @@ class Prefetcher:
         num_layers, depth = self._cache.shape.num_layers, self.predictor.depth
         budget = self._budget()
         for ahead in range(1, depth + 1):
-            target = layer + ahead
-            if target >= num_layers or len(self._flights) >= budget:
+            if len(self._flights) >= budget:
                 return
+            target = (layer + ahead) % num_layers  # of the next step, if the predictor knows it
             likely = self.predictor.predict(
                 layer, ahead, hidden, self._cache.page_table[target], LIKELY
             )

@@ -253,8 +253,7 @@ class OffloadRuntime:
     def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Reads what the open plan misses, and issues prefetches meanwhile."""
         prefetcher = self.prefetcher if self._rows is not None else None
-        num_missing, stall_ns = int(self.cache.plan_info[2]), self.stall_ns
-        if num_missing:
+        if self.cache.plan_info[2]:
             self._read_misses(layer, prefetcher, hidden)
         elif prefetcher is not None:
             began = time.perf_counter_ns()
@@ -262,7 +261,6 @@ class OffloadRuntime:
             prefetcher.issue(layer, hidden)
             self.policy_ns += time.perf_counter_ns() - began
         if prefetcher is not None:
-            prefetcher.served(layer, num_missing, self.stall_ns - stall_ns)
             self._layer_ready_ns = time.perf_counter_ns()
 
     def _read_misses(

@@ -104,11 +104,6 @@ class Policy(ABC):
         """Score of an expert that every request uses at every step, on this policy's scale."""
         return 1.0
 
-    def weigh_layers(self, costs: FloatArray) -> None:
-        """A miss costs ``costs[layer]`` (float32 ``[layers]``, 1 on average); plain policies
-        do not care."""
-        del costs
-
     def bind(self, scores: FloatArray) -> None:
         """Makes ``scores`` (the cache's table) the one that this policy writes."""
         scores[...] = self.scores

@@ -43,8 +43,7 @@ class TracePolicy(Policy):
         self._fallback: Fallback | None = None
         shape = (num_layers, num_experts)
         position = np.arange(num_layers, dtype=np.float32)[:, None] / num_layers
-        self._nearness = np.exp(-chosen.distance_weight * position).astype(np.float32)
-        self._unvisited = self._nearness
+        self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
         self._visited_factor = np.float32(np.exp(-chosen.distance_weight))
         self._ahead = int(chosen.layers_ahead)
         self._vote_gain: FloatArray = np.zeros((num_layers, 1), np.float32)
@@ -94,10 +93,6 @@ class TracePolicy(Policy):
             plain: shadows of the plain policies.
         """
         self._fallback = Fallback(own, plain)
-
-    def weigh_layers(self, costs: FloatArray) -> None:
-        """Scores of a layer count ``costs[layer]`` times from the next step on."""
-        self._unvisited = self._nearness * costs[:, None]
 
     def begin_step(self, rows: StepRows) -> None:
         """Refreshes the scores of all layers."""
