@@ -98,7 +98,7 @@ def reference_hits(trace: RoutingTrace, policy: str, slots: int, concurrency: in
                 if policy == "lrfu":
                     score = score * 2 ** (-1 / 8) + chosen.count(expert) / len(tokens)
                 elif policy == "lfu":
-                    score += chosen.count(expert)
+                    score += expert in chosen
                 planner.scores[layer, expert] = score
             planner.plan(layer, chosen, instant=True)
             planner.finish()

@@ -155,13 +155,14 @@ def test_wrong_specifications_say_what_is_allowed(spec: str, message: str) -> No
         make_policy(spec, LAYERS, EXPERTS)
 
 
-def test_lfu_counts_tokens() -> None:
+def test_lfu_counts_layer_calls() -> None:
     policy = make_policy("lfu", 1, EXPERTS)
-    policy.begin_step(rows_of(["a", "b"], [1, 1]))
     votes = np.zeros(EXPERTS, np.float32)
-    votes[1:4] = [1, 0.5, 0.5]
-    policy.observe(0, np.array([[1, 2], [1, 3]]), votes)
-    assert policy.scores[0, 1:4].tolist() == [2, 1, 1]
+    for ids in ([[1, 2], [1, 3]], [[1, 2], [4, 2]]):
+        policy.begin_step(rows_of(["a", "b"], [1, 1]))
+        votes[...] = np.bincount(np.ravel(ids), minlength=EXPERTS) / 2
+        policy.observe(0, np.array(ids), votes)
+    assert policy.scores[0, 1:5].tolist() == [2, 2, 1, 1]
 
 
 def test_lrfu_halves_in_its_half_life() -> None:
