@@ -126,6 +126,9 @@ VMO_API int32_t vmo_reader_submit(vmo_reader* reader, const vmo_read* reads, int
 VMO_API int32_t vmo_reader_promote(vmo_reader* reader, int64_t tag);
 // Drops a queued read; 1 if dropped, 0 if it began or ended (it will be reported).
 VMO_API int32_t vmo_reader_cancel(vmo_reader* reader, int64_t tag);
+// Reads no more of a read that began; 1 if it will be reported with ECANCELED, 0 if all of it
+// was handed to threads already.
+VMO_API int32_t vmo_reader_abort(vmo_reader* reader, int64_t tag);
 // Copies up to `capacity` (at most 64) completions, blocking (asleep, never spinning) until
 // `min_count` are there, `timeout_ms` passed (0: do not wait, -1: for ever) or no more are
 // in flight. Returns their number. A read is reported once, when nothing writes to it any

@@ -273,6 +273,18 @@ bool FileReader::cancel(int64_t tag) {
   return true;
 }
 
+bool FileReader::abort(int64_t tag) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = requests_.find(tag);
+  if (found == requests_.end()) return false;
+  Request* request = found->second.get();
+  if (request->list != &demands_ && request->list != &prefetches_) return false;
+  if (request->result.error == 0) request->result.error = ECANCELED;
+  move_to(issued_, request);
+  end_if_done(request);
+  return true;
+}
+
 bool FileReader::is_over(size_t min_count) const {
   return ended_.size() >= min_count || ended_.size() == requests_.size();
 }
@@ -386,10 +398,13 @@ void FileReader::end_chunk(const Chunk& chunk, const ChunkResult& result) {
     request->result.error = result.error;
     if (request->list != &issued_) move_to(issued_, request);  // the rest is not worth it
   }
-  if (request->list == &issued_ && request->running_chunks == 0) {
-    move_to(ended_, request);
-    if (num_waiters_ > 0 && is_over(notify_at_)) result_ready_.notify_all();
-  }
+  end_if_done(request);
+}
+
+void FileReader::end_if_done(Request* request) {
+  if (request->list != &issued_ || request->running_chunks != 0) return;
+  move_to(ended_, request);
+  if (num_waiters_ > 0 && is_over(notify_at_)) result_ready_.notify_all();
 }
 
 }  // namespace vmo

@@ -81,6 +81,10 @@ class FileReader {
   // Drops a request of which no chunk began. False if there is none: its result comes.
   bool cancel(int64_t tag);
 
+  // Reads no more of a request of which chunks began: it is reported with ECANCELED once no
+  // thread writes to it any more. False if all of it was handed to threads or it ended.
+  bool abort(int64_t tag);
+
   // Writes up to `capacity` results and returns their number; asleep until there are
   // `min_count`, `timeout` passed (negative: never does) or no more are in flight. A request
   // is reported once, when no thread writes to its extents any more.
@@ -122,6 +126,7 @@ class FileReader {
 
   void work();
   bool is_over(size_t min_count) const;
+  void end_if_done(Request* request);
   void sleep_until(std::unique_lock<std::mutex>& lock, size_t wanted,
                    std::chrono::milliseconds timeout);
   bool may_take() const;

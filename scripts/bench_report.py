@@ -145,6 +145,8 @@ def write_report(
     path = results / f"{name}.json"
     temporary = path.with_suffix(".tmp")
     text = json.dumps(report, indent=1, default=_plain)
+    # Where the project lies on this machine is nobody's business, and no result.
+    text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
     temporary.write_text(_NUMBERS.sub(_on_one_line, text) + "\n")
     temporary.rename(path)
     console = Console()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -268,6 +269,38 @@ def test_a_read_of_which_some_chunks_began_cannot_be_cancelled(file):
             time.sleep(0.0001)
         assert reader.cancel(0) == 0
         assert reader.wait_all() == [(0, 0, PLUG_BYTES)]
+
+
+def test_an_aborted_read_reads_no_more(file):
+    with Reader(file, threads=1) as reader:
+        request = plug(0)
+        target = request.parts[0]
+        target.fill(0xEE)
+        reader.submit(request)
+        while target[0] == 0xEE:
+            time.sleep(0.0001)
+        aborted = check(core.vmo_reader_abort(reader.handle, 0))
+        ((tag, error, count),) = reader.wait_all()
+        assert tag == 0
+        if aborted:
+            assert error == errno.ECANCELED
+            assert count < PLUG_BYTES
+            before = target.copy()
+            time.sleep(0.01)
+            np.testing.assert_array_equal(target, before)
+        else:
+            assert (error, count) == (0, PLUG_BYTES)
+        assert check(core.vmo_reader_abort(reader.handle, 0)) == 0
+        reader.submit(Request(0, 0, [aligned(BLOCK)]))
+        assert reader.wait_all() == [(0, 0, BLOCK)]
+
+
+def test_a_queued_read_can_be_aborted(file):
+    with Reader(file, threads=1) as reader:
+        reader.submit(plug(0), Request(1, 0, [aligned(MIB)]))
+        assert check(core.vmo_reader_abort(reader.handle, 1)) == 1
+        ended = {tag: error for tag, error, _ in reader.wait_all()}
+        assert ended == {0: 0, 1: errno.ECANCELED}
 
 
 def test_close_drops_what_is_queued(file):

@@ -265,6 +265,41 @@ def test_cancelled_prefetch_leaves_its_row_alone(slow_engine):
     assert not rows[3].any()
 
 
+def test_a_dropped_prefetch_is_cut_short(slow_engine):
+    engine, rows = slow_engine
+    engine.prefetch(0, 0, 0)
+    while rows[0, 0] == 0xEE:
+        time.sleep(0.0001)
+    assert not engine.drop(0)
+    engine.drain()
+    (ended,) = engine.poll()
+    assert ended.dropped == (not ended.ok)  # the disk may have been faster
+    engine.read([(0, 0, 0)])
+    assert not rows[0].any()
+
+
+def test_a_dropped_prefetch_that_had_not_begun_is_free_at_once(slow_engine):
+    engine, _ = slow_engine
+    engine.prefetch(0, 0, 0)
+    engine.prefetch(0, 1, 1)
+    assert engine.drop(1)
+    engine.prefetch(1, 0, 1)
+    engine.drain()
+    assert {ended.row for ended in engine.poll()} == {0, 1}
+
+
+def test_a_dropped_prefetch_that_is_needed_after_all(slow_engine):
+    engine, rows = slow_engine
+    engine.prefetch(0, 0, 0)
+    while rows[0, 0] == 0xEE:
+        time.sleep(0.0001)
+    rows[0, -8:] = 0xEE
+    assert not engine.drop(0)
+    engine.await_row(0)
+    assert not rows[0].any()
+    assert engine.poll() == []
+
+
 def test_an_ended_prefetch_cannot_be_cancelled(store, engine_of):
     engine, _ = engine_of(store)
     engine.prefetch(0, 0, 0)

@@ -92,6 +92,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_reader_submit": (c_int32, [c_void_p, POINTER(Read), c_int32]),
     "vmo_reader_promote": (c_int32, [c_void_p, c_int64]),
     "vmo_reader_cancel": (c_int32, [c_void_p, c_int64]),
+    "vmo_reader_abort": (c_int32, [c_void_p, c_int64]),
     "vmo_reader_wait": (c_int32, [c_void_p, POINTER(Completion), c_int32, c_int32, c_int32]),
 }
 

@@ -127,18 +127,18 @@ class Prefetcher:
         for ended in self._transfer.poll():
             del self._flights[ended.row]
             self._cache.complete(ended.row, ended.ok)
-            if not ended.ok and not self._warned:
+            if not (ended.ok or ended.dropped or self._warned):
                 # Not an error yet: whoever needs the expert reads it again, and raises.
                 self._warned = True
                 logger.warning("MoE offload: a prefetch failed: %s", ended.error)
 
     def pass_layer(self, layer: int) -> None:
-        """Drops what was queued for ``layer`` and is not in its plan."""
+        """Drops what is under way to ``layer`` and not in its plan."""
         if not self._flights:
             return
         needed = set(self._cache.slots.tolist())
         for row, (target, _) in list(self._flights.items()):
-            if target == layer and row not in needed and self._transfer.cancel(row):
+            if target == layer and row not in needed and self._transfer.drop(row):
                 del self._flights[row]
                 self._cache.cancel_prefetch(row)
 

@@ -33,6 +33,7 @@ class _Flight:
     ticket: int = -1  # -1: the reader does not have it, or not any more
     done: bool = False
     error: str | None = None
+    dropped: bool = False
 
 
 @dataclass(slots=True)
@@ -194,6 +195,9 @@ class TransferEngine:
         self._unreported.remove(flight)
         self._forget([flight])
         self.read_ns += time.perf_counter_ns() - began
+        if flight.dropped and flight.error is not None:
+            self.read([(flight.layer, flight.expert, row)])  # wanted again, and cut short
+            return
         self._raise_for_errors([flight])
 
     # ---- prefetch --------------------------------------------------------------------
@@ -229,6 +233,7 @@ class TransferEngine:
                 flight.expert,
                 flight.row,
                 None if flight.error is None else self._explain(flight),
+                flight.dropped and flight.error is not None,
             )
             for flight in ended
         ]
@@ -249,6 +254,21 @@ class TransferEngine:
         self._by_ticket.pop(flight.ticket)
         self._forget([flight])
         return True
+
+    def drop(self, row: int) -> bool:
+        """As :meth:`cancel`, and reads no more of a prefetch that began.
+
+        Returns:
+            True if ``row`` is free now. False if its end will be reported, as ``dropped`` if
+            not all of it had been read.
+        """
+        if self.cancel(row):
+            return True
+        flight = self._flight_into(row)
+        if not flight.done:
+            flight.dropped = True
+            self._reader.abort(flight.ticket)
+        return False
 
     def cancel_all(self) -> list[int]:
         """Drops all prefetches that have not begun; returns their rows."""

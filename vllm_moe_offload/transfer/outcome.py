@@ -34,12 +34,14 @@ class FinishedPrefetch:
         layer, expert: what was read.
         row: where to.
         error: why ``row`` does not hold it; None if it does.
+        dropped: nobody wanted it any more: an error is none then.
     """
 
     layer: int
     expert: int
     row: int
     error: str | None
+    dropped: bool = False
 
     @property
     def ok(self) -> bool:

@@ -148,6 +148,10 @@ class RecordReader:
             self.free_tickets.append(index)
         return dropped
 
+    def abort(self, index: int) -> None:
+        """Reads no more of a read that began; it ends with an error, unless it is done."""
+        check(core.vmo_reader_abort(self._reader, index))
+
     def wait(self, timeout_ms: int, min_count: int = 1) -> Iterator[tuple[int, str | None]]:
         """Tickets of reads that ended, each with the reason why its row is not good.
 

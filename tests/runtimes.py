@@ -1,0 +1,100 @@
+"""Runtimes over small stores, with predictions at will, for the tests of runtime and prefetch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tests.stores import layer_tensors
+from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.policy import StepRows, make_policy
+from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.prefetch import Prefetcher
+from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.transfer import TransferEngine
+
+LAYERS, EXPERTS, TOP_K = 4, 8, 2
+
+
+class Foresight:
+    """Predicts whatever the test says."""
+
+    def __init__(self) -> None:
+        self.likely = np.zeros((LAYERS, EXPERTS), np.float32)
+
+    def begin_step(self, rows: StepRows) -> None:
+        pass
+
+    def observe(self, layer: int, ids: np.ndarray) -> None:
+        pass
+
+    depth = 2
+
+    def predict(self, layer, ahead, hidden, slots, threshold):
+        if layer + ahead >= LAYERS:
+            return None
+        likely = self.likely[layer + ahead]
+        order = np.argsort(-likely, kind="stable").tolist()
+        return [
+            (expert, float(likely[expert])) for expert in order if likely[expert] >= threshold
+        ]
+
+    def end_step(self) -> None:
+        pass
+
+    def end_request(self, request: str) -> None:
+        pass
+
+
+def runtime_of(
+    store: ExpertStore, slots: int, staging: int, mode: str = "trace", predictor=None
+) -> OffloadRuntime:
+    policy = make_policy(mode, store.num_layers, store.num_experts)
+    shape = CacheShape(store.num_layers, store.num_experts, slots, staging)
+    cache = ExpertCache(shape, policy.rules)
+    pool = SlotPool(store.layout, shape.num_rows)
+    transfer = TransferEngine(store, pool.destinations())
+    prefetcher = Prefetcher(cache, transfer, policy, predictor) if predictor else None
+    return OffloadRuntime(
+        cache=cache, pool=pool, transfer=transfer, policy=policy, prefetcher=prefetcher
+    )
+
+
+def decode_rows(requests: list[str], position: int = 1) -> StepRows:
+    count = len(requests)
+    return StepRows.of_lengths(
+        requests,
+        np.ones(count, np.int64),
+        np.full(count, position),
+        np.zeros(count, np.bool_),
+    )
+
+
+def assert_rows_hold(runtime: OffloadRuntime, store, layer: int, ids, rows) -> None:
+    wanted = layer_tensors(store.layout, store.num_experts, layer)
+    for name, tensor in wanted.items():
+        have = runtime.pool.bytes_of(name)
+        for expert, row in zip(ids.reshape(-1), rows.reshape(-1), strict=True):
+            assert (have[int(row)] == tensor[int(expert)]).all(), (name, layer, expert, row)
+
+
+def run_layer(runtime: OffloadRuntime, store, layer: int, ids: torch.Tensor) -> None:
+    """One layer call as the integration makes it; checks every byte the kernel would read."""
+    rows = runtime.begin_layer(layer, ids)
+    if rows is not None:
+        if runtime.cache.shape.holds_everything:
+            rows = rows + layer * EXPERTS  # the layer sees only its own rows
+        assert_rows_hold(runtime, store, layer, ids, rows)
+        runtime.end_layer(layer)
+        return
+    covered = torch.zeros_like(ids, dtype=torch.bool)
+    for wave_rows, in_wave in runtime.waves(layer, ids):
+        assert not bool((covered & in_wave).any())
+        assert_rows_hold(runtime, store, layer, ids[in_wave], wave_rows[in_wave])
+        covered |= in_wave
+    assert bool(covered.all())
+
+
+def ids_of(*experts: int) -> torch.Tensor:
+    return torch.tensor([experts], dtype=torch.int32)
