@@ -32,8 +32,11 @@ run() {
 
 run scripts/bench_planner.py "$@"
 run scripts/bench_reads.py "$@"
+run scripts/bench_policy.py "$@"
+run scripts/bench_scale.py "$@"
 run scripts/bench_serving.py resident "$@"
 run scripts/bench_serving.py llamacpp-shape "$@"
+run scripts/bench_prefetch.py "$@"
 run scripts/bench_serving.py start "$@"
 run scripts/bench_memory.py "$@"
 

@@ -26,6 +26,7 @@ VALUES = (
     "read_bytes",
     "stall_seconds",
     "busy_seconds",
+    "policy_seconds",
     "tokens",
     "resident_experts",
 )

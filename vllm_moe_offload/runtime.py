@@ -16,8 +16,14 @@ import numpy as np
 import torch
 
 import vllm_moe_offload._C  # noqa: F401  (registers the operators)
-from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
-from vllm_moe_offload.metrics import VALUES, CounterFile
+from vllm_moe_offload.cache import (
+    COUNTER_NAMES,
+    MISS_AWAIT,
+    MISS_READ,
+    PLAN_TRANSIENT,
+    ExpertCache,
+)
+from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.prefetch import Prefetcher
@@ -30,7 +36,7 @@ logger = logging.getLogger("vllm.moe_offload")
 
 _plan = torch.ops.vllm_moe_offload.plan.default
 _expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
-_COUNTERS = len(VALUES) - 5
+_COUNTERS = len(COUNTER_NAMES)
 
 
 class OffloadRuntime:
@@ -330,6 +336,7 @@ class OffloadRuntime:
             self.read_bytes,
             self.stall_ns / 1e9,
             self.busy_ns / 1e9,
+            self.policy_ns / 1e9,
             self.num_tokens,
             self.cache.num_resident,
         )

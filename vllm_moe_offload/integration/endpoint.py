@@ -24,6 +24,10 @@ EXPORTED = {
     "misses": "Distinct experts of layer calls that had to be read.",
     "read_bytes": "Bytes of experts read from the store.",
     "stall_seconds": "Time layer calls waited for reads.",
+    "prefetch_issued": "Experts read ahead of their layer.",
+    "prefetch_useful": "Experts read ahead that were there when their layer needed them.",
+    "prefetch_late": "Experts read ahead that were under way when their layer needed them.",
+    "prefetch_wasted": "Experts read ahead that left unused.",
 }
 
 
@@ -110,9 +114,14 @@ def stats_line(totals: Counter[str], previous: Counter[str]) -> str:
     if not change.get("calls"):
         return ""
     tokens = max(change["tokens"], 1)
+    stalled = 100 * change["stall_seconds"] / max(change["busy_seconds"], 1e-9)
+    ahead = ""
+    if change["prefetch_issued"]:
+        needed = int(change["prefetch_useful"] + change["prefetch_late"])
+        ahead = f"read ahead: {int(change['prefetch_issued'])}, needed: {needed}, "
     return (
         f"MoE offload: hit rate: {100 * hit_rate(change['hits'], change['misses']):.1f}%, "
         f"read: {change['read_bytes'] / tokens / 1e6:.1f} MB/token, "
-        f"stalled on reads: {100 * change['stall_seconds'] / max(change['busy_seconds'], 1e-9):.1f}% "
-        f"of step time, resident experts: {int(totals['resident_experts'])}"
+        f"{ahead}stalled on reads: {stalled:.1f}% of step time, "
+        f"resident experts: {int(totals['resident_experts'])}"
     )
