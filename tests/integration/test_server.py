@@ -103,7 +103,9 @@ def test_replay_gives_what_the_server_counted(demo_model, store_dir, tmp_path, m
         *ARGUMENTS,
         f"--moe-offload={mode}",
         "--moe-offload-config",
-        json.dumps({"store_dir": str(store_dir), "cache_gb": "50%", "record_trace": str(trace)}),
+        json.dumps(
+            {"store_dir": str(store_dir), "cache_gb": "50%", "record_trace": str(trace)}
+        ),
     ]
     with Server(demo_model("mixtral"), arguments, log=tmp_path / "log") as server:
         server.wait_healthy()
