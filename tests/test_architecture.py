@@ -19,7 +19,7 @@ LAYERS = [
         "sizing",
         "metrics",
     },
-    {"prefetch", "lookahead"},
+    {"prefetch", "lookahead", "tensor_stream"},
     {"runtime", "replay"},
     {"integration", "cli"},
 ]

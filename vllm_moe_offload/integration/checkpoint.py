@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from safetensors import safe_open
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_moe_offload.config import OptionError
+from vllm_moe_offload.tensor_stream import (
+    DTYPES,
+    TensorRange,
+    TensorStream,
+    tensor_ranges,
+)
 
 _EXPERT_TENSOR = re.compile(r"\.experts\.")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
@@ -29,7 +36,7 @@ def layer_number(name: str) -> int | None:
 
 
 class SortedCheckpoint:
-    """Where every tensor of a checkpoint lies; tensors are read one at a time when asked for."""
+    """Where every tensor of a checkpoint lies; tensors are read when asked for."""
 
     def __init__(
         self, loader: DefaultModelLoader, model_config: Any, model: torch.nn.Module
@@ -40,7 +47,7 @@ class SortedCheckpoint:
             OptionError: the checkpoint is not in safetensors files.
         """
         self._dense: list[tuple[str, str, str]] = []  # name for the model, file, name in file
-        self._experts: dict[int, list[tuple[str, str, str]]] = {}
+        self._experts: dict[int, list[tuple[str, TensorRange]]] = {}
         sources = [
             DefaultModelLoader.Source(
                 model_config.model,
@@ -69,14 +76,19 @@ class SortedCheckpoint:
                 "(pickled weights are neither safe nor seekable)"
             )
         for file in sorted(files):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    entry = (source.prefix + name, file, name)
-                    number = layer_number(name)
-                    if _EXPERT_TENSOR.search(name) and number is not None:
-                        self._experts.setdefault(number, []).append(entry)
-                    else:
-                        self._dense.append(entry)
+            ranges = tensor_ranges(Path(file))
+            for name, where in ranges.items():
+                number = layer_number(name)
+                if _EXPERT_TENSOR.search(name) and number is not None:
+                    if where.dtype not in DTYPES:
+                        raise OptionError(
+                            f"--moe-offload: {name} in {file} is {where.dtype}; experts must be "
+                            f"one of {', '.join(DTYPES)}. Use --moe-offload=off"
+                        )
+                    entry = (source.prefix + name, where)
+                    self._experts.setdefault(number, []).append(entry)
+                else:
+                    self._dense.append((source.prefix + name, file, name))
 
     @property
     def expert_layers(self) -> list[int]:
@@ -85,18 +97,14 @@ class SortedCheckpoint:
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors that are not routed experts'."""
-        return self._read(self._dense)
-
-    def experts(self, number: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The routed experts' tensors of one decoder layer."""
-        return self._read(self._experts[number])
-
-    @staticmethod
-    def _read(entries: list[tuple[str, str, str]]) -> Iterator[tuple[str, torch.Tensor]]:
         by_file: dict[str, list[tuple[str, str]]] = {}
-        for name, file, name_in_file in entries:
+        for name, file, name_in_file in self._dense:
             by_file.setdefault(file, []).append((name, name_in_file))
         for file, names in by_file.items():
             with safe_open(file, framework="pt") as tensors:
                 for name, name_in_file in names:
                     yield name, tensors.get_tensor(name_in_file)
+
+    def experts(self, numbers: Sequence[int]) -> TensorStream:
+        """The routed experts' tensors of decoder layers, a group per layer."""
+        return TensorStream([self._experts[number] for number in numbers])

@@ -32,6 +32,7 @@ from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.lookahead import Router
 from vllm_moe_offload.store import (
+    BackgroundWriter,
     ExpertStore,
     StoreBuilder,
     StoreIdentity,
@@ -56,15 +57,20 @@ def stream_weights(
         yield from original(loader, model_config, model)
         return
     checkpoint = SortedCheckpoint(loader, model_config, model)
-    load.check_layers(checkpoint.expert_layers)
+    numbers = load.check_layers(checkpoint.expert_layers)
     with store_lock(load.directory):
         store = load.open_store()
         yield from checkpoint.dense()
         if store is None:
-            with load.builder() as builder:
-                for index, number in load.progress():
-                    yield from checkpoint.experts(number)
-                    load.store_layer(builder, index)
+            with (
+                load.builder() as builder,
+                BackgroundWriter(builder) as writer,
+                checkpoint.experts(numbers) as stream,
+            ):
+                for index in load.progress():
+                    yield from stream.next_group()
+                    load.store_layer(writer, index)
+                writer.wait()
                 load.commit(builder)
     load.finish()
 
@@ -80,11 +86,12 @@ def load_dummy_weights(
     original(loader, _WithoutExperts(model), model_config)
     with store_lock(load.directory):
         if load.open_store() is None:
-            with load.builder() as builder:
-                for index, _ in load.progress():
+            with load.builder() as builder, BackgroundWriter(builder) as writer:
+                for index in load.progress():
                     for tensor in _expert_tensors(load.layers[index]).values():
                         initialize_single_dummy_weight(tensor)
-                    load.store_layer(builder, index)
+                    load.store_layer(writer, index)
+                writer.wait()
                 load.commit(builder)
     load.finish()
 
@@ -144,8 +151,12 @@ class ExpertLoad:
         self._store: ExpertStore | None = None
         self._layout: ExpertLayout | None = None
 
-    def check_layers(self, in_checkpoint: list[int]) -> None:
-        """Raises OptionError unless checkpoint and model agree on which layers have experts."""
+    def check_layers(self, in_checkpoint: list[int]) -> list[int]:
+        """Decoder layer of every MoE layer.
+
+        Raises:
+            OptionError: checkpoint and model do not agree on which layers have experts.
+        """
         expected = [number for number in self._numbers if number is not None]
         if len(expected) != len(self.layers) or sorted(expected) != in_checkpoint:
             names = [layer.layer_name for layer in self.layers]
@@ -154,6 +165,7 @@ class ExpertLoad:
                 f"experts in layers {in_checkpoint}; this checkpoint is not supported, use "
                 "--moe-offload=off"
             )
+        return expected
 
     def open_store(self) -> ExpertStore | None:
         """The store if it was built before."""
@@ -167,19 +179,23 @@ class ExpertLoad:
         logger.info("MoE offload: building the expert store in %s", self.directory)
         return StoreBuilder(self.directory, self._identity, len(self.layers), self.num_experts)
 
-    def progress(self) -> Iterator[tuple[int, int]]:
-        """(index, decoder layer) of every MoE layer, behind a progress bar."""
+    def progress(self) -> Iterator[int]:
+        """Index of every MoE layer, behind a progress bar."""
         bar = tqdm(
-            list(enumerate(self._numbers)),
+            range(len(self.layers)),
             desc="Building expert store",
             unit="layer",
             disable=not self._vllm_config.load_config.use_tqdm_on_load,
         )
         return iter(bar)
 
-    def store_layer(self, builder: StoreBuilder, index: int) -> None:
-        """Puts a loaded layer into kernel form, writes its records, frees its memory."""
+    def store_layer(self, writer: BackgroundWriter, index: int) -> None:
+        """Puts a loaded layer into kernel form, has its records written, frees its memory.
+
+        The layer before was written meanwhile, so that two are in memory at a time.
+        """
         layer = self.layers[index]
+        writer.wait()
         layer.quant_method.process_weights_after_loading(layer)
         tensors = _expert_tensors(layer)
         layout = _layout_of(tensors)
@@ -190,7 +206,7 @@ class ExpertLoad:
                 f"--moe-offload: the experts of {layer.layer_name} differ in shape from those of "
                 f"{self.layers[0].layer_name}; use --moe-offload=off"
             )
-        builder.write_layer(
+        writer.write_layer(
             index, layout, {name: _as_bytes(tensor) for name, tensor in tensors.items()}
         )
         _free(layer)

@@ -5,13 +5,14 @@ A store is a directory with ``experts.bin`` (records, layer by layer, 4 KiB alig
 It comes into being by one rename: what opens is complete.
 """
 
-from vllm_moe_offload.store.builder import StoreBuilder
+from vllm_moe_offload.store.builder import BackgroundWriter, StoreBuilder
 from vllm_moe_offload.store.directory import store_lock
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.expert_store import ExpertStore, open_store
 from vllm_moe_offload.store.identity import StoreIdentity, checkpoint_fingerprint
 
 __all__ = [
+    "BackgroundWriter",
     "ExpertStore",
     "StoreBuilder",
     "StoreError",

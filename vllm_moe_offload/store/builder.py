@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -192,6 +193,51 @@ class StoreBuilder:
                     f"layer {layer}: {spec.name} must be uint8 "
                     f"[{self._num_experts}, {spec.nbytes}], got {array.dtype} {array.shape}"
                 )
+
+
+class BackgroundWriter:
+    """Writes a builder's layers in a thread, one at a time, while the next is prepared.
+
+    A context manager; leaving it waits for the layer under way.
+    """
+
+    def __init__(self, builder: StoreBuilder) -> None:
+        """``builder``: must be entered, and stay so until this is left."""
+        self._builder = builder
+        self._thread = ThreadPoolExecutor(1, "vmo-store-layers")
+        self._layer: Future[None] | None = None
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown()
+
+    def write_layer(
+        self, layer: int, layout: ExpertLayout, tensors: Mapping[str, npt.NDArray[np.uint8]]
+    ) -> None:
+        """See :meth:`StoreBuilder.write_layer`; the arrays must not change until :meth:`wait`.
+
+        Raises:
+            StoreError, ValueError: of the layer before.
+        """
+        self.wait()
+        self._layer = self._thread.submit(self._builder.write_layer, layer, layout, tensors)
+
+    def wait(self) -> None:
+        """Waits for the layer under way.
+
+        Raises:
+            StoreError, ValueError: of that layer, once.
+        """
+        layer, self._layer = self._layer, None
+        if layer is not None:
+            layer.result()
 
 
 def _write_record(

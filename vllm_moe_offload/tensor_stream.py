@@ -1,0 +1,203 @@
+"""Tensors of safetensors files, read past the page cache and ahead of whoever takes them.
+
+Building a store reads the whole checkpoint once. Mapped files, as safetensors reads them, are
+paged in a little at a time while nothing else happens; here a few threads read large extents
+with O_DIRECT, and the disk works while tensors are put into kernel form and written.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from vllm_moe_offload.layout import ALIGNMENT
+from vllm_moe_offload.store.direct_io import open_direct, read_into
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Element types of experts that can be offloaded, by safetensors' names."""
+
+EXTENT_BYTES = 32 << 20
+"""Neighbouring tensors are read together up to this size; a larger one alone."""
+WINDOW_BYTES = 256 << 20
+"""What may be read and not yet taken; an extent at least."""
+_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRange:
+    """Where a tensor lies.
+
+    Attributes:
+        path: safetensors file.
+        offset: of its first byte in the file.
+        nbytes: its size.
+        dtype: safetensors' name of its element type.
+        shape: its shape.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensor_ranges(path: Path) -> dict[str, TensorRange]:
+    """The tensors of a safetensors file, by name; reads its header only.
+
+    Format: https://github.com/huggingface/safetensors#format
+
+    Raises:
+        ValueError: it is not a safetensors file; says what is wrong.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (size,)
+        if 8 + length > size:
+            raise ValueError(f"{path} is no safetensors file: it ends within its header")
+        try:
+            header = json.loads(file.read(length))
+            found = {}
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                shape = tuple(map(int, entry["shape"]))
+                start = 8 + length + begin
+                found[name] = TensorRange(path, start, end - begin, entry["dtype"], shape)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no safetensors file: bad header ({error})") from error
+    for name, where in found.items():
+        if where.nbytes < 0 or where.offset + where.nbytes > size:
+            raise ValueError(
+                f"{path} is damaged: {name} ends at byte {where.offset + where.nbytes}, the "
+                f"file at {size}"
+            )
+    return found
+
+
+class TensorStream:
+    """Reads groups of tensors in order, ahead of :meth:`next_group`.
+
+    A context manager; leaving it stops reading.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[tuple[str, TensorRange]]]) -> None:
+        """``groups``: names and ranges of tensors that are taken together."""
+        self._groups = deque(_extents(group) for group in groups)
+        self._waiting = deque(extent for group in self._groups for extent in group)
+        self._reads: deque[Future[memoryview]] = deque()
+        self._ahead_bytes = 0
+        self._descriptors: dict[Path, int] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "vmo-checkpoint-reader")
+
+    def __enter__(self) -> TensorStream:
+        """Begins to read."""
+        self._read_ahead()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def next_group(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor of the next group's tensors, by file and offset.
+
+        Raises:
+            OSError: a file cannot be read, or ended early; names it.
+        """
+        for extent in self._groups.popleft():
+            view = self._reads.popleft().result()
+            for name, where in extent.tensors:
+                yield name, _tensor(view, where, extent.begin)
+            self._ahead_bytes -= extent.nbytes
+            self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self._waiting:
+            extent = self._waiting[0]
+            if self._ahead_bytes and self._ahead_bytes + extent.nbytes > WINDOW_BYTES:
+                return
+            self._waiting.popleft()
+            self._ahead_bytes += extent.nbytes
+            if extent.path not in self._descriptors:
+                self._descriptors[extent.path] = open_direct(extent.path, os.O_RDONLY)
+            descriptor = self._descriptors[extent.path]
+            self._reads.append(self._threads.submit(_read, descriptor, extent))
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    path: Path
+    begin: int  # aligned
+    end: int
+    tensors: list[tuple[str, TensorRange]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+def _extents(tensors: Sequence[tuple[str, TensorRange]]) -> list[_Extent]:
+    extents: list[_Extent] = []
+    for name, where in sorted(tensors, key=lambda item: (item[1].path, item[1].offset)):
+        end = where.offset + where.nbytes
+        last = extents[-1] if extents else None
+        if (
+            last is not None
+            and last.path == where.path
+            and where.offset - last.end < ALIGNMENT
+            and end - last.begin <= EXTENT_BYTES
+        ):
+            extents[-1] = _Extent(last.path, last.begin, end, [*last.tensors, (name, where)])
+        else:
+            begin = where.offset - where.offset % ALIGNMENT
+            extents.append(_Extent(where.path, begin, end, [(name, where)]))
+    return extents
+
+
+def _read(descriptor: int, extent: _Extent) -> memoryview:
+    """Bytes of an extent, in memory of their own: a tensor may outlive its neighbours."""
+    size = extent.nbytes
+    length = size + -size % ALIGNMENT or ALIGNMENT
+    region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(region)
+    count = read_into(descriptor, view, extent.begin)
+    if count < size:
+        raise OSError(
+            f"{extent.path} ended at byte {extent.begin + count}, {extent.end} are needed"
+        )
+    return view
+
+
+def _tensor(view: memoryview, where: TensorRange, begin: int) -> torch.Tensor:
+    dtype = DTYPES[where.dtype]
+    offset = where.offset - begin
+    if not where.nbytes:
+        return torch.empty(where.shape, dtype=dtype)
+    if offset % dtype.itemsize:  # allowed by the format, not by torch
+        view, offset = memoryview(bytearray(view[offset : offset + where.nbytes])), 0
+    flat = torch.frombuffer(
+        view, dtype=dtype, count=where.nbytes // dtype.itemsize, offset=offset
+    )
+    return flat.view(where.shape)
