@@ -3,9 +3,10 @@
     python scripts/bench_policy.py [--quick]
 
 Decode steps of several model sizes and batches on a cache of a quarter of all experts. The
-layer call is ``observe`` (what serving waits for in every layer), the rest are ``begin_step``
-and ``end_step``: scores, learning, shadows. Planning is ``bench_planner.py``'s. Medians and
-means of wall time; the mean shows the successor model's refits, which are rare and long.
+layer call is ``observe`` (what serving waits for in every layer). The rest is ``catch_up``
+(scores, learning, shadows), which serving does while it waits for a read, and ``end_step``.
+Planning is ``bench_planner.py``'s. Medians and means of wall time; the mean shows the
+successor model's refits, which are rare and long.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) ->
     cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
     bind_policy(policy, cache)
     taste = generator.normal(0.0, 1.2, (KINDS, layers, experts))
-    times: dict[str, list[float]] = {"observe": [], "begin_step": [], "end_step": []}
+    times: dict[str, list[float]] = {"observe": [], "catch_up": [], "end_step": []}
     names = [str(index) for index in range(requests)]
     for step in range(steps):
         logits = taste[generator.integers(0, KINDS, requests)]
@@ -60,6 +61,7 @@ def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) ->
         ]
         began = time.perf_counter()
         policy.begin_step(rows)
+        policy.catch_up()
         scored = time.perf_counter()
         observing = 0.0
         for layer in range(layers):
@@ -98,7 +100,7 @@ def main() -> int:
         print(samples[-1], flush=True)
     at = samples[SIZES.index(BARS_AT)]["mean_us"]
     name = "{} layers x {} experts, top-{}, B={}".format(*BARS_AT)
-    step_us = at["begin_step"] + at["end_step"]
+    step_us = at["catch_up"] + at["end_step"]
     bars = [
         Bar(f"trace, layer call, {name}", at["observe"], 15.0, "us", at_least=False),
         Bar(f"trace, rest of a step, {name}", step_us, 1000.0, "us", at_least=False),

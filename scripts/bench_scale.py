@@ -113,6 +113,7 @@ def measure(
         for name in ended:
             policy.end_request(name)
         policy.begin_step(rows)
+        policy.catch_up()
         scored = time.perf_counter()
         for layer in range(layers):
             policy.observe(layer, ids[layer], votes[layer])

@@ -19,6 +19,7 @@ from vllm_moe_offload.replay import (
     replay,
     replay_recorded,
 )
+from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
@@ -164,7 +165,7 @@ class Server:
             (chosen := make_policy(policy, self.layers, self.experts)).rules,
         )
         self.policy = chosen
-        self.policy.bind(self.cache.scores)
+        bind_policy(self.policy, self.cache)
         self.recorder = TraceRecorder(
             path,
             num_layers=self.layers,
@@ -202,6 +203,8 @@ class Server:
             self.read_and_finish()
 
     def read_and_finish(self) -> None:
+        if self.cache.plan_info[2]:
+            self.policy.catch_up()
         for row in self.cache.misses[1].tolist():
             self.cache.complete(row, True)
         self.cache.finish()

@@ -293,7 +293,7 @@ def _run(
             policy.observe(layer, layer_ids, votes)
             if forecast is not None:
                 forecast.observe(layer, layer_ids)
-            plan_waves(cache, layer, layer_ids, flags)
+            plan_waves(cache, policy, layer, layer_ids, flags)
         policy.end_step()
         if forecast is not None:
             forecast.end_step()
@@ -307,17 +307,22 @@ def _run(
 
 
 def plan_waves(
-    cache: ExpertCache, layer: int, ids: npt.NDArray[np.integer[Any]], flags: int
+    cache: ExpertCache,
+    policy: Policy,
+    layer: int,
+    ids: npt.NDArray[np.integer[Any]],
+    flags: int,
 ) -> None:
     """Plans and finishes one layer call, in waves where its experts do not fit at once.
 
-    Waves as serving makes them: resident experts first, as many as the pool has rows.
+    Waves as serving makes them: resident experts first, as many as the pool has rows. And as
+    in serving, the policy catches up at a step's first miss.
 
     Raises:
         ReplayError: the cache has no rows at all.
     """
     if cache.plan(layer, ids, flags):
-        cache.finish()
+        _finish(cache, policy)
         return
     needed = np.unique(ids).astype(np.int32)
     resident = cache.page_table[layer, needed] >= 0
@@ -332,7 +337,13 @@ def plan_waves(
             raise ReplayError(
                 f"{wave.size} experts of layer {layer} do not fit in {cache.shape}"
             )
-        cache.finish()
+        _finish(cache, policy)
+
+
+def _finish(cache: ExpertCache, policy: Policy) -> None:
+    if cache.plan_info[2]:
+        policy.catch_up()
+    cache.finish()
 
 
 class _Forecast:

@@ -289,6 +289,7 @@ class OffloadRuntime:
                     prefetcher.promote(row)
                 prefetcher.pass_layer(layer)
                 prefetcher.issue(layer, hidden)  # costs nothing while the disk is busy
+            self.policy.catch_up()  # nor does this
             self._transfer.end_read(pending)
             for _, _, row in requests:
                 self.cache.complete(row, True)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from vllm_moe_offload.cache import CacheShape, ExpertCache
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
-from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules, StepRows
+from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules
 
 PLAIN_POLICIES = ("lru", "lru-layer", "lfu", "lrfu")
 LARGEST_SHADOWED = 16384
@@ -44,11 +44,6 @@ class ShadowCache:
         """bool ``[layers, experts]``: what the shadow holds."""
         return self._cache.page_table >= 0
 
-    def begin_step(self, rows: StepRows) -> None:
-        """A step begins."""
-        if self._policy is not None:
-            self._policy.begin_step(rows)
-
     def drive(self, first_layer: int, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
         """Scores and plans consecutive layers as the policy would call by call."""
         assert self._policy is not None
@@ -62,13 +57,16 @@ class ShadowCache:
 def bind_policy(policy: Policy, cache: ExpertCache) -> None:
     """Makes ``policy`` write ``cache``'s scores; gives ``trace`` its shadows.
 
-    Whoever builds a cache calls this instead of ``policy.bind``.
+    Whoever builds a cache calls this instead of ``policy.bind``. Where everything fits, there
+    is nothing to choose: ``trace`` then only fills its collection.
     """
     policy.bind(cache.scores)
     shape = cache.shape
+    if not isinstance(policy, TracePolicy):
+        return
+    policy.is_scoring = not shape.holds_everything
     if (
-        not isinstance(policy, TracePolicy)
-        or not policy.options.fallback
+        not policy.options.fallback
         or shape.holds_everything
         or shape.num_layers * shape.num_experts > LARGEST_SHADOWED
     ):

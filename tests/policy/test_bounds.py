@@ -49,6 +49,7 @@ def test_belady_equals_looking_ahead(concurrency: int, seed: int) -> None:
 def test_belady_cannot_serve() -> None:
     policy = make_policy("belady", 2, 4)
     policy.begin_step(rows_of(["a"], [1]))
+    policy.catch_up()
     with pytest.raises(RuntimeError, match="cannot serve"):
         policy.observe(0, np.array([[1, 2]]), np.zeros(4, np.float32))
 
@@ -56,6 +57,7 @@ def test_belady_cannot_serve() -> None:
 def request(policy: EAMC, name: str, experts: list[int], tokens: int) -> None:
     for position in range(tokens):
         policy.begin_step(rows_of([name], [1], position))
+        policy.catch_up()
         for layer, expert in enumerate(experts):
             policy.observe(layer, np.array([[expert]]), np.zeros(4, np.float32))
         policy.end_step()
@@ -69,6 +71,7 @@ def test_eamc_scores_by_the_nearest_finished_request() -> None:
     policy.end_request("y")
     request(policy, "new", [1, 3], 1)
     policy.begin_step(rows_of(["new"], [1], 1))
+    policy.catch_up()
     eps = 1e-4
     expected = [[eps, 1 + eps, eps, eps], [eps / 2, eps / 2, eps / 2, (1 + eps) / 2]]
     np.testing.assert_allclose(policy.scores, expected, rtol=1e-4)
@@ -82,8 +85,10 @@ def test_eamc_matches_observed_rows_not_future_ones() -> None:
     policy.end_request("long")
     policy.end_request("other")
     policy.begin_step(rows_of(["new"], [1]))
+    policy.catch_up()
     policy.observe(0, np.array([[0]]), np.zeros(4, np.float32))
     policy.begin_step(rows_of(["new"], [1]))  # a step that broke off after one layer
+    policy.catch_up()
     assert policy.scores[:, 3].argmax() == 3
     assert policy.scores[0, 0] > policy.scores[0, 3]
 
@@ -96,4 +101,5 @@ def test_eamc_takes_the_mean_over_requests() -> None:
     for name, expert in (("a", 0), ("b", 1)):
         request(policy, name, [expert], 1)
     policy.begin_step(rows_of(["a", "b"], [1, 1], 1))
+    policy.catch_up()
     np.testing.assert_allclose(policy.scores[0], [0.5, 0.5, 0, 0], atol=2e-4)

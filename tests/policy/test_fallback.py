@@ -28,9 +28,6 @@ class FakeShadow:
         self.hits = 0
         self.driven = 0
 
-    def begin_step(self, rows: object) -> None:
-        pass
-
     def drive(self, first_layer: int, ids: np.ndarray, votes: np.ndarray) -> None:
         self.driven += len(ids)
 
@@ -53,6 +50,7 @@ def run(fallback: Fallback, own: FakeShadow, rival: FakeShadow, leads: list[int]
         own.hits += 100
         rival.hits += 100 + lead
         fallback.end_step(IDS, VOTES, VOTES, 1.0)
+        fallback.change()
 
 
 def test_a_lead_that_is_chance_changes_nothing(own: FakeShadow, rival: FakeShadow) -> None:
@@ -107,6 +105,7 @@ def test_shadows_count_what_their_policies_count(concurrency: int) -> None:
         tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
         ids = np.ascontiguousarray(trace.ids[tokens].transpose(1, 0, 2), dtype=np.int32)
         policy.begin_step(rows)
+        policy.catch_up()
         for layer, layer_ids in enumerate(ids):
             votes = np.zeros(16, np.float32)
             np.add.at(votes, layer_ids, rows.weights[:, None])
@@ -114,6 +113,7 @@ def test_shadows_count_what_their_policies_count(concurrency: int) -> None:
             cache.plan(layer, layer_ids, PLAN_INSTANT)
             cache.finish()
         policy.end_step()
+    policy.end_request(rows.requests[0])  # no longer puts the last step off
     fallback = policy._fallback
     assert fallback is not None
     assert fallback.switches == 0
@@ -129,6 +129,7 @@ def test_a_step_that_broke_off_is_not_counted() -> None:
     cache = ExpertCache(CacheShape(4, 16, 16), policy.rules, unbounded_staging=True)
     bind_policy(policy, cache)
     policy.begin_step(rows_of(["a"], [1]))
+    policy.catch_up()
     policy.observe(0, np.array([[1, 2]], np.int32), np.zeros(16, np.float32))
     policy.end_step()
     assert policy._fallback is not None

@@ -34,6 +34,7 @@ def rows_of(requests: list[str], lengths: list[int], position: int = 0) -> StepR
 def step(policy: Policy, rows: StepRows, ids: np.ndarray) -> None:
     """One step; ids ``[layers, rows, top_k]``."""
     policy.begin_step(rows)
+    policy.catch_up()
     for layer, layer_ids in enumerate(ids):
         votes = np.zeros(EXPERTS, np.float32)
         for row, chosen in enumerate(layer_ids):
@@ -160,6 +161,7 @@ def test_lfu_counts_layer_calls() -> None:
     votes = np.zeros(EXPERTS, np.float32)
     for ids in ([[1, 2], [1, 3]], [[1, 2], [4, 2]]):
         policy.begin_step(rows_of(["a", "b"], [1, 1]))
+        policy.catch_up()
         votes[...] = np.bincount(np.ravel(ids), minlength=EXPERTS) / 2
         policy.observe(0, np.array(ids), votes)
     assert policy.scores[0, 1:5].tolist() == [2, 2, 1, 1]
@@ -168,6 +170,7 @@ def test_lfu_counts_layer_calls() -> None:
 def test_lrfu_halves_in_its_half_life() -> None:
     policy = make_policy("lrfu:half_life=4", 1, EXPERTS)
     policy.begin_step(rows_of(["a"], [1]))
+    policy.catch_up()
     used = np.eye(EXPERTS, dtype=np.float32)[5]
     policy.observe(0, np.array([[5]]), used)
     for _ in range(4):

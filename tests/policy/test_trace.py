@@ -28,6 +28,7 @@ def test_a_request_is_predicted_on_its_first_iteration() -> None:
     run_request(policy, "old", (3, 4), 20)
     policy.end_request("old")
     policy.begin_step(rows_of(["new"], [1]))
+    policy.catch_up()
     assert (policy.scores[:, [3, 4]] > 0).all()
     assert policy.scores[:, [3, 4]].min() > np.delete(policy.scores, [3, 4], axis=1).max()
 
@@ -43,6 +44,7 @@ def test_the_prompt_finds_the_requests_of_its_kind() -> None:
     step(policy, rows_of(["new"], [30]), constant_ids(30, (5, 6)))
     policy.forecast.requests.tokens[:] = 1  # due for its next match
     policy.begin_step(rows_of(["new"], [1], 30))
+    policy.catch_up()
     assert (policy.scores[:, 7] > policy.scores[:, 3]).all()
 
 
@@ -69,6 +71,7 @@ def test_a_finished_request_stops_counting_at_once(layers_ahead: int) -> None:
     step(fresh, rows_of(["b"], [1]), ids[:, 1:])
     for policy in (with_past, fresh):
         policy.begin_step(rows_of(["b"], [1], 1))
+        policy.catch_up()
     np.testing.assert_allclose(with_past.scores, fresh.scores, rtol=1e-5)
 
 
@@ -79,6 +82,7 @@ def test_no_request_of_a_batch_overwrites_another() -> None:
     for position in range(5):
         step(policy, rows_of(["a", "b"], [1, 1], position), ids)
     policy.begin_step(rows_of(["a", "b"], [1, 1], 5))
+    policy.catch_up()
     np.testing.assert_allclose(policy.scores[:, [1, 2]], policy.scores[:, [8, 9]], rtol=1e-5)
     assert (policy.scores[:, [1, 2]] > 0).all()
 
@@ -88,6 +92,7 @@ def test_a_request_that_waits_keeps_counting() -> None:
     run_request(policy, "a", (1, 2), 5)
     step(policy, rows_of(["b"], [1]), constant_ids(1, (8, 9)))
     policy.begin_step(rows_of(["b"], [1], 1))
+    policy.catch_up()
     assert (policy.scores[:, [1, 2]] > 0).all()
 
 
@@ -99,6 +104,7 @@ def test_the_layer_just_passed_is_worth_least() -> None:
     votes[[1, 2]] = 1
     for _ in range(3):
         policy.begin_step(rows)
+        policy.catch_up()
         policy.observe(0, ids[0], votes)
         after_first = policy.scores[:, 1].copy()
         policy.observe(1, ids[1], votes)
@@ -113,6 +119,7 @@ def test_full_score_is_what_an_expert_of_every_token_tends_to() -> None:
         policy = TracePolicy(LAYERS, EXPERTS, distance_weight=0, **parts)
         run_request(policy, "a", (3, 4), tokens)
         policy.begin_step(rows_of(["a"], [1], tokens))
+        policy.catch_up()
         assert policy.scores[:, 3] == pytest.approx(policy.full_score, rel=0.1)
 
 

@@ -89,6 +89,7 @@ class Policy(ABC):
 
     The calls of one step, in order: :meth:`begin_step`; :meth:`observe` before each layer
     is planned; :meth:`end_step`. :meth:`end_request` when a request will never run again.
+    Between begin and end of a step, :meth:`catch_up` once, as soon as there is time.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,13 @@ class Policy(ABC):
     def begin_step(self, rows: StepRows) -> None:
         """A step of the model begins."""
         self.rows = rows
+
+    def catch_up(self) -> None:
+        """Learns from the step before and refreshes all scores, if that was put off.
+
+        Serving calls it where it waits for a read anyway, and :meth:`end_step` does if nobody
+        else did. Until then scores follow the layer calls alone.
+        """
 
     @abstractmethod
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:

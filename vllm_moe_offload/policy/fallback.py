@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.policy.base import FloatArray, StepRows
+from vllm_moe_offload.policy.base import FloatArray
 
 EVIDENCE = 3.0
 """Standard errors by which the mean difference must exceed 0: it is asked at every step, and
@@ -45,9 +45,6 @@ class Shadow(Protocol):
     def resident(self) -> npt.NDArray[np.bool_]:
         """bool ``[layers, experts]``: what the shadow holds."""
 
-    def begin_step(self, rows: StepRows) -> None:
-        """See :class:`Policy`."""
-
     def drive(self, first_layer: int, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
         """Scores and plans consecutive layers; ids ``[layers, rows, top_k]``, votes
         ``[layers, experts]``.
@@ -70,6 +67,7 @@ class Fallback:
         count = len(self._shadows)
         self._hits: npt.NDArray[np.int64] = np.zeros(count, np.int64)
         self._ruler = 0
+        self._next_ruler = 0
         self._keep = 1.0 - 1.0 / MEMORY_STEPS
         # Of the ruler's rivals: decayed number of steps, sum of leads, sum of their squares.
         self._steps = 0.0
@@ -82,11 +80,20 @@ class Fallback:
         """The plain shadow that rules now, None while the own policy does."""
         return self._shadows[self._ruler] if self._ruler else None
 
-    def begin_step(self, rows: StepRows, scores: FloatArray) -> None:
-        """A step begins; ``scores``: the own policy's."""
+    @property
+    def is_decided(self) -> bool:
+        """Whether the rule is to change hands: :meth:`change` must be called between steps."""
+        return self._next_ruler != self._ruler
+
+    def change(self) -> None:
+        """Hands the rule over, if that was decided."""
+        if self.is_decided:
+            self._ruler = self._next_ruler
+            self.switches += 1
+
+    def expect(self, scores: FloatArray) -> None:
+        """The own policy's scores at the step's beginning."""
         self._shadows[0].scores[...] = scores
-        for shadow in self._shadows[1:]:
-            shadow.begin_step(rows)
 
     def lead(
         self,
@@ -110,7 +117,7 @@ class Fallback:
     def end_step(
         self, ids: npt.NDArray[np.int32], votes: FloatArray, gain: FloatArray, decay: float
     ) -> None:
-        """The other shadows catch up; decides who rules.
+        """The other shadows take a step in; decides who is to rule.
 
         Args:
             ids: ``[layers, rows, top_k]``.
@@ -138,8 +145,7 @@ class Fallback:
             return
         apart = self._shadows[best].resident & ~self._shadows[self._ruler].resident
         if lead > COST * np.count_nonzero(apart):
-            self._ruler = best
-            self.switches += 1
+            self._next_ruler = best
             self._steps = 0.0
             self._lead[...] = 0.0
             self._square[...] = 0.0

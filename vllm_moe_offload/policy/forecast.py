@@ -278,6 +278,11 @@ class Forecast:
         weight = self._mixture.weights[VALUE] * self._factors[VALUE] / count
         return np.asarray((after - before).reshape(-1, experts) * np.float32(weight))
 
+    def trace(self, rows: StepRows, ids: npt.NDArray[np.int32]) -> None:
+        """Counts a complete step in the running requests' matrices; ids as :meth:`take_in`."""
+        self.tracer.begin_step(rows)
+        self.tracer.observe_step(ids)
+
     def take_in(self, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
         """Learns from a complete step.
 
@@ -286,8 +291,7 @@ class Forecast:
             votes: ``[layers, experts]``, share of the requests that used each expert.
         """
         self._top_k = ids.shape[2]
-        self.tracer.begin_step(self._rows)
-        self.tracer.observe_step(ids)
+        self.trace(self._rows, ids)
         used = votes.reshape(-1)
         self._mixture.learn(used)
         gained = 1.0 - self._popularity_keep

@@ -6,6 +6,10 @@ waits a whole step for its next use and one of the next layer a moment: scores s
 ``exp(-distance_weight)`` over one cycle (Belady's rule seen from a forecast). And plain
 policies run beside it as shadows (``policy/fallback.py``): while one of them hits more, the
 cache follows it.
+
+A layer call only moves its own layer's scores. All else, learning from the step before and
+scoring all layers afresh, is put off to the first moment in which serving waits for a read
+(:meth:`TracePolicy.catch_up`), where it costs nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ class TracePolicy(Policy):
     Attributes:
         options: see :class:`TraceOptions`.
         forecast: what it expects.
+        is_scoring: whether scores are of any use; if not, only traces are kept.
     """
 
     name: ClassVar[str] = "trace"
@@ -51,7 +56,11 @@ class TracePolicy(Policy):
         self._change: FloatArray = np.zeros(num_experts, np.float32)
         self._votes: FloatArray = np.zeros(shape, np.float32)
         self._ids: npt.NDArray[np.int32] = np.zeros((num_layers, 0, 0), np.int32)
+        self._past_votes, self._past_ids = self._votes.copy(), self._ids
         self._layers_seen = 0
+        self._is_behind = False  # scores are not refreshed since the step began
+        self._has_past = False  # the step before was not learned from
+        self.is_scoring = True
 
     @property
     def collection(self) -> ActivationCollection:
@@ -95,19 +104,37 @@ class TracePolicy(Policy):
         self._fallback = Fallback(own, plain)
 
     def begin_step(self, rows: StepRows) -> None:
-        """Refreshes the scores of all layers."""
+        """Leaves all that takes time to :meth:`catch_up`."""
         super().begin_step(rows)
         self._layers_seen = 0
-        self.forecast.begin_step(rows)
+        self._is_behind = True
+        if self._fallback is not None and self._fallback.is_decided:
+            self.catch_up()  # who rules must not change within a step
+
+    def catch_up(self) -> None:
+        """Learns from the step before; refreshes the scores of all layers."""
+        if not self._is_behind:
+            return
+        self._is_behind = False
+        self._take_in()
+        if not self.is_scoring:
+            return
+        self.forecast.begin_step(self.rows)
         own = self.forecast.scores
         own *= self._unvisited
         gain = np.float32(self.forecast.gain * float(self._visited_factor))
         np.multiply(self._unvisited, gain, out=self._vote_gain)
         np.multiply(self.forecast.fading, self._vote_gain, out=self._fade)
         if self._fallback is not None:
-            self._fallback.begin_step(rows, own)
-        if self._fallback is None or self._fallback.winner is None:
-            self.scores[...] = own
+            self._fallback.expect(own)
+            if not self._layers_seen:
+                self._fallback.change()
+            if self._fallback.winner is not None:
+                return
+        seen = slice(self._layers_seen)
+        own[seen] *= self._visited_factor
+        own[seen] += self._votes[seen] * self._vote_gain[seen] - self._fade[seen]
+        self.scores[...] = own
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
         """Updates the scores of this layer; with ``layers_ahead``, also of the next ones."""
@@ -116,10 +143,12 @@ class TracePolicy(Policy):
         self._ids[layer] = ids
         self._votes[layer] = votes
         self._layers_seen += 1
+        if not self.is_scoring:
+            return
         if self._fallback is not None and self._fallback.winner is not None:
             self._fallback.lead(layer, self._ids, votes, self.scores)
             return
-        if self._ahead >= 0:
+        if self._ahead >= 0 and not self._is_behind:
             end = min(self.num_layers, layer + 1 + self._ahead)
             gain = self.forecast.look_ahead(layer, end, self._ids[layer])
             if gain is not None:
@@ -131,15 +160,30 @@ class TracePolicy(Policy):
         row += change
 
     def end_step(self) -> None:
-        """Takes the step in; one that broke off between layers is dropped."""
+        """Keeps the step for :meth:`catch_up`; one that broke off between layers is dropped."""
         if self._layers_seen != self.num_layers:
             return
+        self.catch_up()
+        self._ids, self._past_ids = self._past_ids, self._ids
+        self._votes, self._past_votes = self._past_votes, self._votes
+        self._past_rows = self.rows
+        self._has_past = True
+
+    def _take_in(self) -> None:
+        if not self._has_past:
+            return
+        self._has_past = False
+        ids, votes = self._past_ids, self._past_votes
+        if not self.is_scoring:
+            self.forecast.trace(self._past_rows, ids)
+            return
         if self._fallback is not None:
-            gain = self._votes * self._vote_gain
+            gain = votes * self._vote_gain
             gain -= self._fade
-            self._fallback.end_step(self._ids, self._votes, gain, float(self._visited_factor))
-        self.forecast.take_in(self._ids, self._votes)
+            self._fallback.end_step(ids, votes, gain, float(self._visited_factor))
+        self.forecast.take_in(ids, votes)
 
     def end_request(self, request: str) -> None:
         """The request stops counting at once; its matrix enters the collection."""
+        self._take_in()
         self.forecast.end_request(request)
