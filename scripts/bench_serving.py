@@ -276,7 +276,7 @@ class LogWatch:
         return self.seconds
 
 
-BUILD_LOG = {"begin": "building the expert store in", "end": "MoE offload: cache_gb="}
+BUILD_LOG = {"begin": "building the expert store in", "end": "MoE offload: store built:"}
 """Lines around the building of a store: begins to read experts; committed."""
 
 

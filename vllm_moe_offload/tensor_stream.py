@@ -8,12 +8,13 @@ with O_DIRECT, and the disk works while tensors are put into kernel form and wri
 from __future__ import annotations
 
 import json
-import mmap
+import math
 import os
 import struct
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,13 @@ from types import TracebackType
 import torch
 
 from vllm_moe_offload.layout import ALIGNMENT
-from vllm_moe_offload.store.direct_io import open_direct, read_into
+from vllm_moe_offload.store.direct_io import (
+    Bytes,
+    aligned_buffer,
+    io_threads,
+    open_direct,
+    read_into,
+)
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Element types of experts that can be offloaded, by safetensors' names."""
@@ -94,14 +101,22 @@ class TensorStream:
     A context manager; leaving it stops reading.
     """
 
-    def __init__(self, groups: Sequence[Sequence[tuple[str, TensorRange]]]) -> None:
-        """``groups``: names and ranges of tensors that are taken together."""
+    def __init__(
+        self, groups: Sequence[Sequence[tuple[str, TensorRange]]], cpus: Sequence[int] = ()
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            groups: names and ranges of tensors that are taken together.
+            cpus: cores for its threads; empty: where the calling thread may run.
+        """
         self._groups = deque(_extents(group) for group in groups)
         self._waiting = deque(extent for group in self._groups for extent in group)
-        self._reads: deque[Future[memoryview]] = deque()
+        self._reads: deque[Future[Bytes]] = deque()
+        self._buffers: list[Bytes] = []  # of EXTENT_BYTES and what alignment adds; unused
         self._ahead_bytes = 0
         self._descriptors: dict[Path, int] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, "vmo-checkpoint-reader")
+        self._threads = io_threads(_THREADS, "vmo-checkpoint-reader", cpus)
 
     def __enter__(self) -> TensorStream:
         """Begins to read."""
@@ -119,6 +134,13 @@ class TensorStream:
             os.close(descriptor)
         self._descriptors.clear()
 
+    @property
+    def next_elements(self) -> int:
+        """Elements of all tensors of the next group."""
+        return sum(
+            math.prod(where.shape) for extent in self._groups[0] for _, where in extent.tensors
+        )
+
     def next_group(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and tensor of the next group's tensors, by file and offset.
 
@@ -126,9 +148,10 @@ class TensorStream:
             OSError: a file cannot be read, or ended early; names it.
         """
         for extent in self._groups.popleft():
-            view = self._reads.popleft().result()
+            data = self._reads.popleft().result()
             for name, where in extent.tensors:
-                yield name, _tensor(view, where, extent.begin)
+                yield name, _tensor(data, where, extent.begin)
+            del data
             self._ahead_bytes -= extent.nbytes
             self._read_ahead()
 
@@ -142,7 +165,29 @@ class TensorStream:
             if extent.path not in self._descriptors:
                 self._descriptors[extent.path] = open_direct(extent.path, os.O_RDONLY)
             descriptor = self._descriptors[extent.path]
-            self._reads.append(self._threads.submit(_read, descriptor, extent))
+            self._reads.append(self._threads.submit(self._read, descriptor, extent))
+
+    def _read(self, descriptor: int, extent: _Extent) -> Bytes:
+        data = self._buffer(extent.nbytes)
+        count = read_into(descriptor, data.data, extent.begin)
+        if count < extent.nbytes:
+            raise OSError(
+                f"{extent.path} ended at byte {extent.begin + count}, {extent.end} are needed"
+            )
+        return data
+
+    def _buffer(self, nbytes: int) -> Bytes:
+        """Memory for an extent, used again once no tensor lies in it."""
+        usual = EXTENT_BYTES + ALIGNMENT
+        if nbytes > usual:
+            return aligned_buffer(nbytes + -nbytes % ALIGNMENT)
+        try:
+            whole = self._buffers.pop()
+        except IndexError:
+            whole = aligned_buffer(usual + -usual % ALIGNMENT)
+        part = whole[: nbytes + -nbytes % ALIGNMENT]
+        weakref.finalize(part, self._buffers.append, whole).atexit = False
+        return part
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,29 +220,14 @@ def _extents(tensors: Sequence[tuple[str, TensorRange]]) -> list[_Extent]:
     return extents
 
 
-def _read(descriptor: int, extent: _Extent) -> memoryview:
-    """Bytes of an extent, in memory of their own: a tensor may outlive its neighbours."""
-    size = extent.nbytes
-    length = size + -size % ALIGNMENT or ALIGNMENT
-    region = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(region)
-    count = read_into(descriptor, view, extent.begin)
-    if count < size:
-        raise OSError(
-            f"{extent.path} ended at byte {extent.begin + count}, {extent.end} are needed"
-        )
-    return view
-
-
-def _tensor(view: memoryview, where: TensorRange, begin: int) -> torch.Tensor:
+def _tensor(data: Bytes, where: TensorRange, begin: int) -> torch.Tensor:
+    """A tensor in ``data``, which it keeps alive."""
     dtype = DTYPES[where.dtype]
     offset = where.offset - begin
     if not where.nbytes:
         return torch.empty(where.shape, dtype=dtype)
     if offset % dtype.itemsize:  # allowed by the format, not by torch
-        view, offset = memoryview(bytearray(view[offset : offset + where.nbytes])), 0
-    flat = torch.frombuffer(
-        view, dtype=dtype, count=where.nbytes // dtype.itemsize, offset=offset
-    )
+        data, offset = data[offset : offset + where.nbytes].copy(), 0
+    count = where.nbytes // dtype.itemsize
+    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
     return flat.view(where.shape)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_moe_offload.config import OptionError
+from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.tensor_stream import (
     DTYPES,
     TensorRange,
@@ -107,4 +108,4 @@ class SortedCheckpoint:
 
     def experts(self, numbers: Sequence[int]) -> TensorStream:
         """The routed experts' tensors of decoder layers, a group per layer."""
-        return TensorStream([self._experts[number] for number in numbers])
+        return TensorStream([self._experts[number] for number in numbers], io_cpus())

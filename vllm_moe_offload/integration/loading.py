@@ -8,6 +8,7 @@ leave experts out of the stream and open the store.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 from vllm.model_executor.utils import weights_already_processed
 
-from vllm_moe_offload.config import OffloadConfig, OptionError
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import compat
+from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint, layer_number
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
-from vllm_moe_offload.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.layout import ALIGNMENT, ExpertLayout, TensorSpec
 from vllm_moe_offload.lookahead import Router
 from vllm_moe_offload.store import (
     BackgroundWriter,
@@ -39,8 +41,13 @@ from vllm_moe_offload.store import (
     open_store,
     store_lock,
 )
+from vllm_moe_offload.store.direct_io import aligned_buffer
 
 logger = logging.getLogger("vllm.moe_offload")
+
+OVERLAPPED_LAYER_BYTES = 1 << 30
+"""A larger layer is not packed while the one before is still being written: building must not
+take more memory than serving."""
 
 NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
 """Parameters of RoutedExperts that are not rows per expert (vLLM lists them likewise in
@@ -68,6 +75,7 @@ def stream_weights(
                 checkpoint.experts(numbers) as stream,
             ):
                 for index in load.progress():
+                    load.prepare_layer(index, stream.next_elements)
                     yield from stream.next_group()
                     load.store_layer(writer, index)
                 writer.wait()
@@ -150,6 +158,8 @@ class ExpertLoad:
         )
         self._store: ExpertStore | None = None
         self._layout: ExpertLayout | None = None
+        self._landing: torch.Tensor | None = None
+        self._build_began = 0.0
 
     def check_layers(self, in_checkpoint: list[int]) -> list[int]:
         """Decoder layer of every MoE layer.
@@ -177,7 +187,14 @@ class ExpertLoad:
     def builder(self) -> StoreBuilder:
         """A builder for the missing store; its layout is known after the first layer."""
         logger.info("MoE offload: building the expert store in %s", self.directory)
-        return StoreBuilder(self.directory, self._identity, len(self.layers), self.num_experts)
+        self._build_began = time.perf_counter()
+        return StoreBuilder(
+            self.directory,
+            self._identity,
+            len(self.layers),
+            self.num_experts,
+            cpus=io_cpus(),
+        )
 
     def progress(self) -> Iterator[int]:
         """Index of every MoE layer, behind a progress bar."""
@@ -189,13 +206,42 @@ class ExpertLoad:
         )
         return iter(bar)
 
+    def prepare_layer(self, index: int, num_elements: int) -> None:
+        """Gives the layer's parameters memory to be loaded into: the same for all layers.
+
+        vLLM allocated memory for every layer, but nothing touched it yet. Page faults of
+        fresh memory take longer than copying the weights. ``num_elements``: in the checkpoint.
+        """
+        tensors = _expert_tensors(self.layers[index])
+        if any(tensor.device.type != "cpu" for tensor in tensors.values()):
+            return
+        sizes = [tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors.values()]
+        if self._landing is None or self._landing.nbytes < sum(sizes):
+            self._landing = torch.from_numpy(aligned_buffer(sum(sizes)))
+        if num_elements != sum(tensor.numel() for tensor in tensors.values()):
+            self._landing.zero_()  # padded parameters, or a rank's share of them
+        offset = 0
+        for (name, tensor), size in zip(tensors.items(), sizes, strict=True):
+            flat = self._landing[offset : offset + tensor.nbytes].view(tensor.dtype)
+            getattr(self.layers[index], name).data = flat.view(tensor.shape)
+            offset += size
+
+    def _leave_landing(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where the next layer will not overwrite it."""
+        landing = self._landing
+        if landing is None or tensor.device.type != "cpu":
+            return tensor
+        begin = tensor.data_ptr() - landing.data_ptr()
+        return tensor.clone() if 0 <= begin < landing.nbytes else tensor
+
     def store_layer(self, writer: BackgroundWriter, index: int) -> None:
         """Puts a loaded layer into kernel form, has its records written, frees its memory.
 
-        The layer before was written meanwhile, so that two are in memory at a time.
+        The layer before was written meanwhile; small ones while this one is packed, too.
         """
         layer = self.layers[index]
-        writer.wait()
+        if self._landing is None or self._landing.nbytes > OVERLAPPED_LAYER_BYTES:
+            writer.wait()
         layer.quant_method.process_weights_after_loading(layer)
         tensors = _expert_tensors(layer)
         layout = _layout_of(tensors)
@@ -207,13 +253,19 @@ class ExpertLoad:
                 f"{self.layers[0].layer_name}; use --moe-offload=off"
             )
         writer.write_layer(
-            index, layout, {name: _as_bytes(tensor) for name, tensor in tensors.items()}
+            index,
+            layout,
+            {name: _as_bytes(self._leave_landing(tensor)) for name, tensor in tensors.items()},
         )
         _free(layer)
 
     def commit(self, builder: StoreBuilder) -> None:
         """Makes the store the one that later starts open."""
+        self._landing = None
         self._store = builder.commit()
+        gib = self._store.path.stat().st_size / GIB
+        seconds = time.perf_counter() - self._build_began
+        logger.info("MoE offload: store built: %.2f GiB in %.1f s", gib, seconds)
 
     def finish(self) -> None:
         """Pool, cache and transfer; parameters become rows of the pool."""

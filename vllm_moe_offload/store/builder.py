@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from vllm_moe_offload.layout import ExpertLayout
-from vllm_moe_offload.store.direct_io import Bytes, DirectWriter
+from vllm_moe_offload.store.direct_io import Bytes, DirectWriter, io_threads
 from vllm_moe_offload.store.directory import building_directory, sync_directory
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.expert_store import (
@@ -39,7 +39,13 @@ class StoreBuilder:
     """
 
     def __init__(
-        self, directory: Path, identity: StoreIdentity, num_layers: int, num_experts: int
+        self,
+        directory: Path,
+        identity: StoreIdentity,
+        num_layers: int,
+        num_experts: int,
+        *,
+        cpus: Sequence[int] = (),
     ) -> None:
         """Touches nothing yet.
 
@@ -48,7 +54,9 @@ class StoreBuilder:
             identity: what the store is built from.
             num_layers: MoE layers, each to be written once.
             num_experts: routed experts per layer.
+            cpus: cores for its threads; empty: where the calling thread may run.
         """
+        self.cpus = cpus
         self._directory = directory
         self._identity = identity
         self._num_layers = num_layers
@@ -147,7 +155,7 @@ class StoreBuilder:
 
     def _create(self, path: Path) -> DirectWriter:
         try:
-            return DirectWriter(path)
+            return DirectWriter(path, self.cpus)
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -204,7 +212,7 @@ class BackgroundWriter:
     def __init__(self, builder: StoreBuilder) -> None:
         """``builder``: must be entered, and stay so until this is left."""
         self._builder = builder
-        self._thread = ThreadPoolExecutor(1, "vmo-store-layers")
+        self._thread = io_threads(1, "vmo-store-layers", builder.cpus)
         self._layer: Future[None] | None = None
 
     def __enter__(self) -> BackgroundWriter:
