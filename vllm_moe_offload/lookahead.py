@@ -28,7 +28,8 @@ from vllm_moe_offload.policy.base import IdArray, StepRows
 FloatArray = npt.NDArray[np.float32]
 
 MAX_ROWS = 64
-"""Steps of more rows than this are prefill, which streams whole layers: not predicted."""
+"""Rows of a step that the routers are asked about; of longer ones, a sample that is spread
+evenly. So many tokens use most experts anyway, and the sample names them."""
 
 NUM_BINS = 16
 """Bins of margins, a quarter of a standard deviation each, as ``csrc/lookahead.h`` has them:
@@ -74,6 +75,7 @@ class RouterLookahead:
         self._unwatched: npt.NDArray[np.uint8] = np.zeros((0, num_experts), np.uint8)
         self._active = False
         self._num_rows = 0
+        self._sample: slice | npt.NDArray[np.int64] = slice(0)
         self._num_steps = 0
         # Kinds of the guesses about one layer, by distance: what they were like is compared
         # with what came. One layer per step is enough, and costs next to nothing.
@@ -89,10 +91,13 @@ class RouterLookahead:
         return self._trust
 
     def begin_step(self, rows: StepRows) -> None:
-        """A step begins; steps with a prompt in them are not predicted."""
+        """A step begins."""
         count = rows.request_of_row.size
-        self._active = count <= MAX_ROWS and not bool(rows.is_prefill.any())
-        self._num_rows = count
+        self._active = True
+        self._num_rows = min(count, MAX_ROWS)
+        self._sample = slice(count)
+        if count > MAX_ROWS:
+            self._sample = np.arange(MAX_ROWS) * count // MAX_ROWS
         self._kinds = [None] * self.depth
         self._num_steps += 1
         self._watched = self._num_steps % self.num_layers
@@ -102,7 +107,7 @@ class RouterLookahead:
         if layer != self._watched or not self._active:
             return
         used = np.zeros((self._num_rows, self.num_experts), np.float32)
-        np.put_along_axis(used, np.asarray(ids, np.int64), 1.0, axis=1)
+        np.put_along_axis(used, np.asarray(ids[self._sample], np.int64), 1.0, axis=1)
         for distance, kinds in enumerate(self._kinds):
             if kinds is None:
                 continue
@@ -125,7 +130,7 @@ class RouterLookahead:
         target = layer + ahead
         if not self._active or hidden is None or target >= self.num_layers:
             return None
-        logits = self._routers[target](hidden[: self._num_rows]).float().contiguous()
+        logits = self._routers[target](hidden[self._sample]).float().contiguous()
         shape = (self._num_rows, self.num_experts)
         if target == self._watched:
             kinds = self._kinds[ahead - 1] = np.empty(shape, np.uint8)

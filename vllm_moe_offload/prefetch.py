@@ -69,8 +69,8 @@ class Predictor(Protocol):
 
         Returns:
             (expert, probability that at least one of the step's tokens uses it), most probable
-            first. None where nothing can be said: nothing learned yet, a step with prefill,
-            beyond the last layer.
+            first. None where nothing can be said: nothing learned yet, too many tokens, beyond
+            the last layer.
         """
 
     def end_step(self) -> None:
@@ -89,7 +89,8 @@ class Prefetcher:
     Attributes:
         predictor: says what the next layers will use.
         read_ns: average time to read one expert.
-        compute_ns: average time from a layer's rows being ready to the next layer's call.
+        compute_ns: average time from a layer's rows being ready to the next layer's call, by
+            the number of bits in the step's number of tokens.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class Prefetcher:
     ) -> None:
         self.predictor = predictor
         self.read_ns = 0.0
-        self.compute_ns = 0.0
+        self.compute_ns: dict[int, float] = {}
+        self._size = 0
         self._cache = cache
         self._transfer = transfer
         self._policy = policy
@@ -106,6 +108,7 @@ class Prefetcher:
 
     def begin_step(self, rows: StepRows) -> None:
         """A step begins."""
+        self._size = rows.request_of_row.size.bit_length()
         self.predictor.begin_step(rows)
 
     def observe(self, layer: int, ids: IdArray) -> None:
@@ -207,8 +210,8 @@ class Prefetcher:
         if read_ns is not None:
             self.read_ns += (read_ns - self.read_ns) * (SMOOTHING if self.read_ns else 1.0)
         if compute_ns is not None:
-            weight = SMOOTHING if self.compute_ns else 1.0
-            self.compute_ns += (compute_ns - self.compute_ns) * weight
+            before = self.compute_ns.get(self._size, compute_ns)
+            self.compute_ns[self._size] = before + (compute_ns - before) * SMOOTHING
 
     def _budget(self) -> int:
         """Reads under way at a time: what the link carries while one layer computes, and two.
@@ -218,4 +221,4 @@ class Prefetcher:
         """
         if not self.read_ns:
             return 1
-        return min(2 + int(self.compute_ns / self.read_ns), MOST_IN_FLIGHT)
+        return min(2 + int(self.compute_ns.get(self._size, 0.0) / self.read_ns), MOST_IN_FLIGHT)
