@@ -245,18 +245,34 @@ int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, i
   });
 }
 
-int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
-                       int32_t top_k, const int32_t* slots, const float* trust, float threshold,
-                       uint8_t* kinds, int32_t* experts, float* chances) {
+int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int64_t stride,
+                       int32_t num_experts, int32_t top_k, const int32_t* slots,
+                       const float* trust, float threshold, uint8_t* kinds, int32_t* experts,
+                       float* chances) {
   return guarded<int32_t>(-1, [&] {
-    const std::vector<vmo::Guess> guesses =
-        vmo::look_ahead(logits, num_rows, num_experts, top_k, slots, trust, threshold, kinds);
+    const std::vector<vmo::Guess> guesses = vmo::look_ahead(
+        logits, num_rows, stride, num_experts, top_k, slots, trust, threshold, kinds);
     for (size_t i = 0; i < guesses.size(); ++i) {
       experts[i] = guesses[i].expert;
       chances[i] = guesses[i].chance;
     }
     return static_cast<int32_t>(guesses.size());
   });
+}
+
+int32_t vmo_judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts,
+                  const int64_t* ids, int32_t top_k, float* tried, float* right) {
+  return guarded<int32_t>(-1, [&] {
+    vmo::judge(kinds, num_rows, num_experts, ids, top_k, tried, right);
+    return 0;
+  });
+}
+
+void vmo_follow(float* scores, const float* votes, const float* fade, float gain, float decay,
+                int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]);
+  }
 }
 
 vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_threads,

@@ -75,10 +75,18 @@ VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t 
 // Experts that a layer will probably use, judged by its router's logits; arguments as in
 // lookahead.h. `experts` and `chances` have room for num_experts; returns how many were
 // written, most probable first; -1 on error.
-VMO_API int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
-                               int32_t top_k, const int32_t* slots, const float* trust,
-                               float threshold, uint8_t* kinds, int32_t* experts,
-                               float* chances);
+VMO_API int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int64_t stride,
+                               int32_t num_experts, int32_t top_k, const int32_t* slots,
+                               const float* trust, float threshold, uint8_t* kinds,
+                               int32_t* experts, float* chances);
+// What became of guesses; arguments as in lookahead.h. 0, or -1 on an id out of range.
+VMO_API int32_t vmo_judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts,
+                          const int64_t* ids, int32_t top_k, float* tried, float* right);
+
+// ---- scores -----------------------------------------------------------------------------
+// scores[i] = scores[i] * decay + votes[i] * gain - fade[i], for i < count.
+VMO_API void vmo_follow(float* scores, const float* votes, const float* fade, float gain,
+                        float decay, int64_t count);
 
 // ---- file reader -------------------------------------------------------------------
 typedef struct vmo_reader vmo_reader;

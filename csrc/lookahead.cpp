@@ -32,9 +32,9 @@ Scale scale_of(const float* logits, int32_t num_experts, int32_t top_k,
 
 }  // namespace
 
-std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
-                              int32_t top_k, const int32_t* slots, const float* trust,
-                              float threshold, uint8_t* kinds) {
+std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int64_t stride,
+                              int32_t num_experts, int32_t top_k, const int32_t* slots,
+                              const float* trust, float threshold, uint8_t* kinds) {
   if (top_k < 1 || top_k >= num_experts) {
     throw std::invalid_argument("top_k must lie in [1, " + std::to_string(num_experts) +
                                 "), got " + std::to_string(top_k));
@@ -44,9 +44,10 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num
   std::vector<float> unused(width, 1.0F);  // probability that no row uses it
   for (int32_t row = 0; row < num_rows; ++row) {
     const size_t begin = static_cast<size_t>(row) * width;
-    const Scale scale = scale_of(logits + begin, num_experts, top_k, scratch);
+    const float* of_row = logits + row * stride;
+    const Scale scale = scale_of(of_row, num_experts, top_k, scratch);
     for (size_t e = 0; e < width; ++e) {
-      const float margin = (logits[begin + e] - scale.boundary) * scale.bins_per_logit;
+      const float margin = (of_row[e] - scale.boundary) * scale.bins_per_logit;
       const float bin = std::clamp(std::floor(margin) + static_cast<float>(kMarginBins / 2),
                                    0.0F, static_cast<float>(kMarginBins - 1));
       const int32_t kind = static_cast<int32_t>(bin) + (slots[e] < 0 ? kMarginBins : 0);
@@ -62,6 +63,22 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num
   std::stable_sort(guesses.begin(), guesses.end(),
                    [](const Guess& a, const Guess& b) { return a.chance > b.chance; });
   return guesses;
+}
+
+void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
+           int32_t top_k, float* tried, float* right) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const uint8_t* of_row = kinds + row * num_experts;
+    for (int32_t e = 0; e < num_experts; ++e) tried[of_row[e]] += 1.0F;
+    for (int32_t k = 0; k < top_k; ++k) {
+      const int64_t id = ids[row * top_k + k];
+      if (id < 0 || id >= num_experts) {
+        throw std::invalid_argument("expert id " + std::to_string(id) + " is outside [0, " +
+                                    std::to_string(num_experts) + ")");
+      }
+      right[of_row[id]] += 1.0F;
+    }
+  }
 }
 
 }  // namespace vmo

@@ -18,14 +18,20 @@ struct Guess {
 
 // Which experts a layer will probably use, judged by its router's logits.
 //
-// `logits` [num_rows, num_experts]; `slots` [num_experts], the layer's page table, negative
-// for what is absent; `trust` [2, kMarginBins], how often a guess of each kind (resident or
-// absent, margin) was right; `kinds` [num_rows, num_experts] receives each guess's kind.
-// Returns the experts that at least one row uses with a probability of `threshold` or more,
-// most probable first, ties by expert. Throws std::invalid_argument unless
+// `logits` [num_rows, num_experts], rows `stride` apart; `slots` [num_experts], the layer's
+// page table, negative for what is absent; `trust` [2, kMarginBins], how often a guess of each
+// kind (resident or absent, margin) was right; `kinds` [num_rows, num_experts] receives each
+// guess's kind. Returns the experts that at least one row uses with a probability of
+// `threshold` or more, most probable first, ties by expert. Throws std::invalid_argument unless
 // 0 < top_k < num_experts.
-std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
-                              int32_t top_k, const int32_t* slots, const float* trust,
-                              float threshold, uint8_t* kinds);
+std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int64_t stride,
+                              int32_t num_experts, int32_t top_k, const int32_t* slots,
+                              const float* trust, float threshold, uint8_t* kinds);
+
+// What became of guesses: of their `kinds` [num_rows, num_experts], all are added to `tried`
+// and those in `ids` [num_rows, top_k] to `right`, both [2, kMarginBins]. Throws
+// std::invalid_argument on an id out of range, with both unchanged or partly added to.
+void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
+           int32_t top_k, float* tried, float* right);
 
 }  // namespace vmo

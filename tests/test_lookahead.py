@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_moe_offload.lookahead import MAX_ROWS, NUM_BINS, RouterLookahead
+from vllm_moe_offload.lookahead import MAX_ROWS, NUM_BINS, RouterLookahead, Routers
 from vllm_moe_offload.native import NativeError
 from vllm_moe_offload.policy import StepRows
 
@@ -33,18 +33,9 @@ class Model:
             (first if alike else torch.randn(shape, generator=generator)).to(dtype)
             for _ in range(LAYERS)
         ]
-        self.asked: list[int] = []
-
-    def router(self, layer: int):
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            self.asked.append(layer)
-            return hidden @ self.weights[layer].T
-
-        return logits
 
     def lookahead(self, depth: int = 2) -> RouterLookahead:
-        routers = [self.router(layer) for layer in range(LAYERS)]
-        return RouterLookahead(routers, EXPERTS, TOP_K, depth)
+        return RouterLookahead(Routers(torch.stack(self.weights)), TOP_K, depth)
 
     def ids(self, layer: int, hidden: torch.Tensor) -> np.ndarray:
         return (hidden @ self.weights[layer].T).topk(TOP_K, dim=1).indices.numpy()
@@ -114,23 +105,59 @@ def test_padding_is_not_looked_at() -> None:
     assert {expert for expert, _ in found} == set(model.ids(1, hidden[:1])[0].tolist())
 
 
-def test_nothing_is_said_about_prefill_or_what_lies_beyond() -> None:
-    model = Model(alike=True)
-    ahead = model.lookahead()
+def test_nothing_is_said_about_what_lies_beyond() -> None:
+    ahead = Model(alike=True).lookahead()
     hidden = torch.randn((3, EXPERTS))
-    prefill = StepRows.of_lengths(["a"], np.array([3]), np.array([0]), np.array([True]))
-    many = decode_rows(MAX_ROWS + 1)
-    for rows in (prefill, many):
-        ahead.begin_step(rows)
-        assert ahead.predict(0, 1, hidden, NOTHING_RESIDENT, 0.5) is None
     ahead.begin_step(decode_rows(3))
     assert ahead.predict(LAYERS - 1, 1, hidden, NOTHING_RESIDENT, 0.5) is None
     assert ahead.predict(0, 1, None, NOTHING_RESIDENT, 0.5) is None
-    assert model.asked == []
+    assert ahead.predict(0, 1, hidden, NOTHING_RESIDENT, 0.5) is not None
+    ahead.end_step()
+    assert ahead.predict(0, 1, hidden, NOTHING_RESIDENT, 0.5) is None
+
+
+def test_of_a_long_prompt_a_sample_is_looked_at() -> None:
+    model = Model(alike=True)
+    ahead = model.lookahead(depth=1)
+    count = 10 * MAX_ROWS
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn((count, EXPERTS), generator=generator)
+    hidden[:, :] = hidden[:1]
+    hidden[count // 2 :] = torch.randn((1, EXPERTS), generator=generator)
+    rows = StepRows.of_lengths(["a"], np.array([count]), np.array([0]), np.array([True]))
+    for _ in range(30):
+        ahead.begin_step(rows)
+        for layer in range(LAYERS):
+            ahead.observe(layer, model.ids(layer, hidden))
+            found = ahead.predict(layer, 1, hidden, NOTHING_RESIDENT, 0.9)
+            if layer + 1 < LAYERS:
+                assert found is not None
+                both = {*model.ids(layer + 1, hidden[[0, -1]]).flatten().tolist()}
+                assert both <= {expert for expert, _ in found}
+        ahead.end_step()
+
+
+def test_routers_with_biases_and_of_other_types() -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn((LAYERS, EXPERTS, 6), generator=generator).bfloat16()
+    bias = torch.randn((LAYERS, EXPERTS), generator=generator).bfloat16()
+    hidden = torch.randn((2, 6), generator=generator)
+    found = Routers(weight, bias).logits(hidden, 1, 3)
+    wanted = torch.cat([hidden @ weight[at].float().T + bias[at].float() for at in (1, 2)], 1)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, wanted, atol=0.1)
+
+
+def test_an_id_that_is_no_expert_is_an_error() -> None:
+    ahead = Model(alike=True).lookahead()
+    ahead.begin_step(decode_rows(1))
+    ahead.predict(0, 1, torch.ones((1, EXPERTS)), NOTHING_RESIDENT, 0.5)
+    with pytest.raises(NativeError, match=r"expert id 12 is outside \[0, 12\)"):
+        ahead.observe(1, np.array([[3, EXPERTS]]))
 
 
 def test_impossible_top_k_is_an_error() -> None:
-    ahead = RouterLookahead([lambda hidden: hidden] * 2, EXPERTS, EXPERTS, 1)
+    ahead = RouterLookahead(Routers(torch.zeros(2, EXPERTS, EXPERTS)), EXPERTS, 1)
     ahead.begin_step(decode_rows(1))
     with pytest.raises(NativeError, match=r"top_k must lie in \[1, 12\), got 12"):
         ahead.predict(0, 1, torch.zeros((1, EXPERTS)), NOTHING_RESIDENT, 0.5)

@@ -16,7 +16,7 @@ How far such a guess is to be trusted is measured while it is used. A guess is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,32 @@ above 0 right in 3 of 4 cases, the others never."""
 MEMORY = 0.995
 """Share of the older evidence that a step keeps: a few hundred steps count."""
 
-Router = Callable[[torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Routers:
+    """The routers of all MoE layers, which are linear: logits = hidden @ weight.T + bias.
+
+    Copies of their own: the routers of the next few layers are asked in one multiplication,
+    where asking the model's modules one by one would take longer than predicting may.
+
+    Attributes:
+        weight: ``[layers, experts, hidden]``.
+        bias: ``[layers, experts]`` or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def logits(self, hidden: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """float32 ``[rows, (end - begin) * experts]`` of layers ``[begin, end)``.
+
+        ``hidden``: ``[rows, hidden]`` of any float type.
+        """
+        weight = self.weight[begin:end].flatten(0, 1)
+        found = hidden.to(weight.dtype) @ weight.T
+        if self.bias is not None:
+            found += self.bias[begin:end].flatten()
+        return found.float()
 
 
 class RouterLookahead:
@@ -52,17 +77,14 @@ class RouterLookahead:
         depth: layers ahead that it may be asked for.
     """
 
-    def __init__(
-        self, routers: Sequence[Router], num_experts: int, top_k: int, depth: int
-    ) -> None:
-        """``routers``: per layer, hidden states ``[rows, hidden]`` to logits ``[rows, experts]``.
-
-        ``top_k`` must be less than ``num_experts``.
-        """
+    def __init__(self, routers: Routers, top_k: int, depth: int) -> None:
+        """``top_k`` must be less than the number of experts."""
         self.depth = depth
-        self.num_layers = len(routers)
-        self.num_experts = num_experts
-        self._routers = list(routers)
+        self.num_layers, self.num_experts, _ = routers.weight.shape
+        num_experts = self.num_experts
+        self._routers = routers
+        self._asked = -1  # layer whose hidden states the logits are of
+        self._logits = torch.zeros((0, 0))
         self._top_k = top_k
         shape = (depth, 2, NUM_BINS)
         self._tried: FloatArray = np.full(shape, FIRST_GUESSES, np.float32)
@@ -100,22 +122,30 @@ class RouterLookahead:
             self._sample = np.arange(MAX_ROWS) * count // MAX_ROWS
         self._kinds = [None] * self.depth
         self._num_steps += 1
+        self._asked = -1
         self._watched = self._num_steps % self.num_layers
 
     def observe(self, layer: int, ids: IdArray) -> None:
         """Layer ``layer`` routed the step's rows, ids ``[rows, top_k]``: was the guess right?"""
         if layer != self._watched or not self._active:
             return
-        used = np.zeros((self._num_rows, self.num_experts), np.float32)
-        np.put_along_axis(used, np.asarray(ids[self._sample], np.int64), 1.0, axis=1)
+        used = np.ascontiguousarray(ids[self._sample], np.int64)
+        self._tried *= MEMORY
+        self._right *= MEMORY
         for distance, kinds in enumerate(self._kinds):
             if kinds is None:
                 continue
-            flat, size = kinds.reshape(-1).astype(np.int64), 2 * NUM_BINS
-            tried = np.bincount(flat, minlength=size).reshape(2, NUM_BINS)
-            right = np.bincount(flat, used.reshape(-1), size).reshape(2, NUM_BINS)
-            self._tried[distance] = self._tried[distance] * MEMORY + tried
-            self._right[distance] = self._right[distance] * MEMORY + right
+            check(
+                core.vmo_judge(
+                    kinds.ctypes.data,
+                    self._num_rows,
+                    self.num_experts,
+                    used.ctypes.data,
+                    used.shape[1],
+                    self._tried[distance].ctypes.data,
+                    self._right[distance].ctypes.data,
+                )
+            )
         np.divide(self._right, self._tried, out=self._trust)
 
     def predict(
@@ -130,19 +160,24 @@ class RouterLookahead:
         target = layer + ahead
         if not self._active or hidden is None or target >= self.num_layers:
             return None
-        logits = self._routers[target](hidden[self._sample]).float().contiguous()
-        shape = (self._num_rows, self.num_experts)
+        if self._asked != layer:
+            self._asked = layer
+            end = min(layer + 1 + self.depth, self.num_layers)
+            self._logits = self._routers.logits(hidden[self._sample], layer + 1, end)
+        logits, width = self._logits, self.num_experts
+        shape = (self._num_rows, width)
         if target == self._watched:
             kinds = self._kinds[ahead - 1] = np.empty(shape, np.uint8)
         else:
             kinds = self._unwatched
-            if kinds.size < logits.numel():
+            if kinds.size < self._num_rows * width:
                 kinds = self._unwatched = np.empty(shape, np.uint8)
         count = check(
             core.vmo_look_ahead(
-                logits.data_ptr(),
+                logits.data_ptr() + 4 * width * (ahead - 1),
                 self._num_rows,
-                self.num_experts,
+                logits.shape[1],
+                width,
                 self._top_k,
                 slots.ctypes.data,
                 self._trust_at[ahead - 1],

@@ -76,6 +76,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [
             c_void_p,
             c_int32,
+            c_int64,
             c_int32,
             c_int32,
             c_void_p,
@@ -86,6 +87,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             c_void_p,
         ],
     ),
+    "vmo_judge": (
+        c_int32,
+        [c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p, c_void_p],
+    ),
+    "vmo_follow": (None, [c_void_p, c_void_p, c_void_p, c_float, c_float, c_int64]),
     "vmo_reader_open": (c_void_p, [c_char_p, c_int32, c_int32, c_void_p, c_int32]),
     "vmo_reader_close": (None, [c_void_p]),
     "vmo_reader_file_bytes": (c_int64, [c_void_p]),

@@ -32,7 +32,6 @@ from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.layout import ALIGNMENT, ExpertLayout, TensorSpec
-from vllm_moe_offload.lookahead import Router
 from vllm_moe_offload.store import (
     BackgroundWriter,
     ExpertStore,
@@ -125,7 +124,7 @@ def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
             "routed expert layer; use --moe-offload=off"
         )
-    return ExpertLoad(vllm_config, options, layers, routers_of(model, layers))
+    return ExpertLoad(vllm_config, options, model, layers)
 
 
 class ExpertLoad:
@@ -135,10 +134,10 @@ class ExpertLoad:
         self,
         vllm_config: Any,
         options: OffloadConfig,
+        model: torch.nn.Module,
         layers: list[Any],
-        routers: list[Router] | None,
     ) -> None:
-        self._routers = routers
+        self._model = model
         self.options = options
         self.layers = layers
         self._vllm_config = vllm_config
@@ -279,7 +278,8 @@ class ExpertLoad:
                     layer.quant_method.process_weights_after_loading(layer)
             # vLLM's own pass over all modules must not process the pool's rows again.
             layer.quant_method.process_weights_after_loading = _already_processed
-        start_runtime(self._vllm_config, self.options, store, self.layers, self._routers)
+        routers = routers_of(self._model, self.layers)
+        start_runtime(self._vllm_config, self.options, store, self.layers, routers)
 
 
 def _already_processed(layer: torch.nn.Module) -> None:

@@ -7,24 +7,42 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
-from vllm_moe_offload.lookahead import Router
+from vllm_moe_offload.lookahead import Routers
+
+LARGEST_IN_FLOAT32_BYTES = 128 << 20
+"""Routers that would take more in float32 are kept in the model's type: multiplying one row
+is faster in float32, but not worth any memory."""
 
 
-def routers_of(model: torch.nn.Module, layers: list[Any]) -> list[Router] | None:
-    """The routers of ``layers``, in order; None if one is not found or not like the others.
+def routers_of(model: torch.nn.Module, layers: list[Any]) -> Routers | None:
+    """The routers of ``layers``; None if one is not found, or not like the others.
 
     A layer's router is the linear module with one output per expert beside it. Any such
-    module will do: it only guesses, and how far it is right is measured.
+    module will do: it only guesses, and how far it is right is measured. To be called when
+    weights are loaded and not yet put into kernel form.
     """
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
-    routers = [_router_of(modules, names[id(layer)], layer) for layer in layers]
-    if any(router is None for router in routers):
+    found = [_router_of(modules, names[id(layer)], layer) for layer in layers]
+    if any(router is None for router in found):
         return None
-    return [router for router in routers if router is not None]
+    routers: list[Any] = [router for router in found if router is not None]
+    with_bias = [router for router in routers if getattr(router, "bias", None) is not None]
+    if with_bias and len(with_bias) != len(routers):
+        return None
+    weight = torch.stack([router.weight.detach() for router in routers])
+    if 4 * weight.numel() <= LARGEST_IN_FLOAT32_BYTES:
+        weight = weight.float()
+    bias = None
+    if with_bias:
+        bias = torch.stack([router.bias.detach() for router in routers]).to(weight.dtype)
+    return Routers(weight, bias)
 
 
-def _router_of(modules: dict[str, torch.nn.Module], name: str, layer: Any) -> Router | None:
+def _router_of(
+    modules: dict[str, torch.nn.Module], name: str, layer: Any
+) -> torch.nn.Module | None:
+    num_experts = layer.moe_config.num_experts
     parent = name
     while parent:
         parent = parent.rpartition(".")[0]
@@ -32,18 +50,13 @@ def _router_of(modules: dict[str, torch.nn.Module], name: str, layer: Any) -> Ro
             module
             for module in modules[parent].children()
             if isinstance(module, LinearBase)
-            and module.output_size == layer.moe_config.num_experts
+            and module.output_size == num_experts
             and module.input_size == layer.hidden_size
         ]
         if len(linear) == 1:
-            return _logits_of(linear[0])
+            weight = getattr(linear[0], "weight", None)
+            if weight is None or not weight.is_floating_point():
+                return None
+            shape = (num_experts, layer.hidden_size)
+            return linear[0] if tuple(weight.shape) == shape else None
     return None
-
-
-def _logits_of(linear: torch.nn.Module) -> Router:
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        result = linear(hidden)
-        found: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return found
-
-    return logits

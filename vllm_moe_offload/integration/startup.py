@@ -13,7 +13,7 @@ from vllm_moe_offload.cache import CacheShape, ExpertCache
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.counters_dir import counters_dir
-from vllm_moe_offload.lookahead import Router, RouterLookahead
+from vllm_moe_offload.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.pool import SlotPool
@@ -36,7 +36,7 @@ def start_runtime(
     options: OffloadConfig,
     store: ExpertStore,
     layers: list[Any],
-    routers: list[Router] | None,
+    routers: Routers | None,
 ) -> OffloadRuntime:
     """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool.
 
@@ -152,13 +152,13 @@ def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> 
 
 
 def _predictor(
-    options: OffloadConfig, shape: CacheShape, routers: list[Router] | None, top_k: int
+    options: OffloadConfig, shape: CacheShape, routers: Routers | None, top_k: int
 ) -> Predictor | None:
     """The model's routers, asked early; without them co-activation, learned online."""
     if options.mode != "trace" or not options.prefetch or shape.holds_everything:
         return None
     if routers is not None:
-        return RouterLookahead(routers, shape.num_experts, top_k, LAYERS_AHEAD)
+        return RouterLookahead(routers, top_k, LAYERS_AHEAD)
     return CrossLayerPredictor(shape.num_layers, shape.num_experts, depth=LAYERS_AHEAD)
 
 

@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.native import core
 from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
 from vllm_moe_offload.policy.forecast import Forecast, TraceOptions
@@ -53,7 +54,8 @@ class TracePolicy(Policy):
         self._ahead = int(chosen.layers_ahead)
         self._vote_gain: FloatArray = np.zeros((num_layers, 1), np.float32)
         self._fade: FloatArray = np.zeros(shape, np.float32)
-        self._change: FloatArray = np.zeros(num_experts, np.float32)
+        self._vote_gains = [0.0] * num_layers
+        self._scores_at, self._fade_at = self.scores.ctypes.data, self._fade.ctypes.data
         self._votes: FloatArray = np.zeros(shape, np.float32)
         self._ids: npt.NDArray[np.int32] = np.zeros((num_layers, 0, 0), np.int32)
         self._past_votes, self._past_ids = self._votes.copy(), self._ids
@@ -94,6 +96,11 @@ class TracePolicy(Policy):
             return 1.0
         return self.forecast.full_score
 
+    def bind(self, scores: FloatArray) -> None:
+        """See :meth:`Policy.bind`; ``scores`` must be contiguous."""
+        super().bind(scores)
+        self._scores_at = scores.ctypes.data
+
     def attach_shadows(self, own: Shadow, plain: Sequence[Shadow]) -> None:
         """Lets shadows compete.
 
@@ -124,6 +131,7 @@ class TracePolicy(Policy):
         own *= self._unvisited
         gain = np.float32(self.forecast.gain * float(self._visited_factor))
         np.multiply(self._unvisited, gain, out=self._vote_gain)
+        self._vote_gains = self._vote_gain[:, 0].tolist()
         np.multiply(self.forecast.fading, self._vote_gain, out=self._fade)
         if self._fallback is not None:
             self._fallback.expect(own)
@@ -153,11 +161,15 @@ class TracePolicy(Policy):
             gain = self.forecast.look_ahead(layer, end, self._ids[layer])
             if gain is not None:
                 self.scores[layer:end] += gain * self._unvisited[layer:end]
-        change, row = self._change, self.scores[layer]
-        np.multiply(votes, self._vote_gain[layer], out=change)
-        change -= self._fade[layer]
-        row *= self._visited_factor
-        row += change
+        begin = 4 * layer * self.num_experts
+        core.vmo_follow(
+            self._scores_at + begin,
+            votes.ctypes.data,
+            self._fade_at + begin,
+            self._vote_gains[layer],
+            float(self._visited_factor),
+            self.num_experts,
+        )
 
     def end_step(self) -> None:
         """Keeps the step for :meth:`catch_up`; one that broke off between layers is dropped."""
