@@ -260,6 +260,24 @@ int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int64_t stride,
   });
 }
 
+int32_t vmo_planner_foresee(vmo_planner* planner, const float* logits, int32_t num_rows,
+                            int64_t stride, int32_t first_layer, int32_t num_layers,
+                            int32_t top_k, const float* trust, float threshold, float value,
+                            int32_t max_reads, uint8_t* kinds, int32_t* reads,
+                            int32_t* num_asked) {
+  return guarded<int32_t>(-1, [&] {
+    const std::vector<vmo::ReservedRow> reserved =
+        vmo::foresee(planner->core, logits, num_rows, stride, first_layer, num_layers, top_k,
+                     trust, threshold, value, max_reads, kinds, *num_asked);
+    for (const vmo::ReservedRow& row : reserved) {
+      *reads++ = row.layer;
+      *reads++ = row.expert;
+      *reads++ = row.slot;
+    }
+    return static_cast<int32_t>(reserved.size());
+  });
+}
+
 int32_t vmo_judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts,
                   const int64_t* ids, int32_t top_k, float* tried, float* right) {
   return guarded<int32_t>(-1, [&] {

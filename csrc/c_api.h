@@ -79,6 +79,14 @@ VMO_API int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int64_t st
                                int32_t num_experts, int32_t top_k, const int32_t* slots,
                                const float* trust, float threshold, uint8_t* kinds,
                                int32_t* experts, float* chances);
+// Guesses for `num_layers` layers, and the rows reserved for what is to be read ahead;
+// arguments as in lookahead.h. reads [max_reads, 3] receives layer, expert and slot of each;
+// returns how many there are, -1 on error.
+VMO_API int32_t vmo_planner_foresee(vmo_planner* planner, const float* logits, int32_t num_rows,
+                                    int64_t stride, int32_t first_layer, int32_t num_layers,
+                                    int32_t top_k, const float* trust, float threshold,
+                                    float value, int32_t max_reads, uint8_t* kinds,
+                                    int32_t* reads, int32_t* num_asked);
 // What became of guesses; arguments as in lookahead.h. 0, or -1 on an id out of range.
 VMO_API int32_t vmo_judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts,
                           const int64_t* ids, int32_t top_k, float* tried, float* right);

@@ -65,6 +65,36 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int64_t str
   return guesses;
 }
 
+std::vector<ReservedRow> foresee(Planner& planner, const float* logits, int32_t num_rows,
+                                 int64_t stride, int32_t first_layer, int32_t num_layers,
+                                 int32_t top_k, const float* trust, float threshold,
+                                 float value, int32_t max_reads, uint8_t* kinds,
+                                 int32_t& num_asked) {
+  const int32_t num_experts = planner.config().num_experts;
+  if (first_layer < 0 || num_layers < 0 ||
+      num_layers > planner.config().num_layers - first_layer) {
+    throw std::invalid_argument("layers [" + std::to_string(first_layer) + ", " +
+                                std::to_string(first_layer + num_layers) +
+                                ") do not all exist");
+  }
+  std::vector<ReservedRow> reserved;
+  const auto is_full = [&] { return reserved.size() >= static_cast<size_t>(max_reads); };
+  for (num_asked = 0; num_asked < num_layers && !is_full(); ++num_asked) {
+    const int32_t layer = first_layer + num_asked;
+    const int32_t* slots = planner.page_table() + static_cast<int64_t>(layer) * num_experts;
+    const std::vector<Guess> guesses = look_ahead(
+        logits + static_cast<int64_t>(num_asked) * num_experts, num_rows, stride, num_experts,
+        top_k, slots, trust + static_cast<int64_t>(num_asked) * 2 * kMarginBins, threshold,
+        kinds + static_cast<int64_t>(num_asked) * num_rows * num_experts);
+    for (const Guess& guess : guesses) {
+      if (slots[guess.expert] < 0 && is_full()) continue;
+      const int32_t slot = planner.prefetch(layer, guess.expert, guess.chance * value);
+      if (slot >= 0) reserved.push_back({layer, guess.expert, slot});
+    }
+  }
+  return reserved;
+}
+
 void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
            int32_t top_k, float* tried, float* right) {
   for (int64_t row = 0; row < num_rows; ++row) {

@@ -35,6 +35,7 @@ from scripts.bench_report import (  # noqa: E402
     results_of,
     write_report,
 )
+from vllm_moe_offload.predictor import Predictor  # noqa: E402
 
 CONTESTANTS = {
     "lrfu": {"mode": "lrfu"},
@@ -62,8 +63,8 @@ COST = 0.02
 # ---- a contestant's process ----------------------------------------------------------------
 
 
-class Oracle:
-    """Predicts what a record says; a :class:`vllm_moe_offload.prefetch.Predictor`."""
+class Oracle(Predictor):
+    """Predicts what a record says."""
 
     depth = 4
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache
 from vllm_moe_offload.lookahead import MAX_ROWS, NUM_BINS, RouterLookahead, Routers
 from vllm_moe_offload.native import NativeError
-from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.policy import StepRows, TracePolicy
+from vllm_moe_offload.predictor import Predictor
 
 LAYERS, EXPERTS, TOP_K = 3, 12, 2
 
@@ -161,3 +165,38 @@ def test_impossible_top_k_is_an_error() -> None:
     ahead.begin_step(decode_rows(1))
     with pytest.raises(NativeError, match=r"top_k must lie in \[1, 12\), got 12"):
         ahead.predict(0, 1, torch.zeros((1, EXPERTS)), NOTHING_RESIDENT, 0.5)
+
+
+@pytest.mark.parametrize("max_reads", [1, 2, 8])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_foreseeing_in_one_call_is_foreseeing_step_by_step(rows: int, max_reads: int) -> None:
+    model = Model(alike=False)
+    generator = torch.Generator().manual_seed(6)
+    pairs = []
+    for _ in range(2):
+        cache = ExpertCache(CacheShape(LAYERS, EXPERTS, 14), TracePolicy.rules)
+        scores = np.random.default_rng(1).random((LAYERS, EXPERTS))
+        cache.scores[...] = scores.astype(np.float32)
+        pairs.append((model.lookahead(), cache))
+    for step in range(40):
+        hidden = torch.randn((rows, EXPERTS), generator=generator)
+        for layer in range(LAYERS):
+            found = []
+            for index, (ahead, cache) in enumerate(pairs):
+                if layer == 0:
+                    ahead.begin_step(decode_rows(rows))
+                ids = np.ascontiguousarray(model.ids(layer, hidden), np.int64)
+                ahead.observe(layer, ids)
+                cache.plan(layer, ids, PLAN_INSTANT)
+                cache.finish()
+                one_call = ahead.foresee if index else partial(Predictor.foresee, ahead)
+                found.append(one_call(layer, hidden, cache, 0.8, max_reads))
+                for *_, row in found[-1]:
+                    cache.complete(row, step % 5 != 0)
+                if layer == LAYERS - 1:
+                    ahead.end_step()
+            assert found[0] == found[1]
+            assert len(found[0]) <= max_reads
+            assert np.array_equal(pairs[0][1].page_table, pairs[1][1].page_table)
+    assert np.allclose(pairs[0][0].trust, pairs[1][0].trust)
+    assert pairs[0][1].count("prefetch_issued") > 20

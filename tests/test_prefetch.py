@@ -15,7 +15,8 @@ from tests.runtimes import (
     runtime_of,
 )
 from tests.stores import build, layout_of
-from vllm_moe_offload.prefetch import LIKELY, MOST_IN_FLIGHT, Prefetcher
+from vllm_moe_offload.predictor import LIKELY
+from vllm_moe_offload.prefetch import MOST_IN_FLIGHT, Prefetcher
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.native import check, core
 from vllm_moe_offload.policy.base import IdArray, StepRows
+from vllm_moe_offload.predictor import LIKELY, Predictor
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -70,8 +72,8 @@ class Routers:
         return found.float()
 
 
-class RouterLookahead:
-    """Predicts with the model's routers; a :class:`vllm_moe_offload.prefetch.Predictor`.
+class RouterLookahead(Predictor):
+    """Predicts with the model's routers.
 
     Attributes:
         depth: layers ahead that it may be asked for.
@@ -83,8 +85,6 @@ class RouterLookahead:
         self.num_layers, self.num_experts, _ = routers.weight.shape
         num_experts = self.num_experts
         self._routers = routers
-        self._asked = -1  # layer whose hidden states the logits are of
-        self._logits = torch.zeros((0, 0))
         self._top_k = top_k
         shape = (depth, 2, NUM_BINS)
         self._tried: FloatArray = np.full(shape, FIRST_GUESSES, np.float32)
@@ -94,7 +94,10 @@ class RouterLookahead:
         self._trust_at = [table.ctypes.data for table in self._trust]
         self._experts: npt.NDArray[np.int32] = np.zeros(num_experts, np.int32)
         self._chances: FloatArray = np.zeros(num_experts, np.float32)
-        self._unwatched: npt.NDArray[np.uint8] = np.zeros((0, num_experts), np.uint8)
+        self._all_kinds: npt.NDArray[np.uint8] = np.zeros((depth, 0, num_experts), np.uint8)
+        self._reads: npt.NDArray[np.int32] = np.zeros((0, 3), np.int32)
+        self._num_asked: npt.NDArray[np.int32] = np.zeros(1, np.int32)
+        self._results_at: list[int] = []
         self._active = False
         self._num_rows = 0
         self._sample: slice | npt.NDArray[np.int64] = slice(0)
@@ -122,7 +125,6 @@ class RouterLookahead:
             self._sample = np.arange(MAX_ROWS) * count // MAX_ROWS
         self._kinds = [None] * self.depth
         self._num_steps += 1
-        self._asked = -1
         self._watched = self._num_steps % self.num_layers
 
     def observe(self, layer: int, ids: IdArray) -> None:
@@ -156,28 +158,20 @@ class RouterLookahead:
         slots: npt.NDArray[np.int32],
         threshold: float,
     ) -> list[tuple[int, float]] | None:
-        """See :meth:`vllm_moe_offload.prefetch.Predictor.predict`."""
+        """See :meth:`Predictor.predict`."""
         target = layer + ahead
         if not self._active or hidden is None or target >= self.num_layers:
             return None
-        if self._asked != layer:
-            self._asked = layer
-            end = min(layer + 1 + self.depth, self.num_layers)
-            self._logits = self._routers.logits(hidden[self._sample], layer + 1, end)
-        logits, width = self._logits, self.num_experts
-        shape = (self._num_rows, width)
+        logits = self._routers.logits(hidden[self._sample], target, target + 1)
+        kinds = np.empty((self._num_rows, self.num_experts), np.uint8)
         if target == self._watched:
-            kinds = self._kinds[ahead - 1] = np.empty(shape, np.uint8)
-        else:
-            kinds = self._unwatched
-            if kinds.size < self._num_rows * width:
-                kinds = self._unwatched = np.empty(shape, np.uint8)
+            self._kinds[ahead - 1] = kinds
         count = check(
             core.vmo_look_ahead(
-                logits.data_ptr() + 4 * width * (ahead - 1),
+                logits.data_ptr(),
                 self._num_rows,
                 logits.shape[1],
-                width,
+                self.num_experts,
                 self._top_k,
                 slots.ctypes.data,
                 self._trust_at[ahead - 1],
@@ -189,6 +183,52 @@ class RouterLookahead:
         )
         experts, chances = self._experts[:count].tolist(), self._chances[:count].tolist()
         return list(zip(experts, chances, strict=True))
+
+    def foresee(
+        self,
+        layer: int,
+        hidden: torch.Tensor | None,
+        cache: ExpertCache,
+        value: float,
+        max_reads: int,
+    ) -> list[list[int]]:
+        """See :meth:`Predictor.foresee`: the same in one multiplication and one call."""
+        first, end = layer + 1, min(layer + 1 + self.depth, self.num_layers)
+        if not self._active or hidden is None or first == end:
+            return []
+        logits = self._routers.logits(hidden[self._sample], first, end)
+        self._make_room(max_reads)
+        count = check(
+            core.vmo_planner_foresee(
+                cache.handle,
+                logits.data_ptr(),
+                self._num_rows,
+                logits.shape[1],
+                first,
+                end - first,
+                self._top_k,
+                self._trust_at[0],
+                LIKELY,
+                value,
+                max_reads,
+                *self._results_at,
+            )
+        )
+        distance = self._watched - first
+        if 0 <= distance < self._num_asked[0]:
+            self._kinds[distance] = self._all_kinds[distance].copy()
+        reads: list[list[int]] = self._reads[:count].tolist() if count else []
+        return reads
+
+    def _make_room(self, max_reads: int) -> None:
+        """For the results of :meth:`foresee`."""
+        if len(self._reads) >= max_reads and self._all_kinds.shape[1] == self._num_rows:
+            return
+        shape = (self.depth, self._num_rows, self.num_experts)
+        self._all_kinds = np.empty(shape, np.uint8)
+        self._reads = np.zeros((max(max_reads, len(self._reads)), 3), np.int32)
+        results = (self._all_kinds, self._reads, self._num_asked)
+        self._results_at = [array.ctypes.data for array in results]
 
     def end_step(self) -> None:
         """All layers of the step ran."""

@@ -1,4 +1,5 @@
-"""Cross-layer prediction: which experts the next layers will use for this step's tokens.
+"""Which experts the next layers will use for this step's tokens: what predictors are, and one
+that learns from routing alone.
 
 A token's routing in layer l says much about its routing in the layers behind it, because all
 of them read the same residual stream. One ridge regression per (layer, layers ahead), learned
@@ -15,12 +16,14 @@ time is d layers. Where it can, it asks the model's own routers instead
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.cache import ExpertCache
+from vllm_moe_offload.policy.base import IdArray, StepRows
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -32,7 +35,97 @@ MAX_ROWS = 64
 MIN_TOKENS = 128
 
 
-class CrossLayerPredictor:
+LIKELY = 0.6
+"""Probability of use from which an expert is read ahead: a wrong guess costs a read that
+nobody waits for and the least valuable resident, a missed one a wait."""
+
+
+class Predictor(ABC):
+    """What a prefetcher asks.
+
+    Attributes:
+        depth: layers ahead that it may be asked for.
+    """
+
+    depth: int
+
+    @abstractmethod
+    def begin_step(self, rows: StepRows) -> None:
+        """A step begins."""
+
+    @abstractmethod
+    def observe(self, layer: int, ids: IdArray) -> None:
+        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+
+    @abstractmethod
+    def predict(
+        self,
+        layer: int,
+        ahead: int,
+        hidden: Any,
+        slots: npt.NDArray[np.int32],
+        threshold: float,
+    ) -> list[tuple[int, float]] | None:
+        """What layer ``layer + ahead`` will probably use.
+
+        Args:
+            layer: the layer that routed last.
+            ahead: 1 to ``depth``.
+            hidden: what its router was given, a tensor ``[rows or more, hidden]``; None: not
+                known.
+            slots: int32 ``[experts]``, the asked layer's part of the page table.
+            threshold: least probability that matters.
+
+        Returns:
+            (expert, probability that at least one of the step's tokens uses it), most probable
+            first. None where nothing can be said: nothing learned yet, too many tokens, beyond
+            the last layer.
+        """
+
+    def foresee(
+        self, layer: int, hidden: Any, cache: ExpertCache, value: float, max_reads: int
+    ) -> list[list[int]]:
+        """Keeps what the layers behind ``layer`` will probably use, and has it read.
+
+        What is likely and resident is kept until its layer was served; for what is likely and
+        absent, rows of ``cache`` are reserved, the nearest layer and the most likely first.
+
+        Args:
+            layer, hidden: see :meth:`predict`.
+            cache: whose page table, slots and scores count.
+            value: score of an expert that is used for certain.
+            max_reads: most rows to be reserved.
+
+        Returns:
+            Layer, expert and row of each that is to be read.
+        """
+        reads: list[list[int]] = []
+        for ahead in range(1, self.depth + 1):
+            if len(reads) >= max_reads:
+                break
+            target = (layer + ahead) % cache.shape.num_layers  # of the next step, if it knows
+            resident = cache.page_table[target]
+            likely = self.predict(layer, ahead, hidden, resident, LIKELY)
+            if likely is None:
+                break
+            for expert, chance in likely:
+                if resident[expert] < 0 and len(reads) >= max_reads:
+                    continue
+                row = cache.prefetch(target, expert, chance * value)
+                if row >= 0:
+                    reads.append([target, expert, row])
+        return reads
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """All layers of the step ran."""
+
+    @abstractmethod
+    def end_request(self, request: str) -> None:
+        """A request ended."""
+
+
+class CrossLayerPredictor(Predictor):
     """Linear predictor of the next layers' experts; learned from every step it sees.
 
     One step: :meth:`begin_step`; per layer :meth:`observe`, then :meth:`predict` if wanted;
@@ -106,11 +199,11 @@ class CrossLayerPredictor:
         self,
         layer: int,
         ahead: int,
-        hidden: object,
-        slots: object,
+        hidden: Any,
+        slots: npt.NDArray[np.int32],
         threshold: float,
     ) -> list[tuple[int, float]] | None:
-        """See :meth:`vllm_moe_offload.prefetch.Predictor.predict`; looks at routing alone."""
+        """See :meth:`Predictor.predict`; looks at routing alone."""
         del hidden, slots
         likely = self.probabilities(layer, ahead)
         if likely is None:

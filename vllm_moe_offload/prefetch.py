@@ -9,21 +9,15 @@ begins no prefetch while a demand waits.
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
+from vllm_moe_offload.predictor import Predictor
 from vllm_moe_offload.transfer import TransferEngine
 
 logger = logging.getLogger("vllm.moe_offload")
-
-LIKELY = 0.6
-"""Probability of use from which an expert is read ahead: a wrong guess costs a read that
-nobody waits for and the least valuable resident, a missed one a wait."""
 
 LAYERS_AHEAD = 3
 """Layers for which experts are read ahead."""
@@ -33,51 +27,6 @@ MOST_IN_FLIGHT = 8
 
 SMOOTHING = 0.05
 """Weight of the newest measurement in the averages of read and layer times."""
-
-
-class Predictor(Protocol):
-    """What a prefetcher asks.
-
-    Attributes:
-        depth: layers ahead that it may be asked for.
-    """
-
-    depth: int
-
-    def begin_step(self, rows: StepRows) -> None:
-        """A step begins."""
-
-    def observe(self, layer: int, ids: IdArray) -> None:
-        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
-
-    def predict(
-        self,
-        layer: int,
-        ahead: int,
-        hidden: torch.Tensor | None,
-        slots: npt.NDArray[np.int32],
-        threshold: float,
-    ) -> list[tuple[int, float]] | None:
-        """What layer ``layer + ahead`` will probably use.
-
-        Args:
-            layer: the layer that routed last.
-            ahead: 1 to ``depth``.
-            hidden: what its router was given, ``[rows or more, hidden]``; None: not known.
-            slots: int32 ``[experts]``, the asked layer's part of the page table.
-            threshold: least probability that matters.
-
-        Returns:
-            (expert, probability that at least one of the step's tokens uses it), most probable
-            first. None where nothing can be said: nothing learned yet, too many tokens, beyond
-            the last layer.
-        """
-
-    def end_step(self) -> None:
-        """All layers of the step ran."""
-
-    def end_request(self, request: str) -> None:
-        """A request ended."""
 
 
 class Prefetcher:
@@ -164,32 +113,17 @@ class Prefetcher:
 
         ``hidden``: what the router of ``layer`` was given.
         """
-        num_layers, depth = self._cache.shape.num_layers, self.predictor.depth
-        budget = self._budget()
-        for ahead in range(1, depth + 1):
-            if len(self._flights) >= budget:
+        most = self._budget() - len(self._flights)
+        if most <= 0:
+            return
+        value = self._policy.full_score
+        reads = self.predictor.foresee(layer, hidden, self._cache, value, most)
+        for index, (target, expert, row) in enumerate(reads):
+            if not self._transfer.prefetch(target, expert, row):
+                for *_, refused in reads[index:]:
+                    self._cache.cancel_prefetch(refused)
                 return
-            target = (layer + ahead) % num_layers  # of the next step, if the predictor knows it
-            likely = self.predictor.predict(
-                layer, ahead, hidden, self._cache.page_table[target], LIKELY
-            )
-            if likely is None:
-                return
-            self._expect(target, likely, budget)
-
-    def _expect(self, layer: int, likely: list[tuple[int, float]], budget: int) -> None:
-        """Keeps or reads what layer ``layer`` will probably use."""
-        value, resident = self._policy.full_score, self._cache.page_table[layer]
-        for expert, chance in likely:
-            if resident[expert] < 0 and len(self._flights) >= budget:
-                continue
-            row = self._cache.prefetch(layer, expert, chance * value)
-            if row < 0:
-                continue
-            if not self._transfer.prefetch(layer, expert, row):
-                self._cache.cancel_prefetch(row)
-                return
-            self._flights[row] = (layer, expert)
+            self._flights[row] = (target, expert)
 
     def drop_all(self) -> None:
         """Frees every row that is in flight: what was not begun is dropped, the rest awaited."""

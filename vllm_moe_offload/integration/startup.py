@@ -17,8 +17,8 @@ from vllm_moe_offload.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.predictor import CrossLayerPredictor
-from vllm_moe_offload.prefetch import LAYERS_AHEAD, Predictor, Prefetcher
+from vllm_moe_offload.predictor import CrossLayerPredictor, Predictor
+from vllm_moe_offload.prefetch import LAYERS_AHEAD, Prefetcher
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
 from vllm_moe_offload.store import ExpertStore

@@ -106,6 +106,8 @@ class Forecast:
         tracer: those of the running ones.
         model: the successor model, None where it is off or the model is too large.
         requests: state of the running requests.
+        full_score: forecast for an expert that every request uses at every token, in the long
+            run.
         gain: what a score gains for each unit of a layer call's votes, as the averages move
             towards what the call used; it loses ``gain * fading`` at the same time.
     """
@@ -149,16 +151,8 @@ class Forecast:
         self._read: FloatArray = np.zeros(len(parts), np.float32)
         self._fade: FloatArray = np.zeros(len(parts), np.float32)
         self.gain = 0.0
-
-    @property
-    def full_score(self) -> float:
-        """Forecast for an expert that every request uses at every token, in the long run."""
         known = self._mixture.weights * self._factors
-        if self.model is None or not self.model.version:
-            known[VALUE] = 0.0
-        if not len(self.collection):
-            known[PRIOR] = 0.0
-        return float(known.sum())
+        self.full_score = float(known.sum() - known[VALUE] - known[PRIOR])
 
     def begin_step(self, rows: StepRows) -> None:
         """Takes new requests in and refreshes the forecasts."""
@@ -251,6 +245,11 @@ class Forecast:
         gains = weights[:POPULARITY] * share
         self.gain = float(gains.sum())
         self._read = (weights @ mixing).astype(np.float32)
+        if self.model is None or not self.model.version:
+            weights[VALUE] = 0.0
+        if not len(self.collection):
+            weights[PRIOR] = 0.0
+        self.full_score = float(weights.sum())
         fade = gains @ mixing[:POPULARITY] / (self.gain or 1.0)
         self._fade = fade.astype(np.float32)
 

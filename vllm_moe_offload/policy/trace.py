@@ -51,6 +51,7 @@ class TracePolicy(Policy):
         position = np.arange(num_layers, dtype=np.float32)[:, None] / num_layers
         self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
         self._visited_factor = np.float32(np.exp(-chosen.distance_weight))
+        self._decay = float(self._visited_factor)
         self._ahead = int(chosen.layers_ahead)
         self._vote_gain: FloatArray = np.zeros((num_layers, 1), np.float32)
         self._fade: FloatArray = np.zeros(shape, np.float32)
@@ -58,6 +59,7 @@ class TracePolicy(Policy):
         self._scores_at, self._fade_at = self.scores.ctypes.data, self._fade.ctypes.data
         self._votes: FloatArray = np.zeros(shape, np.float32)
         self._ids: npt.NDArray[np.int32] = np.zeros((num_layers, 0, 0), np.int32)
+        self._votes_at = self._votes.ctypes.data
         self._past_votes, self._past_ids = self._votes.copy(), self._ids
         self._layers_seen = 0
         self._is_behind = False  # scores are not refreshed since the step began
@@ -129,7 +131,7 @@ class TracePolicy(Policy):
         self.forecast.begin_step(self.rows)
         own = self.forecast.scores
         own *= self._unvisited
-        gain = np.float32(self.forecast.gain * float(self._visited_factor))
+        gain = np.float32(self.forecast.gain * self._decay)
         np.multiply(self._unvisited, gain, out=self._vote_gain)
         self._vote_gains = self._vote_gain[:, 0].tolist()
         np.multiply(self.forecast.fading, self._vote_gain, out=self._fade)
@@ -164,10 +166,10 @@ class TracePolicy(Policy):
         begin = 4 * layer * self.num_experts
         core.vmo_follow(
             self._scores_at + begin,
-            votes.ctypes.data,
+            self._votes_at + begin,
             self._fade_at + begin,
             self._vote_gains[layer],
-            float(self._visited_factor),
+            self._decay,
             self.num_experts,
         )
 
@@ -178,6 +180,7 @@ class TracePolicy(Policy):
         self.catch_up()
         self._ids, self._past_ids = self._past_ids, self._ids
         self._votes, self._past_votes = self._past_votes, self._votes
+        self._votes_at = self._votes.ctypes.data
         self._past_rows = self.rows
         self._has_past = True
 
@@ -192,7 +195,7 @@ class TracePolicy(Policy):
         if self._fallback is not None:
             gain = votes * self._vote_gain
             gain -= self._fade
-            self._fallback.end_step(ids, votes, gain, float(self._visited_factor))
+            self._fallback.end_step(ids, votes, gain, self._decay)
         self.forecast.take_in(ids, votes)
 
     def end_request(self, request: str) -> None:
