@@ -1,9 +1,10 @@
 """Planning and remapping when every expert hits: microseconds per layer call.
 
 Drives the runtime as the layers do (begin_layer, end_layer), without kernel, store or vLLM:
-every expert that the routing names is resident, so nothing is read. What a step costs in
-all, divided by its layers, is what stands against the bar; the share of `begin_step`, once
-per step, is shown beside it.
+every expert that the routing names is resident, so nothing is read. What the layer calls and
+`begin_step` cost, divided by the layers, stands against the bar. `catch_up` (learning from a
+step and scoring all layers afresh, once per step, while a read is waited for if there is one)
+is shown beside it, as its mean per layer; `bench_prefetch.py` has its bar.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
 from vllm_moe_offload.cache import ExpertCache  # noqa: E402
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
-from vllm_moe_offload.policy import StepRows, make_policy  # noqa: E402
+from vllm_moe_offload.policy import Policy, StepRows, make_policy  # noqa: E402
 from vllm_moe_offload.pool import SlotPool  # noqa: E402
 from vllm_moe_offload.runtime import OffloadRuntime  # noqa: E402
 from vllm_moe_offload.sizing import cache_shape  # noqa: E402
@@ -49,7 +50,10 @@ class _InstantTransfer:
 
     read_bytes = 0
 
-    def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
+    def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> None:
+        """Nothing to read."""
+
+    def end_read(self, pending: None) -> None:
         """Nothing to wait for."""
 
     def close(self) -> None:
@@ -97,9 +101,21 @@ class Setup:
             [_routing(rng, subset, tokens, top_k) for subset in subsets]
             for _ in range(ROUTINGS)
         ]
+        self._catch_up_ns = 0
+        self._time_catch_up(made)
         self._requests = [f"request-{row}" for row in range(tokens)]
         self._position = 500
         self._fill(subsets, top_k)
+
+    def _time_catch_up(self, policy: Policy) -> None:
+        catch_up = policy.catch_up
+
+        def timed() -> None:
+            began = time.perf_counter_ns()
+            catch_up()
+            self._catch_up_ns += time.perf_counter_ns() - began
+
+        policy.catch_up = timed  # type: ignore[method-assign]
 
     def _fill(self, subsets: list[np.ndarray], top_k: int) -> None:
         """Makes resident what the routings can name."""
@@ -118,8 +134,13 @@ class Setup:
             if missing:
                 raise RuntimeError(f"{missing} experts of layer {layer} are not resident")
 
-    def step(self, routing: int) -> tuple[int, int]:
-        """Runs one step; nanoseconds of ``begin_step`` and of all layer calls together."""
+    def step(self, routing: int) -> tuple[int, int, int]:
+        """Runs one step.
+
+        Returns:
+            Nanoseconds of ``begin_step``, of all layer calls together, and of ``catch_up``.
+        """
+        self._catch_up_ns = 0
         self._position += 1
         rows = _rows(self._requests, self._position)
         ids = self.steps[routing % ROUTINGS]
@@ -130,7 +151,8 @@ class Setup:
         for layer in range(self.layers):
             begin_layer(layer, ids[layer])
             end_layer(layer)
-        return began - before, time.perf_counter_ns() - began
+        caught_up = self._catch_up_ns
+        return began - before, time.perf_counter_ns() - began - caught_up, caught_up
 
 
 def _routing(
@@ -160,12 +182,15 @@ def measure(setup: Setup, steps: int, warmup: int) -> dict[str, Any]:
     if missed:
         raise RuntimeError(f"{missed} experts missed: this measured something else")
     per_layer = 1e-3 / setup.layers
-    begins = [begin * per_layer for begin, _ in samples]
-    layers = [layer * per_layer for _, layer in samples]
+    begins, layers, caught_up = (
+        [value * per_layer for value in values] for values in zip(*samples, strict=True)
+    )
     totals = [begin + layer for begin, layer in zip(begins, layers, strict=True)]
     return {
         "layer_us": statistics.median(layers),
         "begin_step_us": statistics.median(begins),
+        "catch_up_us": statistics.median(caught_up),
+        "catch_up_mean_us": statistics.fmean(caught_up),
         "total_us": statistics.median(totals),
         "total_mean_us": statistics.fmean(totals),
         "total_p95_us": float(np.percentile(totals, 95)),
@@ -203,7 +228,8 @@ def main() -> int:
 
     console = Console()
     table = Table(title="All experts hit: microseconds per layer (median)")
-    for column in ("policy", "cache", "B", "layer calls", "begin_step", "total", "p95", "bar"):
+    columns = ("policy", "cache", "B", "calls", "begin_step", "total", "p95", "bar", "catch_up")
+    for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right")
     cases: list[dict[str, Any]] = []
     for policy in args.policies:
@@ -229,6 +255,7 @@ def main() -> int:
                     f"{case['total_us']:.1f}",
                     f"{case['total_p95_us']:.1f}",
                     f"{bar:g}",
+                    f"{case['catch_up_mean_us']:.1f}",
                 )
                 if args.profile:
                     console.print(f"[bold]{policy}, {share:.0%}, B={tokens}[/bold]")

@@ -3,11 +3,12 @@
     python scripts/bench_prefetch.py [--quick]
 
 One vLLM engine per contestant, each in a process of its own, all with a quarter of the
-experts cached: `lru`, `lrfu`, `trace` without prefetch, `trace`, and `oracle`, which is
-`trace` with a predictor that knows every routing of the round beforehand, in the next step
-too. In every round all get the same prompts, one after the other, while the others sleep;
-sampling is seeded, so all must generate the same tokens and the oracle's record is exact.
-New prompts every round; the first one warms caches up and does not count.
+experts cached: `lru`, `lrfu`, `trace` without prefetch, `trace` that predicts from routing alone
+instead of asking the next layers' routers, `trace`, and `oracle`, which is `trace` with a
+predictor that knows every routing of the round beforehand, in the next step too. In every round
+all get the same prompts, one after the other, while the others sleep; sampling is seeded, so all
+must generate the same tokens and the oracle's record is exact. New prompts every round; the
+first one warms caches up and does not count.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from scripts.bench_report import (  # noqa: E402
     results_of,
     write_report,
 )
-from vllm_moe_offload.predictor import Predictor  # noqa: E402
+from vllm_moe_offload.predictor import CrossLayerPredictor, Predictor  # noqa: E402
 
 CONTESTANTS = {
     "lrfu": {"mode": "lrfu"},
     "lru": {"mode": "lru"},
     "trace without prefetch": {"mode": "trace", "prefetch": False},
+    "trace by routing alone": {"mode": "trace"},
     "trace": {"mode": "trace"},
     "oracle": {"mode": "trace"},
 }
@@ -143,6 +145,7 @@ def contest(arguments: dict[str, Any]) -> None:
     from scripts.bench_serving import prompts
     from vllm_moe_offload.cache import COUNTER_NAMES
     from vllm_moe_offload.integration.experts import find_runtime
+    from vllm_moe_offload.prefetch import LAYERS_AHEAD
 
     llm = LLM(
         arguments["model"],
@@ -159,6 +162,11 @@ def contest(arguments: dict[str, Any]) -> None:
     oracle = recorder = None
     if arguments["name"] == "oracle":
         oracle = runtime.prefetcher.predictor = Oracle()
+    if arguments["name"] == "trace by routing alone":
+        shape = runtime.cache.shape
+        runtime.prefetcher.predictor = CrossLayerPredictor(
+            shape.num_layers, shape.num_experts, depth=LAYERS_AHEAD
+        )
     if arguments["records"]:
         recorder = Recorder(runtime)
     routing = Path(arguments["directory"]) / ROUTING

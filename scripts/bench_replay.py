@@ -1,11 +1,12 @@
 """Hit rates of all policies on a routing trace, and what each part of ``trace`` brings.
 
-    python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic|shift]
+    python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic|shift|prefill]
 
 Table: every policy in every cell of capacity and concurrency (the first 100 requests at
 concurrency 1 and 4, all of them above). Ablation: ``trace`` with one part removed at a time.
 Synthetic: models of other shapes and workloads of other structure, short traces, where
 ``trace`` must not lose either. Shift: hit rates before, at and after a change of workload.
+Prefill: a request's decode hit rates before and after a neighbour's long prefill.
 The seconds are CPU time of one thread (run with OMP_NUM_THREADS=1).
 """
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -25,7 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.bench_report import Bar, add_common_options, results_of, write_report  # noqa: E402
 from scripts.synthetic_trace import synthetic_trace  # noqa: E402
-from vllm_moe_offload.replay import replay  # noqa: E402
+from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
+from vllm_moe_offload.policy import StepRows, TracePolicy, make_policy  # noqa: E402
+from vllm_moe_offload.policy.base import PlannerRules  # noqa: E402
+from vllm_moe_offload.replay import plan_waves, replay  # noqa: E402
+from vllm_moe_offload.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace  # noqa: E402
 
 PLAIN = ("lru", "lru-layer", "lfu", "lrfu")
@@ -90,6 +96,12 @@ policy counts as recovered."""
 Log = Callable[[str], None]
 
 
+PREFILL_AT, PREFILL_SEEN, PREFILL_TOKENS = 96, 16, 512
+"""A neighbour's prompt of so many tokens after so many tokens of a request; hit rates of the
+so many tokens before and after it."""
+PREFILL_MAY_COST = 0.05
+
+
 def log(line: str) -> None:
     """Progress, on stderr."""
     print(line, file=sys.stderr, flush=True)
@@ -125,11 +137,15 @@ def table(trace: RoutingTrace, quick: bool) -> list[dict[str, Any]]:
 
 def ablation(trace: RoutingTrace, quick: bool) -> list[dict[str, Any]]:
     """``trace`` without one part at a time."""
-    return [
-        {"part": part, **measure(trace, spec, capacity, b, requests_at(trace, b, quick))}
-        for b, capacity in ABLATION_CELLS
-        for part, spec in ABLATION.items()
-    ]
+    rows = []
+    for b, capacity in ABLATION_CELLS:
+        requests = requests_at(trace, b, quick)
+        for part, spec in ABLATION.items():
+            rows.append({"part": part, **measure(trace, spec, capacity, b, requests)})
+        with mock.patch.object(TracePolicy, "rules", PlannerRules(admission=False)):
+            measured = measure(trace, "trace", capacity, b, requests)
+        rows.append({"part": "without admission", **measured})
+    return rows
 
 
 def synthetic(seeds: int) -> list[dict[str, Any]]:
@@ -239,6 +255,73 @@ def bars_of_shift(rows: list[dict[str, Any]]) -> list[Bar]:
     ]
 
 
+def prefill(trace: RoutingTrace, pairs: int) -> list[dict[str, Any]]:
+    """Decode hit rates of a request around the prefill of a neighbour, per policy.
+
+    A request decodes :data:`PREFILL_AT` tokens; then another one reads a prompt of
+    :data:`PREFILL_TOKENS` tokens (routed as other requests' tokens are) in one step, and ends;
+    the first goes on. A quarter of all experts is cached.
+    """
+    rows = []
+    for policy in (*PLAIN, "trace"):
+        hits = np.zeros((2, 2), np.int64)  # before, after: hits, needs
+        for pair in range(pairs):
+            hits += _around_prefill(trace, policy, pair)
+        before, after = (hits[:, 0] / hits[:, 1]).tolist()
+        rows.append({"policy": policy, "pairs": pairs, "before": before, "after": after})
+        log(f"prefill {policy}: {before:.3f} before, {after:.3f} after")
+    return rows
+
+
+def _around_prefill(trace: RoutingTrace, name: str, pair: int) -> np.ndarray:
+    """Hits and needs of ``a``'s decode steps just before and just after, ``[2, 2]``."""
+    layers, experts = trace.num_layers, trace.num_experts
+    policy = make_policy(name, layers, experts)
+    shape = CacheShape(layers, experts, layers * experts // 4)
+    cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
+    bind_policy(policy, cache)
+    long_enough = np.flatnonzero(trace.lens >= PREFILL_AT + PREFILL_SEEN)
+    mine = int(trace.starts[long_enough[pair % long_enough.size]])
+    generator = np.random.default_rng(pair)
+    prompt = generator.integers(0, trace.ids.shape[0] - PREFILL_TOKENS)
+    found = np.zeros((2, 2), np.int64)
+
+    def step(tokens: np.ndarray, rows: StepRows) -> tuple[int, int]:
+        ids = np.ascontiguousarray(trace.ids[tokens].transpose(1, 0, 2), np.int32)
+        before = cache.count("hits"), cache.count("misses")
+        policy.begin_step(rows)
+        for layer in range(layers):
+            votes = np.zeros(experts, np.float32)
+            np.add.at(votes, ids[layer], rows.weights[:, None])
+            policy.observe(layer, ids[layer], votes)
+            plan_waves(cache, policy, layer, ids[layer], PLAN_INSTANT)
+        policy.end_step()
+        hits = cache.count("hits") - before[0]
+        return hits, hits + cache.count("misses") - before[1]
+
+    def rows_of(names: list[str], lengths: list[int], first: list[int]) -> StepRows:
+        is_prefill = np.array([name == "b" for name in names])
+        return StepRows.of_lengths(names, np.array(lengths), np.array(first), is_prefill)
+
+    for position in range(PREFILL_AT):
+        counted = step(np.array([mine + position]), rows_of(["a"], [1], [position]))
+        if position >= PREFILL_AT - PREFILL_SEEN:
+            found[0] += counted
+    tokens = np.append(mine + PREFILL_AT, prompt + np.arange(PREFILL_TOKENS))
+    step(tokens, rows_of(["a", "b"], [1, PREFILL_TOKENS], [PREFILL_AT, 0]))
+    policy.end_request("b")
+    for position in range(PREFILL_AT + 1, PREFILL_AT + PREFILL_SEEN):
+        found[1] += step(np.array([mine + position]), rows_of(["a"], [1], [position]))
+    return found
+
+
+def bars_of_prefill(rows: list[dict[str, Any]]) -> list[Bar]:
+    """Decode keeps its experts under ``trace``."""
+    lost = {row["policy"]: row["before"] - row["after"] for row in rows}
+    name = "prefill: decode hit rate lost to a neighbour's prompt, trace"
+    return [Bar(name, lost["trace"], PREFILL_MAY_COST, at_least=False)]
+
+
 def margin(rates: dict[str, float]) -> float:
     """How far ``trace`` lies above the best plain policy."""
     return rates["trace"] - max(rates[policy] for policy in PLAIN)
@@ -280,7 +363,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trace", help="routing trace; the bars are those of gpt-oss-20b's")
-    parser.add_argument("--only", choices=["table", "ablation", "synthetic", "shift"])
+    parser.add_argument(
+        "--only", choices=["table", "ablation", "synthetic", "shift", "prefill"]
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of every synthetic trace")
     add_common_options(parser)
     args = parser.parse_args()
@@ -306,6 +391,11 @@ def main() -> int:
         shift_bars = bars_of_shift(rows)
         bars += shift_bars
         report("shift", rows, shift_bars)
+    if args.only in (None, "prefill"):
+        rows = prefill(trace, 4 if args.quick else 40)
+        prefill_bars = bars_of_prefill(rows)
+        bars += prefill_bars
+        report("prefill", rows, prefill_bars)
     if args.only in (None, "ablation"):
         report("ablation", ablation(trace, args.quick), [])
     if args.only in (None, "table"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from typing import Any
 
@@ -22,11 +23,18 @@ class SlotPool:
         tensors: parameter name to tensor ``[num_rows, *shape]``, zero at first.
     """
 
-    def __init__(self, layout: ExpertLayout, num_rows: int) -> None:
-        """Allocates and pre-faults the pool.
+    def __init__(self, layout: ExpertLayout, num_rows: int, *, populate: bool = True) -> None:
+        """Allocates the pool.
 
-        vLLM's CPU worker sizes the KV cache from its resident set, so the pages must be
-        there before it looks. Raises MemoryError if the system refuses the memory.
+        Args:
+            layout: what one row of each tensor holds.
+            num_rows: rows of every tensor.
+            populate: bring all pages in. vLLM's CPU worker sizes the KV cache from its resident
+                set, so they must be there before it looks; who fills all rows at once can save
+                the time.
+
+        Raises:
+            MemoryError: the system refuses the memory.
         """
         self.layout = layout
         self.num_rows = num_rows
@@ -43,7 +51,8 @@ class SlotPool:
                 ) from error
             region.madvise(mmap.MADV_HUGEPAGE)
             rows = np.frombuffer(region, np.uint8).reshape(num_rows, spec.nbytes)
-            rows.fill(0)
+            if populate and not _populate(region):
+                rows.fill(0)
             self._bytes[spec.name] = rows
             flat = torch.from_numpy(rows.reshape(-1)).view(getattr(torch, spec.dtype))
             self.tensors[spec.name] = flat.view(num_rows, *spec.shape)
@@ -60,3 +69,17 @@ class SlotPool:
     def destinations(self) -> dict[str, npt.NDArray[Any]]:
         """All parameters' rows as bytes, the targets of a TransferEngine."""
         return dict(self._bytes)
+
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h; not in Python's mmap yet
+
+
+def _populate(region: mmap.mmap) -> bool:
+    """Brings all pages of ``region`` in; False where the kernel (before 5.14) cannot."""
+    try:
+        region.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise MemoryError(f"cannot populate {len(region)} bytes: {error}") from error
+    return True

@@ -244,7 +244,8 @@ class OffloadRuntime:
 
     def _observe(self, layer: int, topk_ids: torch.Tensor, num_tokens: int) -> None:
         began = time.perf_counter_ns()
-        _expert_votes(topk_ids, self._row_weights, self._votes)
+        if not self._passes_ids_through:  # else there is nothing to choose, and votes are idle
+            _expert_votes(topk_ids, self._row_weights, self._votes)
         ids = topk_ids.numpy()[:num_tokens]
         self.policy.observe(layer, ids, self._votes_array)
         if self.prefetcher is not None:

@@ -46,7 +46,8 @@ def start_runtime(
     policy = make_policy(options.mode, len(layers), first.local_num_experts)
     shape = _shape(vllm_config, options, store, first, policy)
     _log_plan(options, store, shape)
-    pool = SlotPool(store.layout, shape.num_rows)
+    # With a row for every expert, all are read in a moment.
+    pool = SlotPool(store.layout, shape.num_rows, populate=not shape.holds_everything)
     parallel = first.moe_config.moe_parallel_config
     transfer = TransferEngine(
         store,
