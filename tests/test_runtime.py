@@ -217,3 +217,24 @@ def test_a_read_error_ends_the_call_and_leaves_nothing_behind(tmp_path: Path) ->
     assert not runtime.cache.is_resident(1, 1)
     one_step(runtime, store, [(0, 1)])
     runtime.close()
+
+
+def test_the_policy_catches_up_while_a_read_is_under_way(store, monkeypatch) -> None:
+    runtime = runtime_of(store, 12, 2)
+    transfer, calls = runtime._transfer, []
+    for owner, name in (
+        (transfer, "begin_read"),
+        (runtime.policy, "catch_up"),
+        (transfer, "end_read"),
+    ):
+        original = getattr(owner, name)
+
+        def noted(*arguments, name=name, original=original):
+            calls.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+    runtime.begin_step(decode_rows(["a"]))
+    run_layer(runtime, store, 0, ids_of(0, 1))
+    assert calls == ["begin_read", "catch_up", "end_read"]
+    runtime.close()

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from tests.stores import MIXED, build, identity, layer_tensors, layout_of
 from vllm_moe_offload.store import (
+    BackgroundWriter,
     StoreBuilder,
     StoreError,
     StoreIdentity,
@@ -626,3 +627,26 @@ def test_store_dir_that_is_not_writable(tmp_path, monkeypatch):
         tmp_path.chmod(0o500)
     with pytest.raises(StoreError, match="store_dir"), store_lock(directory):
         pass
+
+
+def test_a_layer_that_fails_in_the_background_is_an_error_of_the_next_call(
+    tmp_path,
+) -> None:
+    directory, which = place(tmp_path)
+    with StoreBuilder(directory, which, 3, 4) as builder, BackgroundWriter(builder) as writer:
+        writer.write_layer(0, MIXED, layer_tensors(MIXED, 4, 0))
+        writer.write_layer(0, MIXED, layer_tensors(MIXED, 4, 0))  # written already
+        with pytest.raises(ValueError, match="written already"):
+            writer.write_layer(1, MIXED, layer_tensors(MIXED, 4, 1))
+        writer.wait()  # said once
+    assert not directory.exists()
+
+
+def test_layers_written_in_the_background_are_the_same_store(tmp_path) -> None:
+    wanted = build(tmp_path / "wanted", MIXED, 3, 4).path.read_bytes()
+    directory, which = place(tmp_path)
+    with StoreBuilder(directory, which, 3, 4) as builder, BackgroundWriter(builder) as writer:
+        for layer in range(3):
+            writer.write_layer(layer, MIXED, layer_tensors(MIXED, 4, layer))
+        writer.wait()
+        assert builder.commit().path.read_bytes() == wanted

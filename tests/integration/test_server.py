@@ -77,6 +77,7 @@ def test_requests_metrics_log_and_trace(demo_model, store_dir, tmp_path):
         assert after["vllm:moe_offload_misses_total"] > 0
         assert after["vllm:moe_offload_read_bytes_total"] > 0
         assert after["vllm:moe_offload_stall_seconds_total"] > 0
+        assert after["vllm:moe_offload_prefetch_issued_total"] > 0
         server.stop()
         log = server.log
     assert "cache_gb=50%" in log

@@ -7,9 +7,11 @@ import pytest
 
 from scripts.synthetic_trace import synthetic_trace
 from tests.policy.test_policies import EXPERTS, LAYERS, TOP_K, rows_of, some_ids, step
+from vllm_moe_offload.cache import CacheShape, ExpertCache
 from vllm_moe_offload.policy.trace import TracePolicy
 from vllm_moe_offload.policy.value import SuccessorModel
 from vllm_moe_offload.replay import replay
+from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 
@@ -242,3 +244,19 @@ class TestSuccessorModel:
         state = self.feed(model, [0, 2] * 500)
         forecast = model.predict(state)[0]
         assert forecast[1] < 0.05
+
+
+def test_where_everything_fits_only_traces_are_kept() -> None:
+    policy = TracePolicy(2, 4)
+    cache = ExpertCache(CacheShape(2, 4, 8), policy.rules)
+    bind_policy(policy, cache)
+    before = policy.scores.copy()
+    for position in range(3):
+        policy.begin_step(rows_of(["a"], [1], position))
+        for layer in range(2):
+            policy.observe(layer, np.array([[1, 2]], np.int32), np.ones(4, np.float32))
+        policy.end_step()
+    assert np.array_equal(cache.scores, before)
+    policy.end_request("a")
+    assert len(policy.collection) == 1
+    assert np.array_equal(policy.collection.mean() > 0, [[False, True, True, False]] * 2)
