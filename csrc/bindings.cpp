@@ -20,7 +20,7 @@ void check_ids(const at::Tensor& ids) {
 }
 
 // Plans `layer` for the first `num_tokens` rows of topk_ids and writes every id's pool row
-// to slot_ids (padding rows get a row needed anyway). info: int32 [4], see c_api.h.
+// to slot_ids (padding rows get a row needed anyway). info: int32 [3], see c_api.h.
 // Returns whether the need fits; if not, nothing changed.
 bool plan(int64_t handle, int64_t layer, const at::Tensor& topk_ids, int64_t num_tokens,
           int64_t flags, at::Tensor& slot_ids, at::Tensor& info) {
@@ -29,8 +29,8 @@ bool plan(int64_t handle, int64_t layer, const at::Tensor& topk_ids, int64_t num
                   slot_ids.scalar_type() == topk_ids.scalar_type(),
               "slot_ids must be like topk_ids, got ", slot_ids.scalar_type(), " ",
               slot_ids.sizes());
-  TORCH_CHECK(info.scalar_type() == at::kInt && info.numel() == 4 && info.is_contiguous(),
-              "info must be int32 [4]");
+  TORCH_CHECK(info.scalar_type() == at::kInt && info.numel() == 3 && info.is_contiguous(),
+              "info must be int32 [3]");
   TORCH_CHECK(num_tokens >= 0 && num_tokens <= topk_ids.size(0), "num_tokens ", num_tokens,
               " is outside [0, ", topk_ids.size(0), "]");
   const auto id_bytes = static_cast<int32_t>(topk_ids.element_size());

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <exception>
 #include <memory>
@@ -15,6 +16,10 @@
 struct vmo_planner {
   vmo::Planner core;
   std::vector<int32_t> wide_ids;  // int64 ids narrowed for the core
+};
+
+struct vmo_lookahead {
+  vmo::RouterLookahead core;
 };
 
 struct vmo_reader {
@@ -92,7 +97,7 @@ const char* vmo_last_error(void) { return last_error.c_str(); }
 
 vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts, int32_t num_slots,
                                 int32_t num_staging_slots, int32_t order, int32_t scope,
-                                int32_t admission, int32_t unbounded_staging) {
+                                int32_t admission) {
   return guarded<vmo_planner*>(nullptr, [&] {
     vmo::PlannerConfig config;
     config.num_layers = num_layers;
@@ -102,7 +107,6 @@ vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts, int32_t
     config.order = static_cast<vmo::Order>(order);
     config.scope = static_cast<vmo::Scope>(scope);
     config.admission = admission != 0;
-    config.unbounded_staging = unbounded_staging != 0;
     return std::make_unique<vmo_planner>(vmo_planner{vmo::Planner(config), {}}).release();
   });
 }
@@ -112,7 +116,7 @@ void vmo_planner_destroy(vmo_planner* planner) {
 }
 
 int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids, int64_t num_ids,
-                         int32_t id_bytes, uint32_t flags, int32_t info[4]) {
+                         int32_t id_bytes, uint32_t flags, int32_t info[3]) {
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(id_bytes);
     const auto* narrow = static_cast<const int32_t*>(ids);
@@ -127,13 +131,11 @@ int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids, i
       }
       narrow = planner->wide_ids.data();
     }
-    const int64_t bypasses_before = planner->core.counters().bypasses;
     if (!planner->core.plan(layer, narrow, num_ids, flags)) return 0;
     const vmo::Plan& plan = planner->core.current();
     info[0] = static_cast<int32_t>(plan.experts.size());
     info[1] = plan.num_hits;
     info[2] = static_cast<int32_t>(plan.miss_experts.size());
-    info[3] = static_cast<int32_t>(planner->core.counters().bypasses - bypasses_before);
     return 1;
   });
 }
@@ -245,44 +247,54 @@ int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, i
   });
 }
 
-int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int64_t stride,
-                       int32_t num_experts, int32_t top_k, const int32_t* slots,
-                       const float* trust, float threshold, uint8_t* kinds, int32_t* experts,
-                       float* chances) {
-  return guarded<int32_t>(-1, [&] {
-    const std::vector<vmo::Guess> guesses = vmo::look_ahead(
-        logits, num_rows, stride, num_experts, top_k, slots, trust, threshold, kinds);
-    for (size_t i = 0; i < guesses.size(); ++i) {
-      experts[i] = guesses[i].expert;
-      chances[i] = guesses[i].chance;
-    }
-    return static_cast<int32_t>(guesses.size());
+vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
+                                    int32_t hidden_size, int32_t top_k, int32_t depth,
+                                    int32_t max_rows, float memory, const void* weight,
+                                    int32_t weight_type, const float* bias, float* tried,
+                                    float* right, float* trust) {
+  return guarded<vmo_lookahead*>(nullptr, [&] {
+    vmo::LookaheadConfig config;
+    config.num_layers = num_layers;
+    config.num_experts = num_experts;
+    config.hidden_size = hidden_size;
+    config.top_k = top_k;
+    config.depth = depth;
+    config.max_rows = max_rows;
+    config.memory = memory;
+    const vmo::RouterWeights routers{weight, static_cast<vmo::FloatType>(weight_type), bias};
+    const vmo::RouterLookahead core(config, routers, {tried, right, trust});
+    return std::make_unique<vmo_lookahead>(vmo_lookahead{core}).release();
   });
 }
 
-int32_t vmo_planner_foresee(vmo_planner* planner, const float* logits, int32_t num_rows,
-                            int64_t stride, int32_t first_layer, int32_t num_layers,
-                            int32_t top_k, const float* trust, float threshold, float value,
-                            int32_t max_reads, uint8_t* kinds, int32_t* reads,
-                            int32_t* num_asked) {
+void vmo_lookahead_destroy(vmo_lookahead* lookahead) {
+  const std::unique_ptr<vmo_lookahead> owner(lookahead);
+}
+
+int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_rows) {
+  return guarded<int32_t>(-1, [&] { return lookahead->core.begin_step(num_rows); });
+}
+
+int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer, const int64_t* ids) {
   return guarded<int32_t>(-1, [&] {
-    const std::vector<vmo::ReservedRow> reserved =
-        vmo::foresee(planner->core, logits, num_rows, stride, first_layer, num_layers, top_k,
-                     trust, threshold, value, max_reads, kinds, *num_asked);
+    lookahead->core.observe(layer, ids);
+    return 0;
+  });
+}
+
+int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner, int32_t layer,
+                              const void* hidden, int32_t hidden_type, int64_t stride,
+                              float threshold, float value, int32_t max_reads, int32_t* reads) {
+  return guarded<int32_t>(-1, [&] {
+    const std::vector<vmo::ReservedRow> reserved = lookahead->core.foresee(
+        planner->core, layer, hidden, static_cast<vmo::FloatType>(hidden_type), stride,
+        threshold, value, max_reads);
     for (const vmo::ReservedRow& row : reserved) {
       *reads++ = row.layer;
       *reads++ = row.expert;
       *reads++ = row.slot;
     }
     return static_cast<int32_t>(reserved.size());
-  });
-}
-
-int32_t vmo_judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts,
-                  const int64_t* ids, int32_t top_k, float* tried, float* right) {
-  return guarded<int32_t>(-1, [&] {
-    vmo::judge(kinds, num_rows, num_experts, ids, top_k, tried, right);
-    return 0;
   });
 }
 
@@ -302,6 +314,11 @@ vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_thread
 }
 
 void vmo_reader_close(vmo_reader* reader) { const std::unique_ptr<vmo_reader> owner(reader); }
+
+const int32_t* vmo_reader_num_ended(const vmo_reader* reader) {
+  static_assert(sizeof(std::atomic<int32_t>) == sizeof(int32_t));
+  return reinterpret_cast<const int32_t*>(&reader->core.num_ended());
+}
 
 int64_t vmo_reader_file_bytes(const vmo_reader* reader) {
   return static_cast<int64_t>(reader->core.file_bytes());

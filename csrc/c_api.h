@@ -21,22 +21,21 @@ typedef struct vmo_planner vmo_planner;
 // 1 per layer.
 VMO_API vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts,
                                         int32_t num_slots, int32_t num_staging_slots,
-                                        int32_t order, int32_t scope, int32_t admission,
-                                        int32_t unbounded_staging);
+                                        int32_t order, int32_t scope, int32_t admission);
 VMO_API void vmo_planner_destroy(vmo_planner* planner);
 
 // 1: planned; 0: does not fit at once, nothing changed; -1: error.
 // `ids` holds int32 (id_bytes 4) or int64 (id_bytes 8). `info` receives
-// {distinct experts, hits, misses, bypasses in this plan}.
+// {distinct experts, hits, misses}.
 VMO_API int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids,
                                  int64_t num_ids, int32_t id_bytes, uint32_t flags,
-                                 int32_t info[4]);
+                                 int32_t info[3]);
 VMO_API int32_t vmo_planner_finish(vmo_planner* planner);
 // A shadow's share of a step: for each of `num_layers` layers from `first_layer` on,
 // scores[layer] = scores[layer] * decay + gain[i] (gain NULL: scores stay), then plan with
 // instant reads and finish. ids int32 [num_layers, ids_per_layer]; gain
-// [num_layers, num_experts]. Needs unbounded staging. 0, or -1 on an error: layers before an
-// id out of range stay planned.
+// [num_layers, num_experts]. Needs num_experts staging slots. 0, or -1 on an error: layers
+// before an id out of range stay planned.
 VMO_API int32_t vmo_planner_drive(vmo_planner* planner, int32_t first_layer, int32_t num_layers,
                                   const int32_t* ids, int64_t ids_per_layer, const float* gain,
                                   float decay);
@@ -72,24 +71,28 @@ VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t 
                                      int32_t num_experts, float* out);
 
 // ---- router lookahead ----------------------------------------------------------------
-// Experts that a layer will probably use, judged by its router's logits; arguments as in
-// lookahead.h. `experts` and `chances` have room for num_experts; returns how many were
-// written, most probable first; -1 on error.
-VMO_API int32_t vmo_look_ahead(const float* logits, int32_t num_rows, int64_t stride,
-                               int32_t num_experts, int32_t top_k, const int32_t* slots,
-                               const float* trust, float threshold, uint8_t* kinds,
-                               int32_t* experts, float* chances);
-// Guesses for `num_layers` layers, and the rows reserved for what is to be read ahead;
-// arguments as in lookahead.h. reads [max_reads, 3] receives layer, expert and slot of each;
-// returns how many there are, -1 on error.
-VMO_API int32_t vmo_planner_foresee(vmo_planner* planner, const float* logits, int32_t num_rows,
-                                    int64_t stride, int32_t first_layer, int32_t num_layers,
-                                    int32_t top_k, const float* trust, float threshold,
-                                    float value, int32_t max_reads, uint8_t* kinds,
-                                    int32_t* reads, int32_t* num_asked);
-// What became of guesses; arguments as in lookahead.h. 0, or -1 on an id out of range.
-VMO_API int32_t vmo_judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts,
-                          const int64_t* ids, int32_t top_k, float* tried, float* right);
+typedef struct vmo_lookahead vmo_lookahead;
+
+// Types of floats: 0 float32, 1 bfloat16, 2 float16. The routers' weight
+// [num_layers, num_experts, hidden_size] is float32 or bfloat16, their bias float32 or NULL;
+// the evidence is float32 [depth, 2, 16] (lookahead.h). All of them stay the caller's.
+VMO_API vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
+                                            int32_t hidden_size, int32_t top_k, int32_t depth,
+                                            int32_t max_rows, float memory, const void* weight,
+                                            int32_t weight_type, const float* bias,
+                                            float* tried, float* right, float* trust);
+VMO_API void vmo_lookahead_destroy(vmo_lookahead* lookahead);
+// The layer whose guesses vmo_lookahead_observe judges in this step; -1 on error.
+VMO_API int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_rows);
+// ids int64 [num_rows, top_k]. 0, or -1 on an id out of range.
+VMO_API int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer,
+                                      const int64_t* ids);
+// reads [max_reads, 3] receives layer, expert and slot of each that is to be read ahead;
+// returns how many there are, -1 on error. Rows of `hidden` lie `stride` elements apart.
+VMO_API int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner,
+                                      int32_t layer, const void* hidden, int32_t hidden_type,
+                                      int64_t stride, float threshold, float value,
+                                      int32_t max_reads, int32_t* reads);
 
 // ---- scores -----------------------------------------------------------------------------
 // scores[i] = scores[i] * decay + votes[i] * gain - fade[i], for i < count.
@@ -133,6 +136,10 @@ VMO_API vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t nu
 VMO_API void vmo_reader_close(vmo_reader* reader);
 // Size of the file when it was opened.
 VMO_API int64_t vmo_reader_file_bytes(const vmo_reader* reader);
+
+// Reads that ended and were not taken by vmo_reader_wait yet: a number in place, so that
+// looking costs nothing.
+VMO_API const int32_t* vmo_reader_num_ended(const vmo_reader* reader);
 
 // Queues reads (the array and its extents are copied). 0; or -1 on an empty or unaligned
 // extent or a tag in use, then none is queued.

@@ -313,6 +313,7 @@ size_t FileReader::wait(ReadResult* results, size_t capacity, size_t min_count,
   for (; count < capacity && !ended_.empty(); ++count) {
     results[count] = ended_.front()->result;
     ended_.pop_front();
+    --num_ended_;
     requests_.erase(results[count].tag);
   }
   return count;
@@ -404,6 +405,7 @@ void FileReader::end_chunk(const Chunk& chunk, const ChunkResult& result) {
 void FileReader::end_if_done(Request* request) {
   if (request->list != &issued_ || request->running_chunks != 0) return;
   move_to(ended_, request);
+  ++num_ended_;
   if (num_waiters_ > 0 && is_over(notify_at_)) result_ready_.notify_all();
 }
 

@@ -8,6 +8,7 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -69,6 +70,8 @@ class FileReader {
   FileReader& operator=(const FileReader&) = delete;
 
   uint64_t file_bytes() const { return file_bytes_; }
+  // Requests that wait() would report now.
+  const std::atomic<int32_t>& num_ended() const { return num_ended_; }
 
   // Queues all requests, or none: throws std::invalid_argument on an extent that is empty,
   // or unaligned when reading directly, and on a tag that is in use. A tag is in use until
@@ -158,6 +161,7 @@ class FileReader {
   List issued_;
   // To be reported.
   List ended_;
+  std::atomic<int32_t> num_ended_{0};
   std::vector<std::thread> threads_;
 };
 

@@ -1,7 +1,9 @@
 #include "lookahead.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -9,6 +11,11 @@
 namespace vmo {
 
 namespace {
+
+struct Guess {
+  int32_t expert;
+  float chance;
+};
 
 struct Scale {
   float boundary;
@@ -30,21 +37,81 @@ Scale scale_of(const float* logits, int32_t num_experts, int32_t top_k,
   return {0.5F * (last_in + *first_out), kBinsPerDeviation / (deviation + 1e-12F)};
 }
 
-}  // namespace
+// One binary for all x86-64 machines, wide vectors where there are any. (The resolvers of
+// clones run before AddressSanitizer is ready.)
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+#define VMO_WIDE __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define VMO_WIDE
+#endif
 
-std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int64_t stride,
-                              int32_t num_experts, int32_t top_k, const int32_t* slots,
-                              const float* trust, float threshold, uint8_t* kinds) {
-  if (top_k < 1 || top_k >= num_experts) {
-    throw std::invalid_argument("top_k must lie in [1, " + std::to_string(num_experts) +
-                                "), got " + std::to_string(top_k));
+float to_float(float value) { return value; }
+float to_float(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value = 0.0F;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float half_to_float(uint16_t half) {
+  const int32_t exponent = (half >> 10) & 0x1F;
+  const int32_t fraction = half & 0x3FF;
+  float value = 0.0F;
+  if (exponent == 0) {
+    value = std::ldexp(static_cast<float>(fraction), -24);
+  } else if (exponent == 31) {
+    value = fraction == 0 ? INFINITY : NAN;
+  } else {
+    value = std::ldexp(static_cast<float>(fraction | 0x400), exponent - 25);
   }
+  return (half & 0x8000) != 0 ? -value : value;
+}
+
+// Sums in lanes, because the compiler may not reorder one running sum of floats.
+template <typename Weight>
+inline __attribute__((always_inline)) float dot_of(const float* a, const Weight* b,
+                                                   int64_t count) {
+  constexpr int64_t kLanes = 16;
+  std::array<float, kLanes> sums{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      sums[static_cast<size_t>(lane)] += a[i + lane] * to_float(b[i + lane]);
+    }
+  }
+  for (; i < count; ++i) sums[0] += a[i] * to_float(b[i]);
+  float total = 0.0F;
+  for (const float sum : sums) total += sum;
+  return total;
+}
+
+VMO_WIDE float dot(const float* a, const float* b, int64_t count) {
+  return dot_of(a, b, count);
+}
+VMO_WIDE float dot(const float* a, const uint16_t* b, int64_t count) {
+  return dot_of(a, b, count);
+}
+
+void require(bool condition, const char* name, int32_t value, const char* allowed) {
+  if (condition) return;
+  throw std::invalid_argument(std::string(name) + " must be " + allowed + ", got " +
+                              std::to_string(value));
+}
+
+// Which experts a layer will probably use, judged by its router's `logits`
+// [num_rows, num_experts]; `slots` [num_experts], the layer's page table, negative for what is
+// absent; `trust` [2, kMarginBins]; `kinds` [num_rows, num_experts] receives each guess's kind.
+// Experts that at least one row uses with a probability of `threshold` or more, most probable
+// first, ties by expert.
+std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
+                              int32_t top_k, const int32_t* slots, const float* trust,
+                              float threshold, uint8_t* kinds) {
   const auto width = static_cast<size_t>(num_experts);
   std::vector<float> scratch;
   std::vector<float> unused(width, 1.0F);  // probability that no row uses it
   for (int32_t row = 0; row < num_rows; ++row) {
     const size_t begin = static_cast<size_t>(row) * width;
-    const float* of_row = logits + row * stride;
+    const float* of_row = logits + static_cast<int64_t>(row) * num_experts;
     const Scale scale = scale_of(of_row, num_experts, top_k, scratch);
     for (size_t e = 0; e < width; ++e) {
       const float margin = (of_row[e] - scale.boundary) * scale.bins_per_logit;
@@ -65,36 +132,8 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int64_t str
   return guesses;
 }
 
-std::vector<ReservedRow> foresee(Planner& planner, const float* logits, int32_t num_rows,
-                                 int64_t stride, int32_t first_layer, int32_t num_layers,
-                                 int32_t top_k, const float* trust, float threshold,
-                                 float value, int32_t max_reads, uint8_t* kinds,
-                                 int32_t& num_asked) {
-  const int32_t num_experts = planner.config().num_experts;
-  if (first_layer < 0 || num_layers < 0 ||
-      num_layers > planner.config().num_layers - first_layer) {
-    throw std::invalid_argument("layers [" + std::to_string(first_layer) + ", " +
-                                std::to_string(first_layer + num_layers) +
-                                ") do not all exist");
-  }
-  std::vector<ReservedRow> reserved;
-  const auto is_full = [&] { return reserved.size() >= static_cast<size_t>(max_reads); };
-  for (num_asked = 0; num_asked < num_layers && !is_full(); ++num_asked) {
-    const int32_t layer = first_layer + num_asked;
-    const int32_t* slots = planner.page_table() + static_cast<int64_t>(layer) * num_experts;
-    const std::vector<Guess> guesses = look_ahead(
-        logits + static_cast<int64_t>(num_asked) * num_experts, num_rows, stride, num_experts,
-        top_k, slots, trust + static_cast<int64_t>(num_asked) * 2 * kMarginBins, threshold,
-        kinds + static_cast<int64_t>(num_asked) * num_rows * num_experts);
-    for (const Guess& guess : guesses) {
-      if (slots[guess.expert] < 0 && is_full()) continue;
-      const int32_t slot = planner.prefetch(layer, guess.expert, guess.chance * value);
-      if (slot >= 0) reserved.push_back({layer, guess.expert, slot});
-    }
-  }
-  return reserved;
-}
-
+// What became of guesses: of their `kinds` [num_rows, num_experts], all are added to `tried`
+// and those in `ids` [num_rows, top_k] to `right`, both [2, kMarginBins].
 void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
            int32_t top_k, float* tried, float* right) {
   for (int64_t row = 0; row < num_rows; ++row) {
@@ -109,6 +148,124 @@ void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const in
       right[of_row[id]] += 1.0F;
     }
   }
+}
+
+}  // namespace
+
+RouterLookahead::RouterLookahead(const LookaheadConfig& config, const RouterWeights& routers,
+                                 const Evidence& evidence)
+    : config_(config),
+      routers_(routers),
+      evidence_(evidence),
+      guesses_(static_cast<size_t>(std::max(config.depth, 0))) {
+  require(config.num_layers > 0, "num_layers", config.num_layers, "positive");
+  require(config.hidden_size > 0, "hidden_size", config.hidden_size, "positive");
+  require(config.depth > 0, "depth", config.depth, "positive");
+  require(config.max_rows > 0, "max_rows", config.max_rows, "positive");
+  require(config.top_k > 0 && config.top_k < config.num_experts, "top_k", config.top_k,
+          "positive and less than the number of experts");
+  require(routers.type != FloatType::kFloat16, "the routers' type", 2, "float32 or bfloat16");
+}
+
+int32_t RouterLookahead::begin_step(int64_t num_rows) {
+  num_rows_ = num_rows;
+  num_asked_ = static_cast<int32_t>(std::min<int64_t>(num_rows, config_.max_rows));
+  for (std::vector<uint8_t>& kinds : guesses_) kinds.clear();
+  ++num_steps_;
+  watched_ = static_cast<int32_t>(num_steps_ % config_.num_layers);
+  return watched_;
+}
+
+void RouterLookahead::observe(int32_t layer, const int64_t* ids) {
+  if (layer != watched_) return;
+  ids_.clear();
+  for (int32_t row = 0; row < num_asked_; ++row) {
+    const int64_t* of_row = ids + sampled(row) * config_.top_k;
+    ids_.insert(ids_.end(), of_row, of_row + config_.top_k);
+  }
+  constexpr size_t kKinds = 2 * kMarginBins;
+  const size_t size = kKinds * guesses_.size();
+  for (size_t i = 0; i < size; ++i) {
+    evidence_.tried[i] *= config_.memory;
+    evidence_.right[i] *= config_.memory;
+  }
+  for (size_t distance = 0; distance < guesses_.size(); ++distance) {
+    if (guesses_[distance].empty()) continue;
+    judge(guesses_[distance].data(), num_asked_, config_.num_experts, ids_.data(),
+          config_.top_k, evidence_.tried + kKinds * distance,
+          evidence_.right + kKinds * distance);
+  }
+  for (size_t i = 0; i < size; ++i)
+    evidence_.trust[i] = evidence_.right[i] / evidence_.tried[i];
+}
+
+void RouterLookahead::convert(const void* hidden, FloatType type, int64_t stride) {
+  const auto width = static_cast<int64_t>(config_.hidden_size);
+  hidden_.resize(static_cast<size_t>(num_asked_ * width));
+  for (int32_t row = 0; row < num_asked_; ++row) {
+    const int64_t begin = sampled(row) * stride;
+    float* to = &hidden_[static_cast<size_t>(row * width)];
+    if (type == FloatType::kFloat32) {
+      std::copy_n(static_cast<const float*>(hidden) + begin, width, to);
+      continue;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(hidden) + begin;
+    const bool brain = type == FloatType::kBFloat16;
+    std::transform(from, from + width, to, [brain](uint16_t value) {
+      return brain ? to_float(value) : half_to_float(value);
+    });
+  }
+}
+
+void RouterLookahead::ask(int32_t layer) {
+  const auto width = static_cast<int64_t>(config_.hidden_size);
+  const auto num_experts = static_cast<int64_t>(config_.num_experts);
+  logits_.resize(static_cast<size_t>(num_asked_ * num_experts));
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int64_t router = layer * num_experts + e;
+    const float bias = routers_.bias != nullptr ? routers_.bias[router] : 0.0F;
+    for (int64_t row = 0; row < num_asked_; ++row) {
+      const float* given = &hidden_[static_cast<size_t>(row * width)];
+      const float product =
+          routers_.type == FloatType::kFloat32
+              ? dot(given, static_cast<const float*>(routers_.weight) + router * width, width)
+              : dot(given, static_cast<const uint16_t*>(routers_.weight) + router * width,
+                    width);
+      logits_[static_cast<size_t>(row * num_experts + e)] = product + bias;
+    }
+  }
+}
+
+std::vector<ReservedRow> RouterLookahead::foresee(Planner& planner, int32_t layer,
+                                                  const void* hidden, FloatType type,
+                                                  int64_t stride, float threshold, float value,
+                                                  int32_t max_reads) {
+  const int32_t num_experts = config_.num_experts;
+  if (planner.config().num_experts != num_experts ||
+      planner.config().num_layers != config_.num_layers) {
+    throw std::invalid_argument("the planner is one of another model");
+  }
+  std::vector<ReservedRow> reserved;
+  const auto is_full = [&] { return reserved.size() >= static_cast<size_t>(max_reads); };
+  const int32_t end = std::min(layer + 1 + config_.depth, config_.num_layers);
+  if (num_asked_ == 0 || layer < 0 || layer + 1 >= end || is_full()) return reserved;
+  convert(hidden, type, stride);
+  kinds_.resize(static_cast<size_t>(num_asked_) * static_cast<size_t>(num_experts));
+  for (int32_t target = layer + 1; target < end && !is_full(); ++target) {
+    const auto distance = static_cast<size_t>(target - layer - 1);
+    ask(target);
+    const int32_t* slots = planner.page_table() + static_cast<int64_t>(target) * num_experts;
+    const std::vector<Guess> guesses =
+        look_ahead(logits_.data(), num_asked_, num_experts, config_.top_k, slots,
+                   evidence_.trust + 2 * kMarginBins * distance, threshold, kinds_.data());
+    if (target == watched_) guesses_[distance] = kinds_;
+    for (const Guess& guess : guesses) {
+      if (slots[guess.expert] < 0 && is_full()) continue;
+      const int32_t slot = planner.prefetch(target, guess.expert, guess.chance * value);
+      if (slot >= 0) reserved.push_back({target, guess.expert, slot});
+    }
+  }
+  return reserved;
 }
 
 }  // namespace vmo

@@ -13,23 +13,6 @@ namespace vmo {
 inline constexpr int32_t kMarginBins = 16;
 inline constexpr float kBinsPerDeviation = 4.0F;
 
-struct Guess {
-  int32_t expert;
-  float chance;
-};
-
-// Which experts a layer will probably use, judged by its router's logits.
-//
-// `logits` [num_rows, num_experts], rows `stride` apart; `slots` [num_experts], the layer's
-// page table, negative for what is absent; `trust` [2, kMarginBins], how often a guess of each
-// kind (resident or absent, margin) was right; `kinds` [num_rows, num_experts] receives each
-// guess's kind. Returns the experts that at least one row uses with a probability of
-// `threshold` or more, most probable first, ties by expert. Throws std::invalid_argument unless
-// 0 < top_k < num_experts.
-std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int64_t stride,
-                              int32_t num_experts, int32_t top_k, const int32_t* slots,
-                              const float* trust, float threshold, uint8_t* kinds);
-
 // A row reserved for an expert that is to be read ahead.
 struct ReservedRow {
   int32_t layer;
@@ -37,24 +20,73 @@ struct ReservedRow {
   int32_t slot;
 };
 
-// Guesses for several layers in a row, nearest first, and what a prefetcher makes of them: what
-// is likely and resident becomes expected (Planner::prefetch), for what is likely and absent
-// rows are reserved, worth chance * `value`, until there are `max_reads`; the layers behind are
-// not looked at any more.
-//
-// `logits` [num_rows, num_layers, num_experts], rows `stride` apart, of layers from
-// `first_layer` on; `trust` [num_layers, 2, kMarginBins]; `kinds`
-// [num_layers, num_rows, num_experts]. Sets `num_asked` to the layers looked at.
-std::vector<ReservedRow> foresee(Planner& planner, const float* logits, int32_t num_rows,
-                                 int64_t stride, int32_t first_layer, int32_t num_layers,
-                                 int32_t top_k, const float* trust, float threshold,
-                                 float value, int32_t max_reads, uint8_t* kinds,
-                                 int32_t& num_asked);
+enum class FloatType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// What became of guesses: of their `kinds` [num_rows, num_experts], all are added to `tried`
-// and those in `ids` [num_rows, top_k] to `right`, both [2, kMarginBins]. Throws
-// std::invalid_argument on an id out of range, with both unchanged or partly added to.
-void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
-           int32_t top_k, float* tried, float* right);
+struct LookaheadConfig {
+  int32_t num_layers = 0;
+  int32_t num_experts = 0;
+  int32_t hidden_size = 0;
+  int32_t top_k = 0;
+  int32_t depth = 0;     // layers ahead
+  int32_t max_rows = 0;  // of a step that are asked about
+  float memory = 1.0F;   // share of the older evidence that a step keeps
+};
+
+// The routers of all layers, asked ahead of their layer; the caller owns what it points to.
+struct RouterWeights {
+  const void* weight = nullptr;  // [num_layers, num_experts, hidden_size]
+  FloatType type = FloatType::kFloat32;
+  const float* bias = nullptr;  // [num_layers, num_experts] or null
+};
+
+// Evidence about guesses by layers ahead, resident or absent, and margin: how many were made
+// and how many of them were right, [depth, 2, kMarginBins] each; trust = right / tried.
+struct Evidence {
+  float* tried = nullptr;
+  float* right = nullptr;
+  float* trust = nullptr;
+};
+
+// Asks the routers of the next layers and makes of their answers what a prefetcher needs.
+class RouterLookahead {
+ public:
+  // Throws std::invalid_argument on sizes that are not possible.
+  RouterLookahead(const LookaheadConfig& config, const RouterWeights& routers,
+                  const Evidence& evidence);
+
+  // A step of `num_rows` rows begins. Of more than max_rows, evenly spread ones are asked
+  // about. Returns the layer whose guesses observe() will judge.
+  int32_t begin_step(int64_t num_rows);
+
+  // `layer` routed the step's rows, ids [num_rows, top_k]: were the guesses right? Guesses
+  // about one layer per step are judged, which is enough and costs next to nothing.
+  void observe(int32_t layer, const int64_t* ids);
+
+  // The layers behind `layer`, given what its router was given (`hidden`, rows `stride`
+  // elements apart), nearest first: what is likely and resident becomes expected
+  // (Planner::prefetch), for what is likely and absent rows are reserved, worth chance *
+  // `value`, until there are `max_reads`; the layers behind are not asked any more.
+  std::vector<ReservedRow> foresee(Planner& planner, int32_t layer, const void* hidden,
+                                   FloatType type, int64_t stride, float threshold, float value,
+                                   int32_t max_reads);
+
+ private:
+  int64_t sampled(int32_t row) const { return row * num_rows_ / num_asked_; }
+  void convert(const void* hidden, FloatType type, int64_t stride);
+  void ask(int32_t layer);
+
+  LookaheadConfig config_;
+  RouterWeights routers_;
+  Evidence evidence_;
+  int64_t num_rows_ = 0;
+  int32_t num_asked_ = 0;  // rows of the step that are asked about
+  int64_t num_steps_ = 0;
+  int32_t watched_ = 0;                        // layer whose guesses are judged in this step
+  std::vector<float> hidden_;                  // [num_asked, hidden_size]
+  std::vector<float> logits_;                  // [num_asked, num_experts]
+  std::vector<uint8_t> kinds_;                 // [num_asked, num_experts]
+  std::vector<std::vector<uint8_t>> guesses_;  // per distance, about the watched layer
+  std::vector<int64_t> ids_;
+};
 
 }  // namespace vmo

@@ -68,21 +68,17 @@ Planner::Planner(const PlannerConfig& config) : config_(config) {
   plan_.miss_slots.reserve(num_experts);
   plan_.miss_kinds.reserve(num_experts);
 
-  const bool per_layer = config.scope == Scope::kPerLayer;
-  const int32_t num_pools = per_layer ? config.num_layers : 1;
-  const int32_t per_pool = config.num_slots / num_pools;
-  free_slots_.resize(static_cast<size_t>(num_pools));
-  for (int32_t pool = 0; pool < num_pools; ++pool) {
-    auto& stack = free_slots_[static_cast<size_t>(pool)];
-    for (int32_t i = per_pool - 1; i >= 0; --i) stack.push_back(pool * per_pool + i);
+  const int32_t num_pools = config.scope == Scope::kPerLayer ? config.num_layers : 1;
+  slots_per_pool_ = config.num_slots / num_pools;
+  occupied_.assign(static_cast<size_t>(num_pools), 0);
+  const auto num_rows = static_cast<int32_t>(slots_.size());
+  if (!fixed_slots_) {
+    for (int32_t row = num_rows - 1; row >= 0; --row) free_.push_back(row);
   }
   if (config.order == Order::kRecency) {
-    newer_.resize(static_cast<size_t>(config.num_slots) + free_slots_.size());
+    newer_.resize(slots_.size() + occupied_.size());
     std::iota(newer_.begin(), newer_.end(), 0);
     older_ = newer_;
-  }
-  for (int32_t i = config.num_staging_slots - 1; i >= 0; --i) {
-    free_staging_.push_back(config.num_slots + i);
   }
 }
 
@@ -122,7 +118,8 @@ bool Planner::outscores(int32_t key, int32_t victim_key) const {
 
 bool Planner::may_go(int32_t index, bool unpinned) const {
   const Slot& slot = slots_[static_cast<size_t>(index)];
-  return slot.state == SlotState::kResident && !slot.expected && (unpinned || !slot.pinned);
+  return slot.state == SlotState::kResident && !slot.expected && !slot.fresh &&
+         (unpinned || !slot.pinned);
 }
 
 // Fills victims_ with up to `limit` keys that may be evicted for `layer`, best first.
@@ -130,7 +127,7 @@ void Planner::collect_victims(int32_t layer, size_t limit, bool unpinned) {
   victims_.clear();
   if (limit == 0) return;
   if (config_.order == Order::kRecency) {
-    const int32_t end = config_.num_slots + pool_of(layer);
+    const int32_t end = static_cast<int32_t>(slots_.size()) + pool_of(layer);
     for (int32_t index = newer_[static_cast<size_t>(end)];
          index != end && victims_.size() < limit; index = newer_[static_cast<size_t>(index)]) {
       if (may_go(index, unpinned)) victims_.push_back(slots_[static_cast<size_t>(index)].key);
@@ -170,7 +167,7 @@ void Planner::collect_victims(int32_t layer, size_t limit, bool unpinned) {
 
 // Takes a slot out of its recency list, or moves it to the list's newest end.
 void Planner::unlink(int32_t index) {
-  if (newer_.empty() || index >= config_.num_slots) return;
+  if (newer_.empty()) return;
   const int32_t older = older_[static_cast<size_t>(index)];
   const int32_t newer = newer_[static_cast<size_t>(index)];
   newer_[static_cast<size_t>(older)] = newer;
@@ -178,8 +175,8 @@ void Planner::unlink(int32_t index) {
 }
 
 void Planner::link_newest(int32_t index, int32_t layer) {
-  if (newer_.empty() || index >= config_.num_slots) return;
-  const int32_t end = config_.num_slots + pool_of(layer);
+  if (newer_.empty()) return;
+  const int32_t end = static_cast<int32_t>(slots_.size()) + pool_of(layer);
   const int32_t older = older_[static_cast<size_t>(end)];
   newer_[static_cast<size_t>(older)] = index;
   older_[static_cast<size_t>(index)] = older;
@@ -189,42 +186,40 @@ void Planner::link_newest(int32_t index, int32_t layer) {
 
 void Planner::release(int32_t index) {
   Slot& slot = slots_[static_cast<size_t>(index)];
-  if (slot.key >= 0) {
-    page_table_[static_cast<size_t>(slot.key)] = -1;
+  page_table_[static_cast<size_t>(slot.key)] = -1;
+  if (!slot.transient) {
     barrier_[static_cast<size_t>(slot.key)] = kInfinity;
     unlink(index);
-    if (slot.state == SlotState::kResident && index < config_.num_slots) --num_resident_;
+    --occupied_[static_cast<size_t>(pool_of(slot.key / config_.num_experts))];
+    if (slot.state == SlotState::kResident) --num_resident_;
   }
-  const int32_t layer = slot.key >= 0 ? slot.key / config_.num_experts : 0;
   slot = Slot{};
-  if (index >= config_.num_slots) {
-    free_staging_.push_back(index);
-  } else if (!fixed_slots_) {
-    free_slots_[static_cast<size_t>(pool_of(layer))].push_back(index);
-  }
+  if (!fixed_slots_) free_.push_back(index);
 }
 
 void Planner::evict(int32_t index) {
-  Slot& slot = slots_[static_cast<size_t>(index)];
   ++counters_.evictions;
-  if (slot.prefetched) ++counters_.prefetch_wasted;
+  if (slots_[static_cast<size_t>(index)].prefetched) ++counters_.prefetch_wasted;
   release(index);
 }
 
-void Planner::occupy(int32_t index, int32_t key, SlotState state) {
+void Planner::occupy(int32_t index, int32_t key, SlotState state, bool transient) {
   Slot& slot = slots_[static_cast<size_t>(index)];
   slot.key = key;
   slot.state = state;
+  slot.transient = transient;
   page_table_[static_cast<size_t>(key)] = index;
-  if (index < config_.num_slots) barrier_[static_cast<size_t>(key)] = 0.0F;
-  link_newest(index, key / config_.num_experts);
-  if (state == SlotState::kResident && index < config_.num_slots) ++num_resident_;
+  if (transient) return;
+  const int32_t layer = key / config_.num_experts;
+  barrier_[static_cast<size_t>(key)] = 0.0F;
+  link_newest(index, layer);
+  ++occupied_[static_cast<size_t>(pool_of(layer))];
+  if (state == SlotState::kResident) ++num_resident_;
 }
 
-int32_t Planner::take_free(int32_t layer) {
-  auto& stack = free_slots_[static_cast<size_t>(pool_of(layer))];
-  const int32_t index = stack.back();
-  stack.pop_back();
+int32_t Planner::take_free() {
+  const int32_t index = free_.back();
+  free_.pop_back();
   return index;
 }
 
@@ -267,23 +262,15 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
   for (const int32_t index : plan_.slots) {
     if (index >= 0) slots_[static_cast<size_t>(index)].pinned = true;
   }
-  auto& free_stack = free_slots_[static_cast<size_t>(pool_of(layer))];
   const size_t num_missing = missing_.size();
-  const size_t num_free = fixed_slots_ ? num_missing : free_stack.size();
-  if (num_missing > num_free) {
-    collect_victims(layer, num_missing, unpinned);
-  } else {
-    victims_.clear();
-  }
-  const auto fits = [&] {
-    return config_.unbounded_staging ||
-           num_missing <= num_free + free_staging_.size() + victims_.size();
-  };
-  if (!fits() && !expected_.empty()) {
+  const size_t num_free = fixed_slots_ ? num_missing : free_.size();
+  const size_t num_wanting = num_missing - std::min(num_missing, num_free);
+  collect_victims(layer, num_wanting, unpinned);
+  if (victims_.size() < num_wanting && !expected_.empty()) {
     forget_expected(-1);  // a need outweighs an expectation
-    collect_victims(layer, num_missing, unpinned);
+    collect_victims(layer, num_wanting, unpinned);
   }
-  if (!fits()) {
+  if (victims_.size() < num_wanting) {
     for (const int32_t index : plan_.slots) {
       if (index >= 0) slots_[static_cast<size_t>(index)].pinned = false;
     }
@@ -293,21 +280,8 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
   // From here on the plan succeeds.
   open_layer_ = layer;
   open_flags_ = flags;
-  if (!transient) {
-    ++clock_;
-    ++counters_.calls;
-    counters_.hits += plan_.num_hits;
-    counters_.misses += static_cast<int64_t>(num_missing + num_awaited);
-    counters_.prefetch_late += static_cast<int64_t>(num_awaited);
-    for (size_t i = 0; i < num_needed; ++i) {
-      last_use_[static_cast<size_t>(key_of(layer, plan_.experts[i]))] = clock_;
-      if (plan_.slots[i] < 0) continue;
-      Slot& slot = slots_[static_cast<size_t>(plan_.slots[i])];
-      if (slot.prefetched && slot.state == SlotState::kResident) ++counters_.prefetch_useful;
-      slot.prefetched = false;
-    }
-  }
-  for (size_t i = 0; i < num_needed; ++i) {
+  if (!transient) count(layer, num_missing, num_awaited);
+  for (size_t i = 0; num_awaited > 0 && i < num_needed; ++i) {
     const int32_t index = plan_.slots[i];
     if (index >= 0 && slots_[static_cast<size_t>(index)].state == SlotState::kLoading) {
       plan_.miss_experts.push_back(plan_.experts[i]);
@@ -315,67 +289,17 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
       plan_.miss_kinds.push_back(static_cast<int32_t>(MissKind::kAwait));
     }
   }
-
-  // Most valuable misses choose first, so that what is kept is the best of both.
-  if (config_.admission && !transient) {
-    std::stable_sort(missing_.begin(), missing_.end(), [&](int32_t a, int32_t b) {
-      const auto ka = static_cast<size_t>(key_of(layer, plan_.experts[static_cast<size_t>(a)]));
-      const auto kb = static_cast<size_t>(key_of(layer, plan_.experts[static_cast<size_t>(b)]));
-      return scores_[ka] > scores_[kb];
-    });
-  }
-  size_t next_victim = 0;
-  for (size_t m = 0; m < num_missing; ++m) {
-    const auto i = static_cast<size_t>(missing_[m]);
+  for (const int32_t victim : victims_) evict(page_table_[static_cast<size_t>(victim)]);
+  for (const int32_t missing : missing_) {
+    const auto i = static_cast<size_t>(missing);
     const int32_t key = key_of(layer, plan_.experts[i]);
-    int32_t index = -1;
-    bool kept = true;
-    const bool has_victim = next_victim < victims_.size();
-    if (transient) {
-      kept = false;
-      if (!free_staging_.empty()) {
-        index = free_staging_.back();
-        free_staging_.pop_back();
-      } else if (fixed_slots_ || !free_stack.empty()) {
-        index = fixed_slots_ ? key : take_free(layer);
-        kept = fixed_slots_;  // its own row: nothing is displaced by staying
-      } else if (!has_victim) {
-        // Only unbounded staging gets here: the need would not have fitted otherwise.
-        plan_.miss_experts.push_back(plan_.experts[i]);
-        plan_.miss_slots.push_back(-1);
-        plan_.miss_kinds.push_back(static_cast<int32_t>(MissKind::kNoSlot));
-        continue;
-      }
-    } else if (fixed_slots_) {
-      index = key;
-    } else if (!free_stack.empty()) {
-      index = take_free(layer);
-    } else if (has_victim && (!config_.admission || outscores(key, victims_[next_victim]))) {
-      // falls through to the eviction below
-    } else if (!free_staging_.empty()) {
-      index = free_staging_.back();
-      free_staging_.pop_back();
-      kept = false;
-    } else if (config_.unbounded_staging) {
-      kept = false;
-      ++counters_.bypasses;
-      plan_.miss_experts.push_back(plan_.experts[i]);
-      plan_.miss_slots.push_back(-1);
-      plan_.miss_kinds.push_back(static_cast<int32_t>(MissKind::kNoSlot));
-      continue;
-    }
-    if (index < 0) {
-      // Admitted over a resident; or forced, because staging is full: the least valuable
-      // resident then makes room, and the newcomer will be the next to go.
-      const int32_t victim = page_table_[static_cast<size_t>(victims_[next_victim++])];
-      evict(victim);
-      index = take_free(layer);
-    }
-    if (!kept && !transient) ++counters_.bypasses;
-    occupy(index, key, instant ? SlotState::kResident : SlotState::kLoading);
+    const int32_t index = fixed_slots_ ? key : take_free();
+    // In a row of its own an expert may stay: nobody is displaced.
+    const bool leaves = transient && !fixed_slots_;
+    occupy(index, key, instant ? SlotState::kResident : SlotState::kLoading, leaves);
     Slot& slot = slots_[static_cast<size_t>(index)];
-    slot.pinned = !unpinned;
-    slot.transient = !kept || index >= config_.num_slots;
+    slot.pinned = true;
+    slot.fresh = !transient;
     plan_.slots[i] = index;
     plan_.miss_experts.push_back(plan_.experts[i]);
     plan_.miss_slots.push_back(index);
@@ -383,9 +307,7 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
   }
   if (!newer_.empty() && !transient) {
     // Uses of one call are equally recent: ascending, hits and misses alike.
-    for (size_t i = 0; i < num_needed; ++i) {
-      const int32_t index = plan_.slots[i];
-      if (index < 0 || slot_of(layer, plan_.experts[i]) != index) continue;
+    for (const int32_t index : plan_.slots) {
       unlink(index);
       link_newest(index, layer);
     }
@@ -393,9 +315,26 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
   return true;
 }
 
+void Planner::count(int32_t layer, size_t num_misses, size_t num_awaited) {
+  ++clock_;
+  ++counters_.calls;
+  counters_.hits += plan_.num_hits;
+  counters_.misses += static_cast<int64_t>(num_misses + num_awaited);
+  counters_.prefetch_late += static_cast<int64_t>(num_awaited);
+  for (size_t i = 0; i < plan_.experts.size(); ++i) {
+    last_use_[static_cast<size_t>(key_of(layer, plan_.experts[i]))] = clock_;
+    if (plan_.slots[i] < 0) continue;
+    Slot& slot = slots_[static_cast<size_t>(plan_.slots[i])];
+    if (slot.prefetched && slot.state == SlotState::kResident) ++counters_.prefetch_useful;
+    slot.prefetched = false;
+  }
+}
+
 void Planner::drive(int32_t first_layer, int32_t num_layers, const int32_t* ids,
                     int64_t ids_per_layer, const float* gain, float decay) {
-  require(config_.unbounded_staging, "drive needs a planner with unbounded staging");
+  require(fixed_slots_ || config_.num_staging_slots >= config_.num_experts,
+          "drive needs a staging slot for every expert of a layer, got " +
+              std::to_string(config_.num_staging_slots));
   require(first_layer >= 0 && num_layers >= 0 && num_layers <= config_.num_layers - first_layer,
           "layers [" + std::to_string(first_layer) + ", " +
               std::to_string(first_layer + num_layers) + ") are not all in [0, " +
@@ -414,16 +353,51 @@ void Planner::drive(int32_t first_layer, int32_t num_layers, const int32_t* ids,
 
 void Planner::finish() {
   if (open_layer_ < 0) throw std::logic_error("finish() without an open plan");
+  if (!expected_.empty()) forget_expected(open_layer_);
+  for (const int32_t index : plan_.slots) {
+    if (index < 0) continue;
+    const Slot& slot = slots_[static_cast<size_t>(index)];
+    if (slot.state == SlotState::kLoading || slot.transient) release(index);
+  }
+  trim(open_layer_, (open_flags_ & kPlanUnpinned) != 0);
   for (const int32_t index : plan_.slots) {
     if (index < 0) continue;
     Slot& slot = slots_[static_cast<size_t>(index)];
-    // Belady's bound evicts within its own need: the row may have a new owner by now.
     slot.pinned = false;
-    if (slot.key < 0) continue;
-    if (slot.state == SlotState::kLoading || slot.transient) release(index);
+    slot.fresh = false;
   }
-  if (!expected_.empty()) forget_expected(open_layer_);
   open_layer_ = -1;
+}
+
+// Brings the pool of `layer` down to its slots: the misses of the open plan and the other
+// residents compete for them.
+void Planner::trim(int32_t layer, bool unpinned) {
+  const int32_t over = occupied_[static_cast<size_t>(pool_of(layer))] - slots_per_pool_;
+  if (over <= 0 || fixed_slots_) return;
+  fresh_.clear();
+  for (const int32_t index : plan_.slots) {
+    if (index >= 0 && slots_[static_cast<size_t>(index)].fresh) fresh_.push_back(index);
+  }
+  const auto key_in = [this](int32_t index) { return slots_[static_cast<size_t>(index)].key; };
+  if (config_.admission) {  // the most valuable choose first, so that the best of both stay
+    std::stable_sort(fresh_.begin(), fresh_.end(),
+                     [&](int32_t a, int32_t b) { return outscores(key_in(a), key_in(b)); });
+  }
+  const auto num_over = static_cast<size_t>(over);
+  if (num_over > fresh_.size())
+    throw std::logic_error("more rows occupied than there are slots");
+  collect_victims(layer, num_over, unpinned);
+  size_t next_victim = 0;
+  for (size_t i = fresh_.size() - num_over; i < fresh_.size(); ++i) {
+    const bool has_victim = next_victim < victims_.size();
+    if (has_victim &&
+        (!config_.admission || outscores(key_in(fresh_[i]), victims_[next_victim]))) {
+      evict(page_table_[static_cast<size_t>(victims_[next_victim++])]);
+    } else {
+      ++counters_.bypasses;
+      release(fresh_[i]);
+    }
+  }
 }
 
 void Planner::expect(int32_t index) {
@@ -451,7 +425,7 @@ void Planner::complete(int32_t index, bool ok) {
   Slot& slot = slots_[static_cast<size_t>(index)];
   if (ok) {
     slot.state = SlotState::kResident;
-    if (index < config_.num_slots) ++num_resident_;
+    if (!slot.transient) ++num_resident_;
     return;
   }
   if (slot.prefetched) ++counters_.prefetch_wasted;
@@ -470,21 +444,21 @@ int32_t Planner::prefetch(int32_t layer, int32_t expert, float value) {
   const int32_t key = key_of(layer, expert);
   const int32_t present = page_table_[static_cast<size_t>(key)];
   if (present >= 0) {
-    if (present < config_.num_slots) expect(present);
+    if (!slots_[static_cast<size_t>(present)].transient) expect(present);
     return -1;
   }
   int32_t index = -1;
   if (fixed_slots_) {
     index = key;
-  } else if (!free_slots_[0].empty()) {
-    index = take_free(layer);
+  } else if (occupied_[0] < slots_per_pool_ && !free_.empty()) {
+    index = take_free();
   } else {
     collect_victims(layer, 1, /*unpinned=*/false);
     if (victims_.empty() || !(value > scores_[static_cast<size_t>(victims_[0])])) return -1;
     evict(page_table_[static_cast<size_t>(victims_[0])]);
-    index = take_free(layer);
+    index = take_free();
   }
-  occupy(index, key, SlotState::kLoading);
+  occupy(index, key, SlotState::kLoading, /*transient=*/false);
   slots_[static_cast<size_t>(index)].prefetched = true;
   expect(index);
   ++counters_.prefetch_issued;
@@ -492,7 +466,7 @@ int32_t Planner::prefetch(int32_t layer, int32_t expert, float value) {
 }
 
 void Planner::cancel_prefetch(int32_t index) {
-  require(index >= 0 && index < config_.num_slots &&
+  require(index >= 0 && static_cast<size_t>(index) < slots_.size() &&
               slots_[static_cast<size_t>(index)].state == SlotState::kLoading &&
               !slots_[static_cast<size_t>(index)].pinned,
           "slot " + std::to_string(index) + " has no prefetch that can be cancelled");

@@ -1,4 +1,9 @@
-// Which expert lies in which slot, and what one layer call has to change about it.
+// Which expert lies in which row, and what one layer call has to change about it.
+//
+// Rows are alike. Between layer calls at most num_slots of them are occupied; what a layer call
+// misses goes into free rows at first, and who has to leave for it is decided when the call is
+// done (finish()): its misses compete with what is cached by the scores of that moment, which
+// a policy may have brought up to date while they were read.
 //
 // The planner never touches bytes: it owns the page table, the slot states, the
 // keep-score table that a policy writes, the recency clock and the counters. Serving,
@@ -28,12 +33,11 @@ enum class Scope : int32_t {
 struct PlannerConfig {
   int32_t num_layers = 0;
   int32_t num_experts = 0;
-  int32_t num_slots = 0;          // cache slots, rows [0, num_slots)
-  int32_t num_staging_slots = 0;  // rows [num_slots, num_slots + num_staging_slots)
+  int32_t num_slots = 0;          // experts that stay between layer calls
+  int32_t num_staging_slots = 0;  // rows beyond that, for the misses of a layer call
   Order order = Order::kScore;
   Scope scope = Scope::kGlobal;
-  bool admission = true;           // a miss must outscore a resident to replace it
-  bool unbounded_staging = false;  // replay: staging is free and has no rows
+  bool admission = true;  // a miss must outscore a resident to replace it
 };
 
 enum PlanFlags : uint32_t {
@@ -47,15 +51,14 @@ enum PlanFlags : uint32_t {
 };
 
 enum class MissKind : int32_t {
-  kRead = 0,    // the record must be read into the slot
-  kAwait = 1,   // a prefetch into this slot is under way: wait for it
-  kNoSlot = 2,  // unbounded staging only: counted, held nowhere
+  kRead = 0,   // the record must be read into the row
+  kAwait = 1,  // a prefetch into this row is under way: wait for it
 };
 
 // One layer call. Vectors are reserved for num_experts once: their addresses never change.
 struct Plan {
   std::vector<int32_t> experts;  // distinct experts needed, ascending
-  std::vector<int32_t> slots;    // their rows, -1 for kNoSlot
+  std::vector<int32_t> slots;    // their rows
   std::vector<int32_t> miss_experts;
   std::vector<int32_t> miss_slots;
   std::vector<int32_t> miss_kinds;
@@ -66,7 +69,7 @@ struct Plan {
 struct Counters {
   int64_t hits = 0;
   int64_t misses = 0;
-  int64_t bypasses = 0;  // misses that went to staging
+  int64_t bypasses = 0;  // misses that were not kept
   int64_t evictions = 0;
   int64_t prefetch_issued = 0;
   int64_t prefetch_useful = 0;  // resident before first use
@@ -79,21 +82,24 @@ class Planner {
  public:
   explicit Planner(const PlannerConfig& config);
 
-  // Plans one layer call for `ids` (any order, repeats allowed).
+  // Plans one layer call for `ids` (any order, repeats allowed). Misses get free rows; those
+  // for which there is none evict the least valuable residents at once.
   // Returns false and changes nothing if the distinct experts do not fit at once.
   // Needed experts stay pinned until finish(). Throws std::invalid_argument on an id
   // outside [0, num_experts) and std::logic_error if a plan is still open.
   bool plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t flags);
   const Plan& current() const { return plan_; }
 
-  // Ends the open plan: unpins, empties staging and transient slots. Every read of the
-  // plan must have ended; one that was not completed leaves its slot empty.
+  // Ends the open plan: unpins, empties transient rows, and decides who stays: while more than
+  // num_slots rows are occupied, the least valuable go, misses of this call that do not
+  // outscore a resident (admission) among them; its hits stay. Every read of the plan must have
+  // ended; one that was not completed leaves its row empty.
   void finish();
 
   // A shadow's share of a step, all reads instant: for each of `num_layers` layers from
   // `first_layer` on, scores[layer] = scores[layer] * decay + gain (unless gain is null), then
   // plan and finish. ids [num_layers, ids_per_layer], gain [num_layers, num_experts].
-  // Needs unbounded staging. On an id out of range the layers before it stay planned.
+  // Needs num_experts staging slots. On an id out of range the layers before it stay planned.
   void drive(int32_t first_layer, int32_t num_layers, const int32_t* ids, int64_t ids_per_layer,
              const float* gain, float decay);
 
@@ -132,7 +138,8 @@ class Planner {
     int32_t key = -1;  // layer * num_experts + expert
     SlotState state = SlotState::kFree;
     bool pinned = false;
-    bool transient = false;   // emptied by finish()
+    bool transient = false;   // emptied by finish(); counts as nobody's
+    bool fresh = false;       // a miss of the open plan: finish() decides whether it stays
     bool prefetched = false;  // not used since it was prefetched
     bool expected = false;    // named by prefetch(); its layer was not served since
   };
@@ -140,7 +147,6 @@ class Planner {
   int32_t key_of(int32_t layer, int32_t expert) const {
     return layer * config_.num_experts + expert;
   }
-  bool has_fixed_slots() const { return fixed_slots_; }
   int32_t pool_of(int32_t layer) const { return config_.scope == Scope::kPerLayer ? layer : 0; }
   void collect_need(const int32_t* ids, int64_t num_ids);
   void collect_victims(int32_t layer, size_t limit, bool unpinned);
@@ -150,9 +156,11 @@ class Planner {
   void unlink(int32_t slot);
   void link_newest(int32_t slot, int32_t layer);
   void evict(int32_t slot);
-  void occupy(int32_t slot, int32_t key, SlotState state);
+  void occupy(int32_t slot, int32_t key, SlotState state, bool transient);
   void release(int32_t slot);
-  int32_t take_free(int32_t layer);
+  int32_t take_free();
+  void count(int32_t layer, size_t num_misses, size_t num_awaited);
+  void trim(int32_t layer, bool unpinned);
   void expect(int32_t slot);
   void forget_expected(int32_t layer);
 
@@ -162,18 +170,20 @@ class Planner {
   std::vector<int32_t> page_table_;
   std::vector<float> scores_;
   std::vector<uint64_t> last_use_;
-  std::vector<std::vector<int32_t>> free_slots_;  // one stack per pool, lowest on top
-  std::vector<int32_t> free_staging_;
-  // Per key, 0 for what has a cache slot, else infinity: scores + barrier has its least where
-  // the victim may be. Kept beside the slots because it is scanned as a whole.
+  std::vector<int32_t> free_;      // stack of rows, lowest on top at first
+  std::vector<int32_t> occupied_;  // per pool (a layer's, or all): rows that are not transient
+  int32_t slots_per_pool_ = 0;
+  // Per key, 0 for what has a row to stay in, else infinity: scores + barrier has its least
+  // where the victim may be. Kept beside the slots because it is scanned as a whole.
   std::vector<float> barrier_;
   // Recency order only: per pool a ring of its slots from the oldest use to the newest, in
-  // which slot num_slots + pool stands for the two ends.
+  // which slot (number of rows) + pool stands for the two ends.
   std::vector<int32_t> newer_;
   std::vector<int32_t> older_;
   std::vector<uint8_t> needed_;    // bitmap scratch [num_experts]
   std::vector<int32_t> victims_;   // scratch: keys, best victim first
   std::vector<int32_t> missing_;   // scratch: expert indices in plan_.experts
+  std::vector<int32_t> fresh_;     // scratch: rows of the misses that compete
   std::vector<int32_t> expected_;  // slots that are, or were until released, expected
   Plan plan_;
   int32_t open_layer_ = -1;

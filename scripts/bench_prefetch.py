@@ -36,7 +36,7 @@ from scripts.bench_report import (  # noqa: E402
     results_of,
     write_report,
 )
-from vllm_moe_offload.predictor import CrossLayerPredictor, Predictor  # noqa: E402
+from vllm_moe_offload.predictor import CrossLayerPredictor, RoutingPredictor  # noqa: E402
 
 CONTESTANTS = {
     "lrfu": {"mode": "lrfu"},
@@ -65,7 +65,7 @@ COST = 0.02
 # ---- a contestant's process ----------------------------------------------------------------
 
 
-class Oracle(Predictor):
+class Oracle(RoutingPredictor):
     """Predicts what a record says."""
 
     depth = 4
@@ -92,7 +92,7 @@ class Oracle(Predictor):
         self.wrong += not np.array_equal(ids, self.steps[self._step][layer])
 
     def predict(
-        self, layer: int, ahead: int, hidden: Any, slots: Any, threshold: float
+        self, layer: int, ahead: int, threshold: float
     ) -> list[tuple[int, float]] | None:
         step, target = divmod(
             self._step * len(self.steps[0]) + layer + ahead, len(self.steps[0])

@@ -49,7 +49,7 @@ ABLATION = {
     "without the collection's prior": "trace:prior=0",
     "without the distance to the next visit": "trace:distance_weight=0",
     "without shadows": "trace:fallback=0",
-    "with scores that follow within a step": "trace:layers_ahead=4",
+    "without following within a step": "trace:follow=0",
 }
 TARGETS = {
     (1, 0.125): 0.452,

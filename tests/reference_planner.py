@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 FREE, LOADING, RESIDENT = "free", "loading", "resident"
-READ, AWAIT, NO_SLOT = 0, 1, 2
+READ, AWAIT = 0, 1
 
 COUNTERS = (
     "hits",
@@ -32,6 +32,7 @@ class Slot:
     state: str = FREE
     pinned: bool = False
     transient: bool = False
+    fresh: bool = False
     prefetched: bool = False
     expected: bool = False
 
@@ -59,21 +60,15 @@ class ReferencePlanner:
         recency: bool = False,
         per_layer: bool = False,
         admission: bool = True,
-        unbounded_staging: bool = False,
     ) -> None:
         self.layers, self.experts = layers, experts
-        self.num_slots = slots
         self.recency, self.per_layer = recency, per_layer
-        self.admission, self.unbounded = admission, unbounded_staging
+        self.admission = admission
         self.fixed = slots >= layers * experts
         self.slots = [Slot() for _ in range(slots + staging)]
-        pools = layers if per_layer else 1
-        share = slots // pools
-        # Stacks: the last entry is taken first.
-        self.free = [
-            list(range(p * share + share - 1, p * share - 1, -1)) for p in range(pools)
-        ]
-        self.free_staging = list(range(slots + staging - 1, slots - 1, -1))
+        self.share = slots // layers if per_layer else slots
+        # A stack: the last entry is taken first.
+        self.free = [] if self.fixed else list(range(slots + staging - 1, -1, -1))
         self.scores: dict[tuple[int, int], float] = {}
         self.last_use: dict[tuple[int, int], int] = {}
         self.clock = 0
@@ -95,9 +90,10 @@ class ReferencePlanner:
         """Rows that may be evicted for ``layer``, best victim first."""
         rows = [
             row
-            for row, slot in enumerate(self.slots[: self.num_slots])
+            for row, slot in enumerate(self.slots)
             if slot.state == RESIDENT
             and not slot.pinned
+            and not slot.fresh
             and not slot.expected
             and (not self.per_layer or slot.key[0] == layer)
         ]
@@ -105,19 +101,21 @@ class ReferencePlanner:
             rows, key=lambda row: (self.value(self.slots[row].key), self.slots[row].key)
         )
 
-    def pool(self, layer: int) -> list[int]:
-        return self.free[layer if self.per_layer else 0]
+    def occupied(self, layer: int) -> int:
+        """Rows that count against the slots of the layer's pool."""
+        return sum(
+            slot.state != FREE
+            and not slot.transient
+            and (not self.per_layer or slot.key[0] == layer)
+            for slot in self.slots
+        )
 
     # ---- commands --------------------------------------------------------------------
 
     def release(self, row: int) -> None:
-        slot = self.slots[row]
-        layer = slot.key[0]
         self.slots[row] = Slot()
-        if row >= self.num_slots:
-            self.free_staging.append(row)
-        elif not self.fixed:
-            self.pool(layer).append(row)
+        if not self.fixed:
+            self.free.append(row)
 
     def evict(self, row: int) -> None:
         self.counters["evictions"] += 1
@@ -135,13 +133,12 @@ class ReferencePlanner:
         for row in rows:
             if row >= 0:
                 self.slots[row].pinned = True
-        free = len(missing) if self.fixed else len(self.pool(layer))
-        victims = self.victims(layer) if len(missing) > free else []
-        if not self.unbounded and len(missing) > free + len(self.free_staging) + len(victims):
+        wanting = 0 if self.fixed else max(len(missing) - len(self.free), 0)
+        victims = self.victims(layer)
+        if len(victims) < wanting:
             self.forget_expected(None)
             victims = self.victims(layer)
-        room = free + len(self.free_staging) + len(victims)
-        if not self.unbounded and len(missing) > room:
+        if len(victims) < wanting:
             for row in rows:
                 if row >= 0:
                     self.slots[row].pinned = False
@@ -150,19 +147,16 @@ class ReferencePlanner:
         if not transient:
             self.count(layer, plan, len(missing), awaited)
         plan.misses = [(needed[i], rows[i], AWAIT) for i in awaited]
-        if self.admission and not transient:
-            missing.sort(key=lambda i: -self.scores.get((layer, needed[i]), 0.0))
+        for victim in victims[:wanting]:
+            self.evict(victim)
         for i in missing:
-            key = (layer, needed[i])
-            row, kept = self.place(key, victims, transient)
-            if row is None:
-                plan.misses.append((needed[i], -1, NO_SLOT))
-                continue
+            row = layer * self.experts + needed[i] if self.fixed else self.free.pop()
             self.slots[row] = Slot(
-                key,
+                (layer, needed[i]),
                 RESIDENT if instant else LOADING,
                 pinned=True,
-                transient=not kept or row >= self.num_slots,
+                transient=transient and not self.fixed,
+                fresh=not transient,
             )
             rows[i] = row
             plan.misses.append((needed[i], row, READ))
@@ -183,39 +177,6 @@ class ReferencePlanner:
                     self.counters["prefetch_useful"] += 1
                 slot.prefetched = False
 
-    def place(
-        self, key: tuple[int, int], victims: list[int], transient: bool
-    ) -> tuple[int | None, bool]:
-        """Row for a missing expert and whether it stays there; takes from ``victims``."""
-        layer = key[0]
-        if transient:
-            if self.free_staging:
-                return self.free_staging.pop(), False
-            if self.fixed:
-                return key[0] * self.experts + key[1], True
-            if self.pool(layer):
-                return self.pool(layer).pop(), False
-            return (self.replace(layer, victims), False) if victims else (None, False)
-        if self.fixed:
-            return key[0] * self.experts + key[1], True
-        if self.pool(layer):
-            return self.pool(layer).pop(), True
-        if victims:
-            loser = self.slots[victims[0]].key
-            if not self.admission or self.scores.get(key, 0.0) > self.scores.get(loser, 0.0):
-                return self.replace(layer, victims), True
-        if self.free_staging:
-            self.counters["bypasses"] += 1
-            return self.free_staging.pop(), False
-        if self.unbounded:
-            self.counters["bypasses"] += 1
-            return None, False
-        return self.replace(layer, victims), True
-
-    def replace(self, layer: int, victims: list[int]) -> int:
-        self.evict(victims.pop(0))
-        return self.pool(layer).pop()
-
     def is_loading(self, row: int) -> bool:
         return self.slots[row].state == LOADING
 
@@ -227,14 +188,30 @@ class ReferencePlanner:
     def finish(self) -> None:
         layer, plan = self.open
         self.forget_expected(layer)
-        for row in plan.rows:
-            if row < 0:
-                continue
-            slot = self.slots[row]
-            slot.pinned = False
-            if slot.key is not None and (slot.state == LOADING or slot.transient):
+        rows = [row for row in plan.rows if row >= 0]
+        for row in rows:
+            if self.slots[row].state == LOADING or self.slots[row].transient:
                 self.release(row)
+        if not self.fixed:
+            self.trim(layer, [row for row in rows if self.slots[row].fresh])
+        for row in rows:
+            self.slots[row].pinned = self.slots[row].fresh = False
         self.open = None
+
+    def trim(self, layer: int, fresh: list[int]) -> None:
+        """Until the pool fits its slots, the least valuable go."""
+        if self.admission:
+            fresh.sort(key=lambda row: -self.scores.get(self.slots[row].key, 0.0))
+        for row in fresh[max(len(fresh) - max(self.occupied(layer) - self.share, 0), 0) :]:
+            victims = self.victims(layer)
+            if victims and (
+                not self.admission
+                or self.value(self.slots[row].key) > self.value(self.slots[victims[0]].key)
+            ):
+                self.evict(victims[0])
+            else:
+                self.counters["bypasses"] += 1
+                self.release(row)
 
     def complete(self, row: int, ok: bool) -> None:
         slot = self.slots[row]
@@ -253,12 +230,12 @@ class ReferencePlanner:
         key = (layer, expert)
         present = self.row_of(key)
         if present >= 0:
-            self.slots[present].expected = present < self.num_slots
+            self.slots[present].expected |= not self.slots[present].transient
             return -1
         if self.fixed:
             row = layer * self.experts + expert
-        elif self.free[0]:
-            row = self.free[0].pop()
+        elif self.free and self.occupied(layer) < self.share:
+            row = self.free.pop()
         else:
             victims = self.victims(layer)
             if not victims:
@@ -266,7 +243,8 @@ class ReferencePlanner:
             loser = self.slots[victims[0]].key
             if not value > self.scores.get(loser, 0.0):
                 return -1
-            row = self.replace(layer, victims)
+            self.evict(victims[0])
+            row = self.free.pop()
         self.slots[row] = Slot(key, LOADING, prefetched=True, expected=True)
         self.counters["prefetch_issued"] += 1
         return row

@@ -9,7 +9,7 @@ from tests.stores import layer_tensors
 from vllm_moe_offload.cache import CacheShape, ExpertCache
 from vllm_moe_offload.policy import StepRows, make_policy
 from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.predictor import Predictor
+from vllm_moe_offload.predictor import RoutingPredictor
 from vllm_moe_offload.prefetch import Prefetcher
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
@@ -18,7 +18,7 @@ from vllm_moe_offload.transfer import TransferEngine
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 
 
-class Foresight(Predictor):
+class Foresight(RoutingPredictor):
     """Predicts whatever the test says."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Foresight(Predictor):
 
     depth = 2
 
-    def predict(self, layer, ahead, hidden, slots, threshold):
+    def predict(self, layer, ahead, threshold):
         if layer + ahead >= LAYERS:
             return None
         likely = self.likely[layer + ahead]

@@ -65,13 +65,12 @@ class PlannerMachine(RuleBasedStateMachine):
             layers,
             experts,
             slots,
-            staging,
+            experts if unbounded else staging,
             recency=recency,
             per_layer=per_layer,
             admission=admission,
-            unbounded_staging=unbounded,
         )
-        self.shape = shape
+        self.shape = self.cache.shape
         self.prefetches = not recency and not per_layer
         self.pinned: dict[tuple[int, int], int] = {}
         self.in_flight: dict[int, tuple[int, int]] = {}
@@ -166,8 +165,11 @@ class PlannerMachine(RuleBasedStateMachine):
                 assert self.cache.page_table[layer, expert] == row
                 resident = row >= 0 and self.reference.slots[row].state == RESIDENT
                 assert self.cache.is_resident(layer, expert) == resident
-        in_slots = self.reference.slots[: self.shape.num_slots]
-        assert self.cache.num_resident == sum(slot.state == RESIDENT for slot in in_slots)
+        stays = [slot for slot in self.reference.slots if not slot.transient]
+        assert self.cache.num_resident == sum(slot.state == RESIDENT for slot in stays)
+        if self.reference.open is None:
+            occupied = int((self.cache.page_table >= 0).sum())
+            assert occupied <= self.shape.num_slots
 
     @invariant()
     def no_slot_serves_two_experts(self) -> None:
@@ -221,11 +223,41 @@ def test_admission_sends_a_worthless_miss_to_staging() -> None:
     serve(cache, 0, 0)
     serve(cache, 0, 1)
     assert cache.page_table.tolist() == [[0, -1, -1, -1]]
-    assert cache.count("bypasses") == 1
+    assert (cache.count("bypasses"), cache.count("evictions")) == (1, 0)
     serve(cache, 0, 3)  # an equal score does not replace
     assert cache.is_resident(0, 0)
     serve(cache, 0, 2)
-    assert cache.page_table.tolist() == [[-1, -1, 0, -1]]
+    assert cache.page_table.tolist() == [[-1, -1, 1, -1]]
+
+
+def test_who_stays_is_decided_by_the_scores_when_the_call_is_done() -> None:
+    cache = ExpertCache(CacheShape(1, 4, 2, 1), SCORED)
+    cache.scores[0] = [1, 2, 0, 0]
+    serve(cache, 0, 0, 1)
+    assert cache.plan(0, ids(2))
+    assert (cache.page_table[0] >= 0).tolist() == [True, True, True, False]
+    cache.complete(int(cache.slots[0]), True)
+    cache.scores[0] = [1, 0, 3, 0]  # what a policy found out while 2 was read
+    cache.finish()
+    assert (cache.page_table[0] >= 0).tolist() == [True, False, True, False]
+
+
+def test_hits_of_a_call_never_make_room_for_its_misses() -> None:
+    cache = ExpertCache(CacheShape(1, 4, 1, 2), SCORED)
+    cache.scores[0] = [1, 5, 0, 0]
+    serve(cache, 0, 0)
+    serve(cache, 0, 0, 1)
+    assert cache.is_resident(0, 0)
+    assert cache.count("bypasses") == 1
+
+
+def test_without_a_free_row_the_least_valuable_makes_room_at_once() -> None:
+    cache = ExpertCache(CacheShape(1, 4, 2, 0), SCORED)
+    cache.scores[0] = [1, 2, 0, 0]
+    serve(cache, 0, 0, 1)
+    serve(cache, 0, 3)  # worth less than both, and the next to go
+    assert (cache.page_table[0] >= 0).tolist() == [False, True, False, True]
+    assert cache.count("evictions") == 1
 
 
 def test_least_valuable_is_evicted_first() -> None:
@@ -233,7 +265,7 @@ def test_least_valuable_is_evicted_first() -> None:
     cache.scores[...] = [[2, 1, 3], [9, 9, 9]]
     serve(cache, 0, 0, 1, 2)
     serve(cache, 1, 0)
-    assert cache.page_table.tolist() == [[1, -1, 0], [2, -1, -1]]
+    assert (cache.page_table >= 0).tolist() == [[True, False, True], [True, False, False]]
 
 
 def test_ties_go_by_layer_then_expert() -> None:
@@ -242,7 +274,7 @@ def test_ties_go_by_layer_then_expert() -> None:
     serve(cache, 0, 1)
     serve(cache, 0, 0)
     serve(cache, 1, 1)
-    assert cache.page_table.tolist() == [[-1, 1], [0, 2]]
+    assert (cache.page_table >= 0).tolist() == [[False, True], [True, True]]
 
 
 def test_a_plan_that_does_not_fit_changes_nothing() -> None:
@@ -295,7 +327,8 @@ def test_prefetch_never_evicts_what_is_worth_more() -> None:
     serve(cache, 0, 0)
     assert cache.prefetch(0, 1, 2) == -1
     row = cache.prefetch(0, 2, 3)
-    assert row == 0
+    assert row >= 0
+    assert not cache.is_resident(0, 0)
     cache.complete(row, True)
     serve(cache, 0, 1)  # its layer was served without it: it may go
     cache.scores[0, 1] = 4
@@ -389,7 +422,6 @@ def test_errors_name_what_is_wrong() -> None:
 def test_transient_calls_need_no_victim_where_staging_is_unbounded() -> None:
     cache = ExpertCache(CacheShape(1, 6, 1, 0), SCORED, unbounded_staging=True)
     assert cache.plan(0, ids(1, 2, 3), PLAN_TRANSIENT)
-    assert sorted(cache.slots.tolist()) == [-1, -1, 0]
     cache.finish()
     assert cache.num_resident == 0
 
@@ -409,11 +441,10 @@ def test_victims_of_a_large_cache_are_the_references(
         layers,
         experts,
         slots,
-        0,
+        experts,
         recency=recency,
         per_layer=per_layer,
         admission=not recency,
-        unbounded_staging=True,
     )
     for step in range(60):
         layer = step % layers
@@ -461,5 +492,7 @@ def test_driving_says_what_is_wrong() -> None:
     with pytest.raises(NativeError, match=r"expert id 4 .*outside \[0, 4\)"):
         cache.drive(0, np.full((2, 1), 4, np.int32))
     bounded = ExpertCache(CacheShape(2, 4, 2, 1), SCORED)
-    with pytest.raises(NativeError, match="drive needs a planner with unbounded staging"):
+    with pytest.raises(
+        NativeError, match="drive needs a staging slot for every expert of a layer, got 1"
+    ):
         bounded.drive(0, np.zeros((2, 1), np.int32))

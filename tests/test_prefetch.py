@@ -33,9 +33,9 @@ def serving(store, monkeypatch):
     transfer = runtime.prefetcher._transfer
     original = transfer.prefetch
 
-    def prefetch(layer: int, expert: int, row: int) -> bool:
-        issued.append((layer, expert))
-        return original(layer, expert, row)
+    def prefetch(requests: list) -> int:
+        issued.extend((layer, expert) for layer, expert, _ in requests)
+        return original(requests)
 
     monkeypatch.setattr(transfer, "prefetch", prefetch)
     runtime.begin_step(decode_rows(["a"]))
@@ -110,6 +110,7 @@ def test_a_failed_prefetch_is_a_warning_and_the_need_reads_again(
     ended = transfer.poll()
     failed = [type(one)(one.layer, one.expert, one.row, "bad sector") for one in ended]
     monkeypatch.setattr(transfer, "poll", lambda: failed)
+    monkeypatch.setattr(type(transfer), "has_news", True)
     runtime.prefetcher.collect()
     assert "bad sector" in caplog.text
     assert not runtime.cache.is_resident(1, 4)

@@ -83,11 +83,10 @@ def reference_hits(trace: RoutingTrace, policy: str, slots: int, concurrency: in
         layers,
         experts,
         slots,
-        0,
+        experts,
         recency=policy.startswith("lru"),
         per_layer=policy == "lru-layer",
         admission=policy == "lrfu",
-        unbounded_staging=True,
     )
     schedule = decode_schedule(trace, concurrency)
     for step in range(schedule.num_steps):

@@ -197,8 +197,8 @@ def test_tail_of_many_megabytes(tmp_path, engine_of):
 
 def test_prefetch_is_reported_once(store, engine_of):
     engine, rows = engine_of(store, verify=True)
-    assert engine.prefetch(2, 4, 1)
-    assert engine.prefetch(3, 4, 2)
+    assert engine.prefetch([(2, 4, 1)])
+    assert engine.prefetch([(3, 4, 2)])
     ended = wait_for_prefetches(engine, 2)
     assert sorted((e.layer, e.expert, e.row, e.ok) for e in ended) == [
         (2, 4, 1, True),
@@ -207,13 +207,13 @@ def test_prefetch_is_reported_once(store, engine_of):
     assert_holds(store, rows, 1, 2, 4)
     assert_holds(store, rows, 2, 3, 4)
     assert engine.poll() == []
-    assert engine.prefetch(2, 4, 1)  # not in flight any more
+    assert engine.prefetch([(2, 4, 1)])  # not in flight any more
 
 
 def test_prefetches_that_end_during_a_demand_are_not_lost(store, engine_of):
     engine, rows = engine_of(store, num_threads=1)
     for expert in range(4):
-        assert engine.prefetch(0, expert, expert)
+        assert engine.prefetch([(0, expert, expert)])
     engine.read([(1, 0, 7)])
     assert_holds(store, rows, 7, 1, 0)
     engine.drain()
@@ -224,8 +224,8 @@ def test_prefetches_that_end_during_a_demand_are_not_lost(store, engine_of):
 
 def test_await_row_takes_the_place_of_poll(store, engine_of):
     engine, rows = engine_of(store)
-    engine.prefetch(0, 1, 3)
-    engine.prefetch(0, 2, 4)
+    engine.prefetch([(0, 1, 3)])
+    engine.prefetch([(0, 2, 4)])
     engine.await_row(4)
     assert_holds(store, rows, 4, 0, 2)
     engine.drain()  # the other ended before it is awaited
@@ -240,7 +240,7 @@ def test_await_row_takes_the_place_of_poll(store, engine_of):
 def test_await_row_goes_before_other_prefetches(slow_engine):
     engine, rows = slow_engine
     for row, expert in enumerate(SLOW_EXPERTS[:3]):
-        engine.prefetch(*expert, row)
+        engine.prefetch([(*expert, row)])
     engine.await_row(2)
     assert not rows[2].any()
     assert not engine.poll()  # the first is not done, the second has not begun
@@ -251,7 +251,7 @@ def test_await_row_goes_before_other_prefetches(slow_engine):
 def test_cancelled_prefetch_leaves_its_row_alone(slow_engine):
     engine, rows = slow_engine
     for row, expert in enumerate(SLOW_EXPERTS):
-        engine.prefetch(*expert, row)
+        engine.prefetch([(*expert, row)])
     assert engine.cancel(3)
     with pytest.raises(ValueError, match="row 3 is not in flight"):
         engine.cancel(3)
@@ -267,7 +267,7 @@ def test_cancelled_prefetch_leaves_its_row_alone(slow_engine):
 
 def test_a_dropped_prefetch_is_cut_short(slow_engine):
     engine, rows = slow_engine
-    engine.prefetch(0, 0, 0)
+    engine.prefetch([(0, 0, 0)])
     while rows[0, 0] == 0xEE:
         time.sleep(0.0001)
     assert not engine.drop(0)
@@ -280,17 +280,17 @@ def test_a_dropped_prefetch_is_cut_short(slow_engine):
 
 def test_a_dropped_prefetch_that_had_not_begun_is_free_at_once(slow_engine):
     engine, _ = slow_engine
-    engine.prefetch(0, 0, 0)
-    engine.prefetch(0, 1, 1)
+    engine.prefetch([(0, 0, 0)])
+    engine.prefetch([(0, 1, 1)])
     assert engine.drop(1)
-    engine.prefetch(1, 0, 1)
+    engine.prefetch([(1, 0, 1)])
     engine.drain()
     assert {ended.row for ended in engine.poll()} == {0, 1}
 
 
 def test_a_dropped_prefetch_that_is_needed_after_all(slow_engine):
     engine, rows = slow_engine
-    engine.prefetch(0, 0, 0)
+    engine.prefetch([(0, 0, 0)])
     while rows[0, 0] == 0xEE:
         time.sleep(0.0001)
     rows[0, -8:] = 0xEE
@@ -302,7 +302,7 @@ def test_a_dropped_prefetch_that_is_needed_after_all(slow_engine):
 
 def test_an_ended_prefetch_cannot_be_cancelled(store, engine_of):
     engine, _ = engine_of(store)
-    engine.prefetch(0, 0, 0)
+    engine.prefetch([(0, 0, 0)])
     engine.drain()
     assert not engine.cancel(0)
     assert [ended.row for ended in engine.poll()] == [0]
@@ -312,7 +312,7 @@ def test_too_many_prefetches_are_declined_and_demands_still_run(tmp_path, engine
     store = build(tmp_path, num_layers=1, num_experts=100)
     engine, rows = engine_of(store, num_rows=100)
     engine.read([(0, 0, 0)])
-    accepted = [expert for expert in range(1, 100) if engine.prefetch(0, expert, expert)]
+    accepted = [expert for expert in range(1, 100) if engine.prefetch([(0, expert, expert)])]
     assert 16 <= len(accepted) < 99
     engine.read([(0, 0, 0)])
     engine.drain()
@@ -321,7 +321,7 @@ def test_too_many_prefetches_are_declined_and_demands_still_run(tmp_path, engine
         assert_holds(store, rows, row, 0, row)
     declined = next(expert for expert in range(1, 100) if expert not in accepted)
     assert_untouched(rows, declined)
-    assert engine.prefetch(0, declined, declined)
+    assert engine.prefetch([(0, declined, declined)])
 
 
 # ---- in flight means hands off -------------------------------------------------------------
@@ -329,8 +329,8 @@ def test_too_many_prefetches_are_declined_and_demands_still_run(tmp_path, engine
 
 def test_a_second_read_into_a_row_in_flight_is_refused(big_store, engine_of):
     engine, rows = engine_of(big_store, num_threads=1)
-    engine.prefetch(0, 0, 0)
-    for again in (lambda: engine.prefetch(0, 1, 0), lambda: engine.read([(0, 1, 0)])):
+    engine.prefetch([(0, 0, 0)])
+    for again in (lambda: engine.prefetch([(0, 1, 0)]), lambda: engine.read([(0, 1, 0)])):
         with pytest.raises(ValueError, match="row 0 is in flight for expert 0 of layer 0"):
             again()
     engine.drain()
@@ -343,7 +343,7 @@ def test_a_second_read_into_a_row_in_flight_is_refused(big_store, engine_of):
 
 def test_an_expert_in_flight_is_not_fetched_twice(big_store, engine_of):
     engine, rows = engine_of(big_store, num_threads=1)
-    engine.prefetch(0, 0, 0)
+    engine.prefetch([(0, 0, 0)])
     with pytest.raises(ValueError, match="expert 0 of layer 0 is in flight to another row"):
         engine.read([(0, 1, 2), (0, 0, 1)])
     assert_untouched(rows, 2)
@@ -398,12 +398,12 @@ def test_error_names_file_expert_reason_and_remedy(own_store, engine_of):
 def test_failed_prefetch_is_reported_with_its_reason(own_store, engine_of):
     engine, _ = engine_of(own_store)
     os.truncate(own_store.path, own_store.record_offset(1, 2))
-    engine.prefetch(1, 3, 0)
+    engine.prefetch([(1, 3, 0)])
     (ended,) = wait_for_prefetches(engine, 1)
     assert not ended.ok
     assert ended.error is not None
     assert "expert 3 of layer 1" in ended.error
-    engine.prefetch(1, 3, 0)
+    engine.prefetch([(1, 3, 0)])
     with pytest.raises(TransferError, match="expert 3 of layer 1") as caught:
         engine.await_row(0)
     assert caught.value.failed_rows == [0]
@@ -486,7 +486,7 @@ def test_close_ends_the_threads_and_later_calls_are_errors(big_store):
     engine = TransferEngine(big_store, rows_for(big_store.layout, 4), num_threads=3)
     assert reader_threads() == before + 3
     for expert in range(4):
-        engine.prefetch(0, expert, expert)
+        engine.prefetch([(0, expert, expert)])
     engine.close()
     engine.close()
     assert reader_threads() == before
@@ -546,8 +546,8 @@ def test_ends_that_an_interrupted_wait_had_taken(store, engine_of, monkeypatch, 
             return count
 
     engine, rows = engine_of(store)
-    engine.prefetch(0, 0, 0)
-    engine.prefetch(0, 1, 1)
+    engine.prefetch([(0, 0, 0)])
+    engine.prefetch([(0, 1, 1)])
     monkeypatch.setattr(record_reader, "core", InterruptedOnce(record_reader.core))
     call, argument = {
         "read": (engine.read, [(1, expert, expert + 2) for expert in range(4)]),
@@ -630,9 +630,9 @@ class EngineMachine(RuleBasedStateMachine):
     def prefetch(self, expert, row):
         if self.is_refused([(*expert, row)]):
             with pytest.raises(ValueError, match="in flight"):
-                self.engine.prefetch(*expert, row)
+                self.engine.prefetch([(*expert, row)])
         else:
-            assert self.engine.prefetch(*expert, row)
+            assert self.engine.prefetch([(*expert, row)])
             self.in_flight[row] = expert
         return row
 

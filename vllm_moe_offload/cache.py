@@ -7,7 +7,7 @@ counts exactly what a server counted. It never touches the experts' bytes.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ PLAN_UNPINNED = 2
 PLAN_INSTANT = 4
 """Replay: reads take no time; misses are resident at once."""
 
-MISS_READ, MISS_AWAIT, MISS_NO_SLOT = 0, 1, 2
-"""Kinds of a miss: read it; wait for its prefetch; held nowhere (unbounded staging)."""
+MISS_READ, MISS_AWAIT = 0, 1
+"""Kinds of a miss: read it; wait for its prefetch."""
 
 COUNTER_NAMES = (
     "hits",
@@ -52,8 +52,9 @@ class CacheShape:
     Attributes:
         num_layers: MoE layers that share the pool.
         num_experts: routed experts per layer.
-        num_slots: cache slots, rows ``[0, num_slots)`` of the pool.
-        num_staging_slots: rows behind them for experts used once and not admitted.
+        num_slots: experts that stay between layer calls.
+        num_staging_slots: rows beyond that: misses of a layer call are read into free rows, and
+            who stays is decided when the call is done.
     """
 
     num_layers: int
@@ -80,13 +81,19 @@ class ExpertCache:
         page_table: int32 ``[num_layers, num_experts]``, row or -1 (read only).
         last_use: uint64 ``[num_layers, num_experts]``, clock of the last counted use.
         counters: int64 ``[9]`` in the order of :data:`COUNTER_NAMES`, updated in place.
-        plan_info: int32 ``[4]`` of the last plan: distinct experts, hits, misses, bypasses.
+        plan_info: int32 ``[3]`` of the last plan: distinct experts, hits, misses.
     """
 
     def __init__(
         self, shape: CacheShape, rules: PlannerRules, *, unbounded_staging: bool = False
     ) -> None:
-        """Raises NativeError if a size is impossible."""
+        """``unbounded_staging``: as many staging slots as a layer has experts, so that every
+        need fits (replay, where rows hold no bytes).
+
+        Raises NativeError if a size is impossible.
+        """
+        if unbounded_staging:
+            shape = replace(shape, num_staging_slots=shape.num_experts)
         self.shape = shape
         self.rules = rules
         self.handle: int = core.vmo_planner_create(
@@ -97,7 +104,6 @@ class ExpertCache:
             rules.order,
             rules.scope,
             rules.admission,
-            unbounded_staging,
         )
         if not self.handle:
             raise last_error()
@@ -131,7 +137,7 @@ class ExpertCache:
             )
             for which in range(5)
         )
-        self.plan_info = np.zeros(4, np.int32)
+        self.plan_info = np.zeros(3, np.int32)
         self._info_address = self.plan_info.ctypes.data
 
     def close(self) -> None:
@@ -176,7 +182,7 @@ class ExpertCache:
 
     @property
     def slots(self) -> npt.NDArray[np.int32]:
-        """Rows of :attr:`experts`; -1 for a miss that is held nowhere (a view)."""
+        """Rows of :attr:`experts` (a view)."""
         return self._slots[: self.plan_info[0]]
 
     @property
@@ -209,7 +215,7 @@ class ExpertCache:
         )
 
     def finish(self) -> None:
-        """Ends the open plan: unpins its experts and empties staging."""
+        """Ends the open plan: decides by the scores of now which of its misses stay."""
         check(core.vmo_planner_finish(self.handle))
 
     def drive(

@@ -16,6 +16,7 @@ How far such a guess is to be trusted is measured while it is used. A guess is d
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_moe_offload.cache import ExpertCache
-from vllm_moe_offload.native import check, core
+from vllm_moe_offload.native import check, core, last_error
 from vllm_moe_offload.policy.base import IdArray, StepRows
 from vllm_moe_offload.predictor import LIKELY, Predictor
 
@@ -44,145 +45,91 @@ above 0 right in 3 of 4 cases, the others never."""
 MEMORY = 0.995
 """Share of the older evidence that a step keeps: a few hundred steps count."""
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 @dataclass(frozen=True, slots=True)
 class Routers:
     """The routers of all MoE layers, which are linear: logits = hidden @ weight.T + bias.
 
-    Copies of their own: the routers of the next few layers are asked in one multiplication,
-    where asking the model's modules one by one would take longer than predicting may.
+    Copies of their own, in one block: asking the model's modules one by one would take longer
+    than predicting may.
 
     Attributes:
-        weight: ``[layers, experts, hidden]``.
-        bias: ``[layers, experts]`` or None.
+        weight: float32 or bfloat16 ``[layers, experts, hidden]``.
+        bias: float32 ``[layers, experts]`` or None.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
-    def logits(self, hidden: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """float32 ``[rows, (end - begin) * experts]`` of layers ``[begin, end)``.
-
-        ``hidden``: ``[rows, hidden]`` of any float type.
-        """
-        weight = self.weight[begin:end].flatten(0, 1)
-        found = hidden.to(weight.dtype) @ weight.T
-        if self.bias is not None:
-            found += self.bias[begin:end].flatten()
-        return found.float()
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Routers:
+        """From tensors of any float type; bfloat16 stays, which is half the bytes to read."""
+        if weight.dtype != torch.bfloat16:
+            weight = weight.float()
+        return cls(
+            weight.detach().cpu().contiguous(),
+            None if bias is None else bias.detach().cpu().float().contiguous(),
+        )
 
 
 class RouterLookahead(Predictor):
-    """Predicts with the model's routers.
+    """Predicts with the model's routers (``csrc/lookahead.h``).
 
     Attributes:
-        depth: layers ahead that it may be asked for.
+        trust: float32 ``[depth, 2, bins]``: how often guesses of each kind were right, by
+            layers ahead (from 1), resident or absent, and margin.
     """
 
     def __init__(self, routers: Routers, top_k: int, depth: int) -> None:
-        """``top_k`` must be less than the number of experts."""
-        self.depth = depth
-        self.num_layers, self.num_experts, _ = routers.weight.shape
-        num_experts = self.num_experts
-        self._routers = routers
-        self._top_k = top_k
+        """``top_k``: of the model; ``depth``: layers ahead.
+
+        Raises:
+            NativeError: a size is impossible, such as as many experts per token as there are.
+        """
+        num_layers, num_experts, hidden_size = routers.weight.shape
         shape = (depth, 2, NUM_BINS)
         self._tried: FloatArray = np.full(shape, FIRST_GUESSES, np.float32)
         first = np.where(np.arange(NUM_BINS) >= NUM_BINS // 2, 0.75, 0.0)
         self._right: FloatArray = (self._tried * first).astype(np.float32)
-        self._trust: FloatArray = self._right / self._tried
-        self._trust_at = [table.ctypes.data for table in self._trust]
-        self._experts: npt.NDArray[np.int32] = np.zeros(num_experts, np.int32)
-        self._chances: FloatArray = np.zeros(num_experts, np.float32)
-        self._all_kinds: npt.NDArray[np.uint8] = np.zeros((depth, 0, num_experts), np.uint8)
-        self._reads: npt.NDArray[np.int32] = np.zeros((0, 3), np.int32)
-        self._num_asked: npt.NDArray[np.int32] = np.zeros(1, np.int32)
-        self._results_at: list[int] = []
-        self._active = False
-        self._num_rows = 0
-        self._sample: slice | npt.NDArray[np.int64] = slice(0)
-        self._num_steps = 0
-        # Kinds of the guesses about one layer, by distance: what they were like is compared
-        # with what came. One layer per step is enough, and costs next to nothing.
-        self._watched = 0
-        self._kinds: list[npt.NDArray[np.uint8] | None] = [None] * depth
-
-    @property
-    def trust(self) -> FloatArray:
-        """float32 ``[depth, 2, bins]``: how often guesses of each kind were right.
-
-        By layers ahead (from 1), resident or absent, and margin.
-        """
-        return self._trust
+        self.trust: FloatArray = self._right / self._tried
+        self._reads: npt.NDArray[np.int32] = np.zeros((8, 3), np.int32)
+        self._routers = routers
+        self._is_active = False
+        self._watched = -1
+        self._handle: int = core.vmo_lookahead_create(
+            num_layers,
+            num_experts,
+            hidden_size,
+            top_k,
+            depth,
+            MAX_ROWS,
+            MEMORY,
+            routers.weight.data_ptr(),
+            _TYPES[routers.weight.dtype],
+            None if routers.bias is None else routers.bias.data_ptr(),
+            self._tried.ctypes.data,
+            self._right.ctypes.data,
+            self.trust.ctypes.data,
+        )
+        if not self._handle:
+            raise last_error()
+        weakref.finalize(self, core.vmo_lookahead_destroy, self._handle).atexit = False
 
     def begin_step(self, rows: StepRows) -> None:
         """A step begins."""
+        self._is_active = True
         count = rows.request_of_row.size
-        self._active = True
-        self._num_rows = min(count, MAX_ROWS)
-        self._sample = slice(count)
-        if count > MAX_ROWS:
-            self._sample = np.arange(MAX_ROWS) * count // MAX_ROWS
-        self._kinds = [None] * self.depth
-        self._num_steps += 1
-        self._watched = self._num_steps % self.num_layers
+        self._watched = check(core.vmo_lookahead_begin_step(self._handle, count))
 
     def observe(self, layer: int, ids: IdArray) -> None:
-        """Layer ``layer`` routed the step's rows, ids ``[rows, top_k]``: was the guess right?"""
-        if layer != self._watched or not self._active:
+        """Layer ``layer`` routed the step's rows, ids ``[rows, top_k]``: were guesses right?"""
+        if layer != self._watched or not self._is_active:
             return
-        used = np.ascontiguousarray(ids[self._sample], np.int64)
-        self._tried *= MEMORY
-        self._right *= MEMORY
-        for distance, kinds in enumerate(self._kinds):
-            if kinds is None:
-                continue
-            check(
-                core.vmo_judge(
-                    kinds.ctypes.data,
-                    self._num_rows,
-                    self.num_experts,
-                    used.ctypes.data,
-                    used.shape[1],
-                    self._tried[distance].ctypes.data,
-                    self._right[distance].ctypes.data,
-                )
-            )
-        np.divide(self._right, self._tried, out=self._trust)
-
-    def predict(
-        self,
-        layer: int,
-        ahead: int,
-        hidden: torch.Tensor | None,
-        slots: npt.NDArray[np.int32],
-        threshold: float,
-    ) -> list[tuple[int, float]] | None:
-        """See :meth:`Predictor.predict`."""
-        target = layer + ahead
-        if not self._active or hidden is None or target >= self.num_layers:
-            return None
-        logits = self._routers.logits(hidden[self._sample], target, target + 1)
-        kinds = np.empty((self._num_rows, self.num_experts), np.uint8)
-        if target == self._watched:
-            self._kinds[ahead - 1] = kinds
-        count = check(
-            core.vmo_look_ahead(
-                logits.data_ptr(),
-                self._num_rows,
-                logits.shape[1],
-                self.num_experts,
-                self._top_k,
-                slots.ctypes.data,
-                self._trust_at[ahead - 1],
-                threshold,
-                kinds.ctypes.data,
-                self._experts.ctypes.data,
-                self._chances.ctypes.data,
-            )
-        )
-        experts, chances = self._experts[:count].tolist(), self._chances[:count].tolist()
-        return list(zip(experts, chances, strict=True))
+        if ids.dtype != np.int64 or not ids.flags.c_contiguous:
+            ids = np.ascontiguousarray(ids, np.int64)
+        check(core.vmo_lookahead_observe(self._handle, layer, ids.ctypes.data))
 
     def foresee(
         self,
@@ -191,48 +138,31 @@ class RouterLookahead(Predictor):
         cache: ExpertCache,
         value: float,
         max_reads: int,
-    ) -> list[list[int]]:
-        """See :meth:`Predictor.foresee`: the same in one multiplication and one call."""
-        first, end = layer + 1, min(layer + 1 + self.depth, self.num_layers)
-        if not self._active or hidden is None or first == end:
-            return []
-        logits = self._routers.logits(hidden[self._sample], first, end)
-        self._make_room(max_reads)
+    ) -> npt.NDArray[np.int32]:
+        """See :meth:`Predictor.foresee`."""
+        if len(self._reads) < max_reads:
+            self._reads = np.zeros((max_reads, 3), np.int32)
+        if not self._is_active or hidden is None:
+            return self._reads[:0]
         count = check(
-            core.vmo_planner_foresee(
+            core.vmo_lookahead_foresee(
+                self._handle,
                 cache.handle,
-                logits.data_ptr(),
-                self._num_rows,
-                logits.shape[1],
-                first,
-                end - first,
-                self._top_k,
-                self._trust_at[0],
+                layer,
+                hidden.data_ptr(),
+                _TYPES[hidden.dtype],
+                hidden.stride(0),
                 LIKELY,
                 value,
                 max_reads,
-                *self._results_at,
+                self._reads.ctypes.data,
             )
         )
-        distance = self._watched - first
-        if 0 <= distance < self._num_asked[0]:
-            self._kinds[distance] = self._all_kinds[distance].copy()
-        reads: list[list[int]] = self._reads[:count].tolist() if count else []
-        return reads
-
-    def _make_room(self, max_reads: int) -> None:
-        """For the results of :meth:`foresee`."""
-        if len(self._reads) >= max_reads and self._all_kinds.shape[1] == self._num_rows:
-            return
-        shape = (self.depth, self._num_rows, self.num_experts)
-        self._all_kinds = np.empty(shape, np.uint8)
-        self._reads = np.zeros((max(max_reads, len(self._reads)), 3), np.int32)
-        results = (self._all_kinds, self._reads, self._num_asked)
-        self._results_at = [array.ctypes.data for array in results]
+        return self._reads[:count]
 
     def end_step(self) -> None:
         """All layers of the step ran."""
-        self._active = False
+        self._is_active = False
 
     def end_request(self, request: str) -> None:
         """Nothing is kept per request."""

@@ -41,13 +41,7 @@ nobody waits for and the least valuable resident, a missed one a wait."""
 
 
 class Predictor(ABC):
-    """What a prefetcher asks.
-
-    Attributes:
-        depth: layers ahead that it may be asked for.
-    """
-
-    depth: int
+    """What a prefetcher asks."""
 
     @abstractmethod
     def begin_step(self, rows: StepRows) -> None:
@@ -58,63 +52,26 @@ class Predictor(ABC):
         """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
 
     @abstractmethod
-    def predict(
-        self,
-        layer: int,
-        ahead: int,
-        hidden: Any,
-        slots: npt.NDArray[np.int32],
-        threshold: float,
-    ) -> list[tuple[int, float]] | None:
-        """What layer ``layer + ahead`` will probably use.
-
-        Args:
-            layer: the layer that routed last.
-            ahead: 1 to ``depth``.
-            hidden: what its router was given, a tensor ``[rows or more, hidden]``; None: not
-                known.
-            slots: int32 ``[experts]``, the asked layer's part of the page table.
-            threshold: least probability that matters.
-
-        Returns:
-            (expert, probability that at least one of the step's tokens uses it), most probable
-            first. None where nothing can be said: nothing learned yet, too many tokens, beyond
-            the last layer.
-        """
-
     def foresee(
         self, layer: int, hidden: Any, cache: ExpertCache, value: float, max_reads: int
-    ) -> list[list[int]]:
-        """Keeps what the layers behind ``layer`` will probably use, and has it read.
+    ) -> npt.NDArray[np.int32]:
+        """Keeps what the layers behind ``layer`` will probably use, and names what to read.
 
         What is likely and resident is kept until its layer was served; for what is likely and
         absent, rows of ``cache`` are reserved, the nearest layer and the most likely first.
 
         Args:
-            layer, hidden: see :meth:`predict`.
+            layer: the layer that routed last.
+            hidden: what its router was given, a tensor ``[rows or more, hidden]``; None: not
+                known.
             cache: whose page table, slots and scores count.
             value: score of an expert that is used for certain.
             max_reads: most rows to be reserved.
 
         Returns:
-            Layer, expert and row of each that is to be read.
+            int32 ``[reads, 3]``: layer, expert and row of each that is to be read; valid until
+            the next call.
         """
-        reads: list[list[int]] = []
-        for ahead in range(1, self.depth + 1):
-            if len(reads) >= max_reads:
-                break
-            target = (layer + ahead) % cache.shape.num_layers  # of the next step, if it knows
-            resident = cache.page_table[target]
-            likely = self.predict(layer, ahead, hidden, resident, LIKELY)
-            if likely is None:
-                break
-            for expert, chance in likely:
-                if resident[expert] < 0 and len(reads) >= max_reads:
-                    continue
-                row = cache.prefetch(target, expert, chance * value)
-                if row >= 0:
-                    reads.append([target, expert, row])
-        return reads
 
     @abstractmethod
     def end_step(self) -> None:
@@ -125,7 +82,55 @@ class Predictor(ABC):
         """A request ended."""
 
 
-class CrossLayerPredictor(Predictor):
+class RoutingPredictor(Predictor):
+    """A predictor that looks at routing alone and says what it expects as a list.
+
+    Attributes:
+        depth: layers ahead that it may be asked for.
+    """
+
+    depth: int
+
+    @abstractmethod
+    def predict(
+        self, layer: int, ahead: int, threshold: float
+    ) -> list[tuple[int, float]] | None:
+        """What layer ``layer + ahead`` will probably use.
+
+        Args:
+            layer: the layer that routed last.
+            ahead: 1 to ``depth``.
+            threshold: least probability that matters.
+
+        Returns:
+            (expert, probability that at least one of the step's tokens uses it), most probable
+            first. None where nothing can be said: nothing learned yet, too many tokens, beyond
+            the last layer.
+        """
+
+    def foresee(
+        self, layer: int, hidden: Any, cache: ExpertCache, value: float, max_reads: int
+    ) -> npt.NDArray[np.int32]:
+        """See :meth:`Predictor.foresee`."""
+        del hidden
+        reads: list[tuple[int, int, int]] = []
+        for ahead in range(1, self.depth + 1):
+            if len(reads) >= max_reads:
+                break
+            target = (layer + ahead) % cache.shape.num_layers  # of the next step, if it knows
+            likely = self.predict(layer, ahead, LIKELY)
+            if likely is None:
+                break
+            for expert, chance in likely:
+                if cache.page_table[target, expert] < 0 and len(reads) >= max_reads:
+                    continue
+                row = cache.prefetch(target, expert, chance * value)
+                if row >= 0:
+                    reads.append((target, expert, row))
+        return np.array(reads, np.int32).reshape(-1, 3)
+
+
+class CrossLayerPredictor(RoutingPredictor):
     """Linear predictor of the next layers' experts; learned from every step it sees.
 
     One step: :meth:`begin_step`; per layer :meth:`observe`, then :meth:`predict` if wanted;
@@ -196,15 +201,9 @@ class CrossLayerPredictor(Predictor):
             self._used[self._rows_index, layer, ids] = 1.0
 
     def predict(
-        self,
-        layer: int,
-        ahead: int,
-        hidden: Any,
-        slots: npt.NDArray[np.int32],
-        threshold: float,
+        self, layer: int, ahead: int, threshold: float
     ) -> list[tuple[int, float]] | None:
-        """See :meth:`Predictor.predict`; looks at routing alone."""
-        del hidden, slots
+        """See :meth:`RoutingPredictor.predict`."""
         likely = self.probabilities(layer, ahead)
         if likely is None:
             return None

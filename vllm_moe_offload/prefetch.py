@@ -74,7 +74,7 @@ class Prefetcher:
 
     def collect(self) -> None:
         """Takes in what arrived; does not wait."""
-        if not self._flights:
+        if not self._transfer.has_news:
             return
         for ended in self._transfer.poll():
             del self._flights[ended.row]
@@ -117,13 +117,14 @@ class Prefetcher:
         if most <= 0:
             return
         value = self._policy.full_score
-        reads = self.predictor.foresee(layer, hidden, self._cache, value, most)
-        for index, (target, expert, row) in enumerate(reads):
-            if not self._transfer.prefetch(target, expert, row):
-                for *_, refused in reads[index:]:
-                    self._cache.cancel_prefetch(refused)
-                return
+        reads = self.predictor.foresee(layer, hidden, self._cache, value, most).tolist()
+        if not reads:
+            return
+        begun = self._transfer.prefetch(reads)
+        for target, expert, row in reads[:begun]:
             self._flights[row] = (target, expert)
+        for _, _, refused in reads[begun:]:
+            self._cache.cancel_prefetch(refused)
 
     def drop_all(self) -> None:
         """Frees every row that is in flight: what was not begun is dropped, the rest awaited."""

@@ -289,8 +289,10 @@ class OffloadRuntime:
                 for row in awaited:
                     prefetcher.promote(row)
                 prefetcher.pass_layer(layer)
-                prefetcher.issue(layer, hidden)  # costs nothing while the disk is busy
-            self.policy.catch_up()  # nor does this
+            # While the disk is busy all this costs nothing, and who stays is decided after it.
+            self.policy.catch_up()
+            if prefetcher is not None:
+                prefetcher.issue(layer, hidden)
             self._transfer.end_read(pending)
             for _, _, row in requests:
                 self.cache.complete(row, True)

@@ -15,7 +15,7 @@ SERVING = [name for name in POLICIES if name != "belady"]
 EVERY = [
     *POLICIES,
     "lrfu:half_life=32",
-    "trace:layers_ahead=2",
+    "trace:follow=0",
     "trace:value=0",
     "eamc:entries=3",
 ]

@@ -60,9 +60,9 @@ def test_the_collection_grows_by_every_finished_request_of_a_batch() -> None:
     assert len(policy.collection) == 3
 
 
-@pytest.mark.parametrize("layers_ahead", [-1, 2])
-def test_a_finished_request_stops_counting_at_once(layers_ahead: int) -> None:
-    parts = {"value": 0, "prior": 0, "popularity": 0, "layers_ahead": layers_ahead}
+@pytest.mark.parametrize("follow", [0, 1])
+def test_a_finished_request_stops_counting_at_once(follow: int) -> None:
+    parts = {"value": 0, "prior": 0, "popularity": 0, "follow": follow}
     with_past, fresh = (
         TracePolicy(LAYERS, EXPERTS, **parts),
         TracePolicy(LAYERS, EXPERTS, **parts),

@@ -9,10 +9,6 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from vllm_moe_offload.lookahead import Routers
 
-LARGEST_IN_FLOAT32_BYTES = 128 << 20
-"""Routers that would take more in float32 are kept in the model's type: multiplying one row
-is faster in float32, but not worth any memory."""
-
 
 def routers_of(model: torch.nn.Module, layers: list[Any]) -> Routers | None:
     """The routers of ``layers``; None if one is not found, or not like the others.
@@ -31,12 +27,10 @@ def routers_of(model: torch.nn.Module, layers: list[Any]) -> Routers | None:
     if with_bias and len(with_bias) != len(routers):
         return None
     weight = torch.stack([router.weight.detach() for router in routers])
-    if 4 * weight.numel() <= LARGEST_IN_FLOAT32_BYTES:
-        weight = weight.float()
     bias = None
     if with_bias:
-        bias = torch.stack([router.bias.detach() for router in routers]).to(weight.dtype)
-    return Routers(weight, bias)
+        bias = torch.stack([router.bias.detach() for router in routers])
+    return Routers.of(weight, bias)
 
 
 def _router_of(

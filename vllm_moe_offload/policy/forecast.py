@@ -72,12 +72,11 @@ class TraceOptions:
         memory_tokens: its evidence kept; older routing fades, so that a shift is followed.
         mixture_discount: of the future, per step, in what the mixture forecasts. Low suits
             small caches, high large ones; between .3 and .6 hardly anything changes.
-        mixture_steps: evidence that the mixture keeps: a few requests' worth.
+        mixture_steps: evidence that the mixture keeps, in steps: it follows a running request.
         distance_weight: see the module; 0 turns it off.
         entries: capacity of the collection.
-        layers_ahead: layers whose forecasts follow each layer call at once, at the price of a
-            matrix product per layer call. Below 0, only the layer's own history does, and
-            the rest follows at the next step.
+        follow: whether the successor model's forecasts follow within a step what its layers
+            routed to so far (1) or only from step to step (0).
         fallback: whether shadows are heeded (1) or not (0).
     """
 
@@ -91,10 +90,10 @@ class TraceOptions:
     ridge: float = 40.0
     memory_tokens: float = 50_000.0
     mixture_discount: float = 0.4
-    mixture_steps: float = 500.0
+    mixture_steps: float = 100.0
     distance_weight: float = 0.5
     entries: float = 300
-    layers_ahead: float = -1
+    follow: float = 1.0
     fallback: float = 1.0
 
 
@@ -253,27 +252,31 @@ class Forecast:
         fade = gains @ mixing[:POPULARITY] / (self.gain or 1.0)
         self._fade = fade.astype(np.float32)
 
-    def look_ahead(self, layer: int, end: int, ids: npt.NDArray[np.int32]) -> FloatArray | None:
-        """Lets the values of layers ``[layer, end)`` follow the routing of ``layer``.
+    def follow(self, first_layer: int, ids: npt.NDArray[np.int32]) -> FloatArray | None:
+        """Lets all values follow what some layers of this step routed to.
+
+        Args:
+            first_layer: layer of ``ids[0]``.
+            ids: ``[layers, rows, top_k]`` of consecutive layers.
 
         Returns:
-            float32 ``[end - layer, experts]``, what their scores gain; None if the successor
+            float32 ``[num_layers, experts]``, what the scores gain; None if the successor
             model is off, has learned nothing yet, or is too large for this.
         """
         if self.model is None or not self.model.version or not self.model.dense:
             return None
         state, count, experts = self.requests, len(self.requests), self.num_experts
-        own = slice(layer * experts, (layer + 1) * experts)
-        window = slice(layer * experts, end * experts)
+        own = slice(first_layer * experts, (first_layer + len(ids)) * experts)
         lengths = np.bincount(self._rows.request_of_row, minlength=self._running.size)
-        change = np.zeros((count, experts), np.float32)
+        change = np.zeros((count, len(ids) * experts), np.float32)
         kept = (self._state_decay**lengths).astype(np.float32)[:, None]
         change[self._running] = (kept - 1.0) * state.state[self._running, own]
         owner = self._running[self._rows.request_of_row]
-        np.add.at(change, (owner[:, None], ids), 1.0 - self._state_decay)
-        before = np.clip(self._values[:, window], 0.0, 1.0).sum(axis=0)
-        self._values[:, window] += change @ self.model.weights[own, window]
-        after = np.clip(self._values[:, window], 0.0, 1.0).sum(axis=0)
+        keys = ids + (experts * np.arange(len(ids)))[:, None, None]
+        np.add.at(change, (owner[None, :, None], keys), 1.0 - self._state_decay)
+        before = np.clip(self._values, 0.0, 1.0).sum(axis=0)
+        self._values += change @ self.model.weights[own]
+        after = np.clip(self._values, 0.0, 1.0).sum(axis=0)
         weight = self._mixture.weights[VALUE] * self._factors[VALUE] / count
         return np.asarray((after - before).reshape(-1, experts) * np.float32(weight))
 

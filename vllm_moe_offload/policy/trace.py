@@ -52,7 +52,6 @@ class TracePolicy(Policy):
         self._unvisited = np.exp(-chosen.distance_weight * position).astype(np.float32)
         self._visited_factor = np.float32(np.exp(-chosen.distance_weight))
         self._decay = float(self._visited_factor)
-        self._ahead = int(chosen.layers_ahead)
         self._vote_gain: FloatArray = np.zeros((num_layers, 1), np.float32)
         self._fade: FloatArray = np.zeros(shape, np.float32)
         self._vote_gains = [0.0] * num_layers
@@ -63,6 +62,7 @@ class TracePolicy(Policy):
         self._past_votes, self._past_ids = self._votes.copy(), self._ids
         self._layers_seen = 0
         self._is_behind = False  # scores are not refreshed since the step began
+        self._layers_followed = 0  # of this step, whose routing the other layers' scores know
         self._has_past = False  # the step before was not learned from
         self.is_scoring = True
 
@@ -115,15 +115,18 @@ class TracePolicy(Policy):
     def begin_step(self, rows: StepRows) -> None:
         """Leaves all that takes time to :meth:`catch_up`."""
         super().begin_step(rows)
-        self._layers_seen = 0
+        self._layers_seen = self._layers_followed = 0
         self._is_behind = True
         if self._fallback is not None and self._fallback.is_decided:
             self.catch_up()  # who rules must not change within a step
 
     def catch_up(self) -> None:
-        """Learns from the step before; refreshes the scores of all layers."""
-        if not self._is_behind:
-            return
+        """Learns from the step before, and lets all scores follow this one's routing so far."""
+        if self._is_behind:
+            self._refresh()
+        self._follow()
+
+    def _refresh(self) -> None:
         self._is_behind = False
         self._take_in()
         if not self.is_scoring:
@@ -146,8 +149,23 @@ class TracePolicy(Policy):
         own[seen] += self._votes[seen] * self._vote_gain[seen] - self._fade[seen]
         self.scores[...] = own
 
+    def _follow(self) -> None:
+        """What the step's tokens used so far changes what they will use."""
+        begin, end = self._layers_followed, self._layers_seen
+        self._layers_followed = end
+        if begin == end or not self.is_scoring or not self.options.follow:
+            return
+        if self._fallback is not None and self._fallback.winner is not None:
+            return
+        gain = self.forecast.follow(begin, self._ids[begin:end])
+        if gain is None:
+            return
+        gain *= self._unvisited
+        gain[:end] *= self._visited_factor
+        self.scores += gain
+
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
-        """Updates the scores of this layer; with ``layers_ahead``, also of the next ones."""
+        """Updates the scores of this layer."""
         if self._ids.shape[1:] != ids.shape:
             self._ids = np.zeros((self.num_layers, *ids.shape), np.int32)
         self._ids[layer] = ids
@@ -158,11 +176,6 @@ class TracePolicy(Policy):
         if self._fallback is not None and self._fallback.winner is not None:
             self._fallback.lead(layer, self._ids, votes, self.scores)
             return
-        if self._ahead >= 0 and not self._is_behind:
-            end = min(self.num_layers, layer + 1 + self._ahead)
-            gain = self.forecast.look_ahead(layer, end, self._ids[layer])
-            if gain is not None:
-                self.scores[layer:end] += gain * self._unvisited[layer:end]
         begin = 4 * layer * self.num_experts
         core.vmo_follow(
             self._scores_at + begin,
@@ -177,7 +190,8 @@ class TracePolicy(Policy):
         """Keeps the step for :meth:`catch_up`; one that broke off between layers is dropped."""
         if self._layers_seen != self.num_layers:
             return
-        self.catch_up()
+        if self._is_behind:
+            self._refresh()
         self._ids, self._past_ids = self._past_ids, self._ids
         self._votes, self._past_votes = self._past_votes, self._votes
         self._votes_at = self._votes.ctypes.data

@@ -202,24 +202,32 @@ class TransferEngine:
 
     # ---- prefetch --------------------------------------------------------------------
 
-    def prefetch(self, layer: int, expert: int, row: int) -> bool:
-        """Reads an expert when no demand waits; returns at once.
+    def prefetch(self, requests: Sequence[tuple[int, int, int]]) -> int:
+        """Reads experts when no demand waits; returns at once.
+
+        Args:
+            requests: ``(layer, expert, row)``, the most urgent first.
 
         Returns:
-            False if too many reads are in flight already; then nothing changed.
+            How many of them are in flight now, from the front: reads under way are limited.
 
         Raises:
             ValueError: as in :meth:`read`.
         """
-        if len(self._reader.free_tickets) <= self._tickets_for_demand:
-            return False
-        flights = self._register([(layer, expert, row)], is_prefetch=True)
-        try:
-            self._submit(flights, PREFETCH)
-        except NativeError:
-            self._forget(flights)
-            raise
-        return True
+        most = max(len(self._reader.free_tickets) - self._tickets_for_demand, 0)
+        flights = self._register(requests[:most], is_prefetch=True)
+        if flights:
+            try:
+                self._submit(flights, PREFETCH)
+            except NativeError:
+                self._forget(flights)
+                raise
+        return len(flights)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether :meth:`poll` would report anything; costs nothing."""
+        return bool(self._unreported) or (bool(self._by_ticket) and self._reader.has_ended)
 
     def poll(self) -> list[FinishedPrefetch]:
         """Prefetches that ended and were not reported yet; does not wait."""

@@ -102,9 +102,15 @@ class RecordReader:
         self._read_items = list(self._reads)  # views, as indexing makes a new one each time
         self._completions = (Completion * self.num_tickets)()
         self._reader, self.direct = _open(store, num_threads, cpus, direct)
+        self._num_ended = ctypes.c_int32.from_address(core.vmo_reader_num_ended(self._reader))
         # The threads must end before the rows they write to are freed.
         self._finalizer = weakref.finalize(self, core.vmo_reader_close, self._reader)
         self._finalizer.atexit = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether :meth:`wait` would report something at once."""
+        return bool(self._num_ended.value)
 
     @property
     def is_closed(self) -> bool:
