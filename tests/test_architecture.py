@@ -20,7 +20,8 @@ LAYERS = [
         "metrics",
     },
     {"prefetch", "lookahead", "tensor_stream"},
-    {"runtime", "replay"},
+    {"shapes"},
+    {"runtime", "replay", "fit"},
     {"integration", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
