@@ -17,6 +17,7 @@ LAYERS = [
         "shadow",
         "pool",
         "sizing",
+        "machine",
         "metrics",
     },
     {"prefetch", "lookahead", "tensor_stream"},

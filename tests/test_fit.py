@@ -10,11 +10,10 @@ from vllm_moe_offload.config import GIB, parse_options
 from vllm_moe_offload.fit import (
     BATCH_TOKENS,
     HIT_RATES,
-    UTILIZATION,
-    Machine,
     amount,
     fit,
 )
+from vllm_moe_offload.machine import UTILIZATION, Machine
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.shapes import known_models, shape_of_config
 from vllm_moe_offload.sizing import build_peak_bytes, cache_rows, cache_shape

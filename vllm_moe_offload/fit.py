@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 from vllm_moe_offload.cache import CacheShape
 from vllm_moe_offload.config import GIB
+from vllm_moe_offload.machine import (
+    CPU_RUNTIME_BYTES,
+    HOST_RUNTIME_BYTES,
+    UTILIZATION,
+    Machine,
+)
 from vllm_moe_offload.policy import TracePolicy
 from vllm_moe_offload.shapes.base import FORMATS, ModelShape
 from vllm_moe_offload.sizing import (
@@ -20,18 +26,6 @@ from vllm_moe_offload.sizing import (
     cache_rows,
     cache_shape,
 )
-
-UTILIZATION = 0.92
-"""Share of a memory that a server takes: vLLM's default ``gpu_memory_utilization``."""
-CPU_RUNTIME_BYTES = 5 * GIB // 2
-"""vLLM's processes and activations on a CPU server, weights and KV cache aside."""
-GPU_RUNTIME_BYTES = 2 * GIB
-"""CUDA context, activations and graphs on a GPU."""
-HOST_RUNTIME_BYTES = 4 * GIB
-"""vLLM's processes in the host memory beside a GPU."""
-
-NVME_GBPS = 7.0
-PCIE_GBPS = 25.0
 
 KV_BLOCK_TOKENS = 128
 """vLLM's block on CPU; smaller on CUDA."""
@@ -45,42 +39,6 @@ MOST_KV_REQUESTS = 32
 HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 RUN_MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss"})
 """Architectures with which the plugin has been run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a server has.
-
-    Attributes:
-        host_bytes: RAM.
-        device_bytes: memory of the GPU; None for a CPU server.
-        link_gbps: 1e9 bytes per second from where experts lie into fast memory: PCIe with a
-            GPU, else the disk.
-        disk_gbps: of the disk below the host memory of a GPU server.
-        memory_gbps: of the fast memory itself, if computing is to be part of the bound.
-    """
-
-    host_bytes: int
-    device_bytes: int | None
-    link_gbps: float
-    disk_gbps: float = NVME_GBPS
-    memory_gbps: float | None = None
-
-    @property
-    def has_gpu(self) -> bool:
-        """Whether fast memory is a GPU's."""
-        return self.device_bytes is not None
-
-    @property
-    def fast_bytes(self) -> int:
-        """What a server may take of the fast memory."""
-        total = self.host_bytes if self.device_bytes is None else self.device_bytes
-        return int(total * UTILIZATION)
-
-    @property
-    def runtime_bytes(self) -> int:
-        """Of that, what neither weights nor caches get."""
-        return GPU_RUNTIME_BYTES if self.has_gpu else CPU_RUNTIME_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +185,6 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
     exact = fixed + layer_bytes
     build = build_peak_bytes(layer_bytes)
     build += HOST_RUNTIME_BYTES if machine.has_gpu else shape.dense_bytes + CPU_RUNTIME_BYTES
-    host_budget = int(machine.host_bytes * UTILIZATION) - HOST_RUNTIME_BYTES
     problems = [
         *_model_problems(shape),
         *_memory_problems(shape, machine, least, exact, build),
@@ -246,7 +203,7 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
         kv_tokens=_kv_tokens(shape, kv_bytes),
         cache_gb=cache_gb,
         cache=cache,
-        host_expert_bytes=max(0, min(all_bytes, host_budget)) if machine.has_gpu else 0,
+        host_expert_bytes=min(all_bytes, machine.host_expert_bytes),
         build_bytes=build,
         least_fast_bytes=_round_up_memory(least),
         exact_fast_bytes=_round_up_memory(exact),
@@ -326,10 +283,9 @@ def _memory_problems(
             f"{option} {amount(_round_up_memory(least))} at least; "
             f"{amount(_round_up_memory(exact))} for exact output (one layer's experts){hint}",
         )
-    host_bytes = int(machine.host_bytes * UTILIZATION)
-    if host_bytes < build:
+    if machine.store_memory_bytes < build:
         yield Problem(
             f"the first start takes {amount(build)} of host memory to build the store (two or three "
-            f"layers at a time); {amount(host_bytes)} are there",
+            f"layers at a time); {amount(machine.store_memory_bytes)} are there",
             f"--host-memory {amount(_round_up_memory(build))} at least",
         )

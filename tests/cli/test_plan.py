@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from vllm_moe_offload import cli
 from vllm_moe_offload.cli.command import UsageError
 from vllm_moe_offload.cli.sizes import parse_memory
 from vllm_moe_offload.config import GIB
-from vllm_moe_offload.shapes import known_models
+from vllm_moe_offload.shapes import MODEL_TYPES, known_models
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
 SIZES = {"layers": 3, "experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}
 
 
@@ -217,3 +219,20 @@ def test_sizes(text, nbytes):
 def test_sizes_that_are_none(text):
     with pytest.raises(UsageError, match=f"--host-memory={text}: must be a size"):
         parse_memory("--host-memory", text)
+
+
+def test_the_example_in_the_documents_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (block,) = re.findall(
+        r"^```\n\$ vllm-moe-offload (plan .*?)\n(.*?)^```",
+        DOCUMENT.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    command, printed = block
+    assert cli.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_the_documents_list_every_architecture():
+    text = " ".join(DOCUMENT.read_text().split())
+    assert f"Architectures: {', '.join(MODEL_TYPES)}." in text

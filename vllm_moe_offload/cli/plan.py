@@ -13,7 +13,8 @@ from rich.console import Console
 from vllm_moe_offload.cli.command import Command, UsageError
 from vllm_moe_offload.cli.plan_report import Report
 from vllm_moe_offload.cli.sizes import parse_bandwidth, parse_memory
-from vllm_moe_offload.fit import NVME_GBPS, PCIE_GBPS, RUN_MODEL_TYPES, Fit, Machine, fit
+from vllm_moe_offload.fit import RUN_MODEL_TYPES, Fit, fit
+from vllm_moe_offload.machine import NVME_GBPS, PCIE_GBPS, Machine
 from vllm_moe_offload.shapes import ModelShape, known_models, shape_of_config
 from vllm_moe_offload.shapes.known import find_known
 

@@ -13,12 +13,11 @@ from vllm_moe_offload.cache import CacheShape
 from vllm_moe_offload.fit import (
     BATCH_TOKENS,
     HIT_RATES,
-    UTILIZATION,
     Bound,
     Fit,
-    Machine,
     amount,
 )
+from vllm_moe_offload.machine import UTILIZATION, Machine
 from vllm_moe_offload.shapes import FORMATS, ModelShape
 
 

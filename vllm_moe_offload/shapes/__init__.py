@@ -1,7 +1,8 @@
 """What a Mixture-of-Experts model is made of: counted from its config.json or its files."""
 
+from vllm_moe_offload.shapes.architectures import MODEL_TYPES
 from vllm_moe_offload.shapes.base import FORMATS, ExpertFormat, KvShape, ModelShape, ShapeError
-from vllm_moe_offload.shapes.config import MODEL_TYPES, shape_of_config
+from vllm_moe_offload.shapes.config import shape_of_config
 from vllm_moe_offload.shapes.known import KnownModel, known_models
 
 __all__ = [
