@@ -222,8 +222,10 @@ def _cache(shape: ModelShape, room_bytes: int, all_bytes: int) -> tuple[str, Cac
         cache_gb = "100%"
     else:
         rows = max(room_bytes // shape.expert_bytes, shape.top_k)
-        # Up, or the last row would be lost: 1 MiB at most.
-        cache_gb = f"{math.ceil(rows * shape.expert_bytes / GIB * 1000) / 1000:.3f}"
+        # Up, or the last row would be lost; by less than one expert.
+        digits = 3 if shape.expert_bytes > GIB / 10**3 else 6
+        gib = math.ceil(rows * shape.expert_bytes / GIB * 10**digits) / 10**digits
+        cache_gb = f"{gib:.{digits}f}"
     rows = cache_rows(cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
     return cache_gb, cache_shape(rows, rules=TracePolicy.rules, **sizes)
 

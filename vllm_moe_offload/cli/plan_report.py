@@ -55,7 +55,7 @@ class Report:
             f"{shape.top_k} per token"
         )
         say(f"Sizes from: {self.source}")
-        say(f"{shape.total_experts} experts of {shape.expert_bytes:,} bytes (bf16)")
+        say(f"{shape.total_experts:,} experts of {shape.expert_bytes:,} bytes (bf16)")
         console.print(_experts_table(result))
         if result.cache is not None:
             console.print(_memory_table(result))
