@@ -17,10 +17,12 @@ LAYERS = [
         "shadow",
         "pool",
         "sizing",
+        "machine",
         "metrics",
     },
     {"prefetch", "lookahead", "tensor_stream"},
-    {"runtime", "replay"},
+    {"shapes"},
+    {"runtime", "replay", "fit"},
     {"integration", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -6,6 +6,10 @@ from vllm_moe_offload.cache import CacheShape
 from vllm_moe_offload.config import GIB, OptionError, parse_cache_size
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, PlannerRules
 
+OVERLAPPED_LAYER_BYTES = 1 << 30
+"""While a store is built, a larger layer is not packed before the last one is written: building
+must not take more memory than serving."""
+
 
 def cache_rows(
     cache_gb: float | str,
@@ -84,3 +88,12 @@ def auto_cache_bytes(
     """
     kv_share = available_bytes // 4 if kv_cache_bytes is None else kv_cache_bytes
     return max(0, min(all_experts_bytes, available_bytes - kv_share))
+
+
+def build_peak_bytes(layer_bytes: int) -> int:
+    """Memory for experts while a store is built: a layer as loaded, packed, and being written.
+
+    Args:
+        layer_bytes: of one layer's experts.
+    """
+    return (2 if layer_bytes > OVERLAPPED_LAYER_BYTES else 3) * layer_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import weakref
 from collections import deque
@@ -37,6 +38,19 @@ EXTENT_BYTES = 32 << 20
 WINDOW_BYTES = 256 << 20
 """What may be read and not yet taken; an extent at least."""
 _THREADS = 4
+_EXPERT_TENSOR = re.compile(r"\.experts\.")
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+
+
+def layer_number(name: str) -> int | None:
+    """Decoder layer in a tensor's or module's name, None if it has none."""
+    match = _LAYER_NUMBER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def expert_layer(name: str) -> int | None:
+    """Decoder layer of a routed expert's tensor, None for every other tensor."""
+    return layer_number(name) if _EXPERT_TENSOR.search(name) else None
 
 
 @dataclass(frozen=True, slots=True)

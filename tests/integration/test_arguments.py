@@ -1,10 +1,15 @@
 """Command line and additional_config: parsed, carried, refused where it cannot work."""
 
+import json
+import shlex
+
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_moe_offload.config import MODES, OffloadConfig, OptionError
+from tests.integration.conftest import ARCHS
+from vllm_moe_offload import cli
+from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.integration import plugin
 
 pytestmark = pytest.mark.vllm
@@ -111,6 +116,38 @@ def test_all_problems_are_listed_together(demo_model):
         configure(demo_model("mixtral"), enable_lora=True, cpu_offload_gb=1.0)
     assert "enable_lora" in str(caught.value)
     assert "cpu_offload_gb" in str(caught.value)
+
+
+def plan(capsys, model, host_memory, *options):
+    assert (
+        cli.main(["plan", str(model), f"--host-memory={host_memory}", "--json=-", *options])
+        == 0
+    )
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("everything", [True, False])
+def test_the_line_that_plan_prints_is_accepted(parser, demo_model, capsys, arch, everything):
+    model = demo_model(arch)
+    document = plan(capsys, model, "8GiB")
+    if not everything:
+        kv_bytes = 256 * document["model"]["kv_bytes_per_token"]
+        kv_bytes += document["model"]["kv_bytes_per_request"]
+        fixed = document["model"]["dense_bytes"] + document["machine"]["runtime_bytes"]
+        half = document["store_bytes"] // 2
+        least = max(fixed + kv_bytes + half, document["build_bytes"])
+        document = plan(capsys, model, f"{int(least / 0.92) + 2}B", "--kv-tokens=128")
+    fitted = document["fit"]
+    assert fitted["holds_everything"] is everything
+    program, command, path, *options = shlex.split(document["commands"][0])
+    assert (program, command, path) == ("vllm", "serve", str(model))
+    config = parse(parser, "--model", path, *options).create_engine_config()
+    offload = config.additional_config["moe_offload"]
+    assert offload["mode"] == "trace"
+    assert parse_cache_size(offload["cache_gb"]) == parse_cache_size(fitted["cache_gb"])
+    assert config.cache_config.kv_cache_memory_bytes == fitted["kv_bytes"]
+    assert "--max-model-len" in options or everything
 
 
 def test_a_dense_model_is_refused(tmp_path):

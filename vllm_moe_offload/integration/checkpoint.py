@@ -7,7 +7,6 @@ memory as a whole; and later starts skip experts altogether.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,17 +22,9 @@ from vllm_moe_offload.tensor_stream import (
     DTYPES,
     TensorRange,
     TensorStream,
+    expert_layer,
     tensor_ranges,
 )
-
-_EXPERT_TENSOR = re.compile(r"\.experts\.")
-_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-
-
-def layer_number(name: str) -> int | None:
-    """Decoder layer in a tensor's or module's name, None if it has none."""
-    match = _LAYER_NUMBER.search(name)
-    return int(match.group(1)) if match else None
 
 
 class SortedCheckpoint:
@@ -79,8 +70,8 @@ class SortedCheckpoint:
         for file in sorted(files):
             ranges = tensor_ranges(Path(file))
             for name, where in ranges.items():
-                number = layer_number(name)
-                if _EXPERT_TENSOR.search(name) and number is not None:
+                number = expert_layer(name)
+                if number is not None:
                     if where.dtype not in DTYPES:
                         raise OptionError(
                             f"--moe-offload: {name} in {file} is {where.dtype}; experts must be "

@@ -27,11 +27,12 @@ from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import compat
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
-from vllm_moe_offload.integration.checkpoint import SortedCheckpoint, layer_number
+from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.layout import ALIGNMENT, ExpertLayout, TensorSpec
+from vllm_moe_offload.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.store import (
     BackgroundWriter,
     ExpertStore,
@@ -41,12 +42,9 @@ from vllm_moe_offload.store import (
     store_lock,
 )
 from vllm_moe_offload.store.direct_io import aligned_buffer
+from vllm_moe_offload.tensor_stream import layer_number
 
 logger = logging.getLogger("vllm.moe_offload")
-
-OVERLAPPED_LAYER_BYTES = 1 << 30
-"""A larger layer is not packed while the one before is still being written: building must not
-take more memory than serving."""
 
 NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
 """Parameters of RoutedExperts that are not rows per expert (vLLM lists them likewise in

@@ -1,16 +1,11 @@
-"""``vllm-moe-offload``: replay routing traces and look into them.
-
-Every subcommand is a :class:`Command`; append one to :data:`COMMANDS` to add another.
-"""
+"""``vllm-moe-offload replay``: what policies would have done on a recorded trace."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from vllm_moe_offload import __version__
+from vllm_moe_offload.cli.command import Command, UsageError, load_pyplot
 from vllm_moe_offload.policy import POLICIES, make_policy
 from vllm_moe_offload.replay import (
-    ReplayError,
     ReplayResult,
     capacity_slots,
     decode_schedule,
     replay,
     replay_recorded,
 )
-from vllm_moe_offload.trace.collection import CollectionError
-from vllm_moe_offload.trace.inspect import describe, plot_heat_maps
-from vllm_moe_offload.trace.routing import RoutingTrace, TraceError, load_trace
+from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
 PREFETCH_DEPTH = 4
-
-
-class UsageError(ValueError):
-    """An argument is wrong; the message names it, its value and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One subcommand.
-
-    Attributes:
-        path: its words, such as ``("trace", "show")``.
-        help: one line.
-        add_arguments: declares its arguments.
-        run: does it; returns the exit status.
-    """
-
-    path: tuple[str, ...]
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def _items(option: str, text: str) -> list[str]:
@@ -83,9 +54,6 @@ def _policy_specs(text: str) -> list[str]:
         else:
             specs.append(item)
     return specs
-
-
-# ---- replay ----------------------------------------------------------------------------
 
 
 def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,7 +159,7 @@ def _print_results(results: Sequence[ReplayResult]) -> None:
 
 
 def _plot_results(results: Sequence[ReplayResult], path: str) -> None:
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     concurrencies = list(dict.fromkeys(result.concurrency for result in results))
     figure, axes = pyplot.subplots(
         1, len(concurrencies), figsize=(5 * len(concurrencies), 4), squeeze=False
@@ -215,92 +183,9 @@ def _plot_results(results: Sequence[ReplayResult], path: str) -> None:
     pyplot.close(figure)
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError(
-            "--plot needs matplotlib: pip install 'vllm-moe-offload[plot]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-# ---- trace show ------------------------------------------------------------------------
-
-
-def _add_show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="routing trace or EAM collection")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw heat maps of the experts used")
-
-
-def _run_show(arguments: argparse.Namespace) -> int:
-    summary, maps = describe(arguments.file)
-    if arguments.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        table = Table(show_header=False)
-        for key, value in summary.items():
-            table.add_row(key.replace("_", " "), str(value))
-        Console().print(table)
-    if arguments.plot:
-        plot_heat_maps(_pyplot(), maps, arguments.plot)
-    return 0
-
-
-# ---- the program -----------------------------------------------------------------------
-
-COMMANDS: list[Command] = [
-    Command(
-        ("replay",),
-        "policy table on a recorded routing trace",
-        _add_replay_arguments,
-        _run_replay,
-    ),
-    Command(
-        ("trace", "show"),
-        "what a recorded trace or EAM collection holds",
-        _add_show_arguments,
-        _run_show,
-    ),
-]
-GROUP_HELP = {"trace": "recorded traces and collections", "store": "expert stores"}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Parser of all :data:`COMMANDS`."""
-    parser = argparse.ArgumentParser(
-        prog="vllm-moe-offload", description="Mixture-of-Experts models bigger than memory."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    top = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    groups: dict[str, Any] = {}
-    for command in COMMANDS:
-        *group, name = command.path
-        parent = top
-        if group:
-            if group[0] not in groups:
-                group_parser = top.add_parser(group[0], help=GROUP_HELP.get(group[0]))
-                groups[group[0]] = group_parser.add_subparsers(required=True, metavar="COMMAND")
-            parent = groups[group[0]]
-        subparser = parent.add_parser(name, help=command.help, description=command.help)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status. Errors are one line on stderr and status 2."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except (ReplayError, TraceError, CollectionError, UsageError, OSError, ValueError) as error:
-        print(f"vllm-moe-offload: error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(
+    ("replay",),
+    "policy table on a recorded routing trace",
+    _add_replay_arguments,
+    _run_replay,
+)

@@ -1,0 +1,238 @@
+"""``plan``: as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from scripts.make_demo_model import write_demo_model
+from vllm_moe_offload import cli
+from vllm_moe_offload.cli.command import UsageError
+from vllm_moe_offload.cli.sizes import parse_memory
+from vllm_moe_offload.config import GIB
+from vllm_moe_offload.shapes import MODEL_TYPES, known_models
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
+SIZES = {"layers": 3, "experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "demo model"
+    write_demo_model(path, "mixtral", **SIZES)
+    return path
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(known_models()["Qwen3-30B-A3B"].config))
+    return path
+
+
+def plan(capsys, *arguments: str) -> tuple[int, str]:
+    status = cli.main(["plan", *map(str, arguments)])
+    output = capsys.readouterr()
+    assert not output.err
+    return status, output.out
+
+
+def figures(capsys, *arguments: str) -> tuple[int, dict]:
+    status, text = plan(capsys, *arguments, "--json=-")
+    return status, json.loads(text)
+
+
+def serve_line(text: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith("    vllm serve "))
+    return shlex.split(line)
+
+
+def test_mixtral_has_256_experts_of_352_321_536_bytes(capsys):
+    status, text = plan(capsys, "Mixtral-8x7B", "--host-memory=64GiB")
+    assert status == 0
+    assert "256 experts of 352,321,536 bytes (bf16)" in text
+    assert "46.7 billion parameters, 32 MoE layers x 8 experts, 2 per token" in text
+    assert "    hf download mistralai/Mixtral-8x7B-v0.1 --local-dir Mixtral-8x7B-v0.1" in text
+    assert serve_line(text)[:4] == [
+        "vllm",
+        "serve",
+        "./Mixtral-8x7B-v0.1",
+        "--moe-offload=trace",
+    ]
+    assert "assumed to be an NVMe drive, 7 GB/s" in text
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_every_name_in_the_table_gets_a_plan_or_a_reason(name, capsys):
+    quantised = "quantization_config" in known_models()[name].config
+    for machine in (["--device-memory=24GiB", "--host-memory=2000GiB"], ["--host-memory=900"]):
+        status, document = figures(capsys, name, *machine)
+        assert document["works"] is (not quantised)
+        assert status == (1 if quantised else 0)
+        assert bool(document["commands"]) is not quantised
+        assert bool(document["problems"]) is quantised
+        assert document["model"]["expert_bytes"]["4-bit"] > 0
+
+
+def test_a_quantised_model_is_planned_as_a_bf16_copy_if_asked(capsys):
+    status, text = plan(capsys, "gpt-oss-20b", "--host-memory=64")
+    assert status == 1
+    assert "It cannot work: the checkpoint is quantised (mxfp4)" in text
+    assert "vllm serve" not in text
+    assert "13,236,480" in text
+    status, text = plan(capsys, "gpt-oss-20b", "--host-memory=64", "--unquantized")
+    assert status == 0
+    assert serve_line(text)[2] == "./gpt-oss-20b-bf16"
+    assert "hf download" not in text
+    assert "The weights must be in ./gpt-oss-20b-bf16" in text
+
+
+def test_too_little_memory_says_what_would_do(capsys):
+    status, text = plan(capsys, "Mixtral-8x7B", "--host-memory=4GiB")
+    assert status == 1
+    assert "vllm serve" not in text
+    assert "What would: --host-memory 7.0" in text
+
+
+def test_a_checkpoint_is_counted_from_its_files(checkpoint, capsys):
+    status, text = plan(capsys, checkpoint, "--host-memory=8GiB")
+    assert status == 0
+    assert f"headers of the safetensors files in {checkpoint}" in text
+    assert serve_line(text)[2] == str(checkpoint)  # quoted: it has a space
+    assert "All experts fit" in text
+    status, document = figures(capsys, checkpoint, "--host-memory=8GiB")
+    assert document["model"]["counted_from_files"] is True
+    assert document["model"]["experts"] == 12
+    assert document["model"]["expert_bytes"]["bf16"] == 3 * 64 * 32 * 2
+
+
+def test_a_config_json_is_enough(config_file, capsys):
+    status, text = plan(capsys, config_file, "--host-memory=64", "--device-memory=24")
+    assert status == 0
+    assert f"Sizes from: {config_file}" in text
+    assert f"The weights must be in {config_file.parent}" in text
+    assert "assumed to be PCIe 4 x16, 25 GB/s" in text
+
+
+def test_json_has_all_figures_and_is_written_beside_the_tables(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    arguments = ["Qwen3-30B-A3B", "--host-memory=32GB", "--link-gbps=3.5", f"--json={path}"]
+    status, text = plan(capsys, *arguments)
+    assert status == 0
+    document = json.loads(path.read_text())
+    fitted = document["fit"]
+    assert f"{fitted['cache_slots']:,} slots" in text
+    assert serve_line(text) == shlex.split(document["commands"][-1])
+    assert document["machine"]["host_bytes"] == 32 * 10**9
+    assert document["machine"]["link_gbps"] == 3.5
+    assert [bound["hit_rate"] for bound in fitted["bounds"]] == [
+        0.0,
+        0.5,
+        0.7,
+        0.8,
+        0.9,
+        0.95,
+        0.99,
+    ]
+    for bound in fitted["bounds"]:
+        assert bound["read_bytes_per_token"] == pytest.approx(
+            bound["misses_per_token"] * document["model"]["expert_bytes"]["bf16"]
+        )
+        assert bound["tokens_per_s"] == pytest.approx(3.5e9 / bound["read_bytes_per_token"])
+
+
+def test_notes_say_what_is_not_certain(capsys):
+    _, document = figures(capsys, "Phi-3.5-MoE", "--host-memory=40GiB", "--device-memory=8GiB")
+    notes = " ".join(document["notes"])
+    assert "has not been run with phimoe models yet" in notes
+    assert "are read from the store on disk, at 7 GB/s" in notes
+    assert "run in waves" in notes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Mixtral-9x9B", "--host-memory=8"], "MODEL=Mixtral-9x9B: neither a directory"),
+        (["Mixtral-8x7B", "--host-memory=lots"], "--host-memory=lots: must be a size such as"),
+        (["Mixtral-8x7B", "--host-memory=-3"], "--host-memory=-3: must be a size such as"),
+        (["Mixtral-8x7B", "--host-memory=nan"], "--host-memory=nan: must be a size such as"),
+        (
+            ["Mixtral-8x7B", "--host-memory=8", "--device-memory=0"],
+            "--device-memory=0: must be a size",
+        ),
+        (
+            ["Mixtral-8x7B", "--host-memory=8", "--link-gbps=0"],
+            "--link-gbps=0: must be a number of GB/s above 0",
+        ),
+        (
+            ["Mixtral-8x7B", "--host-memory=8", "--disk-gbps=7"],
+            "--disk-gbps goes with --device-memory",
+        ),
+        (["Mixtral-8x7B", "--host-memory=8", "--kv-tokens=0"], "--kv-tokens=0: must be 1"),
+        (
+            ["Mixtral-8x7B", "--host-memory=8", "--unquantized"],
+            "--unquantized: Mixtral-8x7B is not quantised",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message, capsys):
+    assert cli.main(["plan", *arguments]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert not output.out
+
+
+def test_dense_and_foreign_configs_are_one_line(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "llama"}')
+    assert cli.main(["plan", str(path), "--host-memory=8"]) == 2
+    assert "model_type='llama' is not known" in capsys.readouterr().err
+    path.write_text("\x00")
+    assert cli.main(["plan", str(path), "--host-memory=8"]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path / ".."), "--host-memory=8"]) == 2
+    assert "it has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("24GiB", 24 * GIB),
+        ("24GB", 24 * 10**9),
+        ("24 gib", 24 * GIB),
+        ("64", 64 * GIB),
+        ("1.5", GIB * 3 // 2),
+        ("512MiB", GIB // 2),
+        ("1.5TiB", 1536 * GIB),
+    ],
+)
+def test_sizes(text, nbytes):
+    assert parse_memory("--host-memory", text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24XB", "inf", "-1GiB", "1e400", "0"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UsageError, match=f"--host-memory={text}: must be a size"):
+        parse_memory("--host-memory", text)
+
+
+def test_the_example_in_the_documents_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (block,) = re.findall(
+        r"^```\n\$ vllm-moe-offload (plan .*?)\n(.*?)^```",
+        DOCUMENT.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    command, printed = block
+    assert cli.main(shlex.split(command)) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_the_documents_list_every_architecture():
+    text = " ".join(DOCUMENT.read_text().split())
+    assert f"Architectures: {', '.join(MODEL_TYPES)}." in text
