@@ -54,6 +54,7 @@ def runtime_of(
     staging: int,
     mode: str = "trace",
     predictor=None,
+    *,
     counter_file=None,
 ) -> OffloadRuntime:
     policy = make_policy(mode, store.num_layers, store.num_experts)

@@ -88,7 +88,7 @@ def test_a_reading_belongs_together_while_the_worker_writes(tmp_path):
     worker.start()
     try:
         seen = []
-        while len(seen) < 3000:
+        while len(set(seen)) < 100:
             for reading in read_counters(tmp_path):
                 (number,) = set(reading.values.values())  # all of one write
                 seen.append(number)
@@ -96,7 +96,6 @@ def test_a_reading_belongs_together_while_the_worker_writes(tmp_path):
         stop.set()
         worker.join(60)
     assert seen == sorted(seen)
-    assert len(set(seen)) > 100
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
