@@ -206,8 +206,7 @@ def expected_of(runtime):
         (layer, expert)
         for layer in range(LAYERS)
         for expert in range(EXPERTS)
-        if 0 <= runtime.cache.page_table[layer, expert] < shape.num_slots
-        and runtime.cache.is_resident(layer, expert)
+        if runtime.cache.is_resident(layer, expert)
     ]
     return {
         **{name: float(runtime.cache.count(name)) for name in COUNTER_NAMES},

@@ -25,8 +25,7 @@ class WorkerProbe:
         cache = runtime.cache
         counted = {name: cache.count(name) for name in COUNTER_NAMES}
         resident = sum(
-            0 <= cache.page_table[layer, expert] < cache.shape.num_slots
-            and cache.is_resident(layer, expert)
+            cache.is_resident(layer, expert)
             for layer in range(cache.shape.num_layers)
             for expert in range(cache.shape.num_experts)
         )
@@ -41,7 +40,7 @@ class WorkerProbe:
             "read_bytes_total": runtime.read_bytes,
             "stall_seconds_total": runtime.stall_ns / 1e9,
             "slots": cache.shape.num_slots,
-            "resident_experts": int(resident),
+            "resident_experts": resident,
             "cache_bytes": sum(tensor.nbytes for tensor in runtime.pool.tensors.values()),
             "policy_info": 1,
         }

@@ -24,7 +24,7 @@ LABELS = ("model_name", "engine", "rank")
 EXPORTED_COUNTERS = {
     "hits": "Distinct experts of layer calls that were resident.",
     "misses": "Distinct experts of layer calls that were not resident.",
-    "bypasses": "Misses that were used once from a staging row and not admitted.",
+    "bypasses": "Misses that were used once and not kept: nobody was evicted for them.",
     "read_bytes": "Bytes of experts read from the store.",
     "prefetch_issued": "Experts read ahead of their layer.",
     "prefetch_useful": "Experts read ahead that were there when their layer needed them.",
@@ -33,8 +33,8 @@ EXPORTED_COUNTERS = {
     "stall_seconds": "Time layer calls waited for reads.",
 }
 EXPORTED_GAUGES = {
-    "slots": "Cache slots, one expert each; staging rows are not counted.",
-    "resident_experts": "Experts in cache slots.",
+    "slots": "Experts that the cache keeps between layer calls; staging rows are not counted.",
+    "resident_experts": "Experts that are in the cache.",
     "cache_bytes": "Memory of cache slots and staging rows.",
 }
 INFO_LABELS = ("policy", "prefetch", "version")
