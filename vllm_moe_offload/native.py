@@ -40,6 +40,22 @@ class Completion(ctypes.Structure):
     _fields_ = (("tag", c_int64), ("error", c_int32), ("padding", c_int32), ("bytes", c_uint64))
 
 
+class Observer(ctypes.Structure):
+    """``vmo_observer``: where a policy keeps what a step routed to."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        ("votes", c_void_p),
+        ("scores", c_void_p),
+        ("fade", c_void_p),
+        ("gains", c_void_p),
+        ("decay", c_float),
+        ("ids_per_layer", c_int32),
+        ("follows", c_int32),
+        ("layers_seen", c_int32),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_last_error": (c_char_p, []),
     "vmo_planner_create": (c_void_p, [c_int32] * 7),
