@@ -170,7 +170,7 @@ class OffloadRuntime:
             if self.prefetcher is None:
                 return None
             self.prefetcher.drop_all()  # rows in flight may be all that was wanting
-            if not self._plan_again(layer, topk_ids, slot_ids):
+            if not self._serve(layer, topk_ids, slot_ids):
                 return None
         self._fill(layer, hidden)
         return topk_ids if self._passes_ids_through else slot_ids
@@ -245,7 +245,7 @@ class OffloadRuntime:
     ) -> bool:
         """Observes and plans; where nothing is missing, names what is to be read ahead."""
         if self._rows is None:
-            return self._plan_again(layer, topk_ids, slot_ids)
+            return self._serve(layer, topk_ids, slot_ids)
         prefetcher = self.prefetcher
         began = time.perf_counter_ns()
         if prefetcher is not None:
@@ -255,22 +255,43 @@ class OffloadRuntime:
             collected = time.perf_counter_ns()
             self.prefetch_ns += collected - began
             began = collected
-        num_tokens = self._row_weights.numel()
-        lookahead = most = 0
+        ids = topk_ids.numpy()[: self._row_weights.numel()]
         if layer == 0:
-            self._observer = self.policy.native_observer(num_tokens, topk_ids.shape[1])
-        observer = self._observer
-        if not observer:
+            self._observer = self.policy.native_observer(*ids.shape)
+        if not self._observer:
             if not self._passes_ids_through:  # else votes are idle
                 _expert_votes(topk_ids, self._row_weights, self._votes)
-            self.policy.observe(layer, topk_ids.numpy()[:num_tokens], self._votes_array)
+            self.policy.observe(layer, ids, self._votes_array)
+        lookahead = most = 0
         if prefetcher is not None:
             lookahead, most = prefetcher.predictor.native_handle, prefetcher.room
             if not lookahead:
-                prefetcher.observe(layer, topk_ids.numpy()[:num_tokens])
-            if most > self._reads.shape[0]:
+                prefetcher.observe(layer, ids)
+            if most > len(self._reads):
                 self._reads = torch.zeros((most, 3), dtype=torch.int32)
         self.policy_ns += time.perf_counter_ns() - began
+        planned = self._serve(
+            layer, topk_ids, slot_ids, self._observer, lookahead, hidden, most
+        )
+        self.policy_ns += int(self.cache.plan_info[4])
+        if self._recorder is not None:
+            self._recorder.observe(layer, ids)
+        return planned
+
+    def _serve(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        slot_ids: torch.Tensor,
+        observer: int = 0,
+        lookahead: int = 0,
+        hidden: torch.Tensor | None = None,
+        max_reads: int = 0,
+    ) -> bool:
+        """The layer call in C++ (``csrc/serving.h``); whether the need fits at once."""
+        num_tokens, flags = topk_ids.shape[0], PLAN_TRANSIENT
+        if self._rows is not None:
+            num_tokens, flags = self._row_weights.numel(), 0
         planned: bool = _serve_layer(
             self.cache.handle,
             observer,
@@ -278,39 +299,12 @@ class OffloadRuntime:
             layer,
             topk_ids,
             num_tokens,
-            0,
+            flags,
             self._row_weights,
             hidden,
             LIKELY,
-            self.policy.full_score if most else 0.0,
-            most,
-            slot_ids,
-            self._plan_info,
-            self._reads,
-        )
-        self.policy_ns += int(self.cache.plan_info[4])
-        if self._recorder is not None:
-            self._recorder.observe(layer, topk_ids.numpy()[:num_tokens])
-        return planned
-
-    def _plan_again(self, layer: int, topk_ids: torch.Tensor, slot_ids: torch.Tensor) -> bool:
-        """Plans what was observed already, or stands for no request."""
-        num_tokens, flags = topk_ids.shape[0], PLAN_TRANSIENT
-        if self._rows is not None:
-            num_tokens, flags = self._row_weights.numel(), 0
-        planned: bool = _serve_layer(
-            self.cache.handle,
-            0,
-            0,
-            layer,
-            topk_ids,
-            num_tokens,
-            flags,
-            self._row_weights,
-            None,
-            LIKELY,
-            0.0,
-            0,
+            self.policy.full_score if max_reads else 0.0,
+            max_reads,
             slot_ids,
             self._plan_info,
             self._reads,
