@@ -271,7 +271,13 @@ class OffloadRuntime:
                 self._reads = torch.zeros((most, 3), dtype=torch.int32)
         self.policy_ns += time.perf_counter_ns() - began
         planned = self._serve(
-            layer, topk_ids, slot_ids, self._observer, lookahead, hidden, most
+            layer,
+            topk_ids,
+            slot_ids,
+            observer=self._observer,
+            lookahead=lookahead,
+            hidden=hidden,
+            max_reads=most,
         )
         self.policy_ns += int(self.cache.plan_info[4])
         if self._recorder is not None:
@@ -283,6 +289,7 @@ class OffloadRuntime:
         layer: int,
         topk_ids: torch.Tensor,
         slot_ids: torch.Tensor,
+        *,
         observer: int = 0,
         lookahead: int = 0,
         hidden: torch.Tensor | None = None,
