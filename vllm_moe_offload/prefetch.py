@@ -15,7 +15,7 @@ import torch
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
 from vllm_moe_offload.predictor import Predictor
-from vllm_moe_offload.transfer import TransferEngine
+from vllm_moe_offload.transfer import Transfer
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -43,7 +43,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, cache: ExpertCache, transfer: TransferEngine, policy: Policy, predictor: Predictor
+        self, cache: ExpertCache, transfer: Transfer, policy: Policy, predictor: Predictor
     ) -> None:
         self.predictor = predictor
         self.read_ns = 0.0

@@ -30,7 +30,7 @@ from vllm_moe_offload.prefetch import Prefetcher
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.transfer import TransferEngine, TransferError
+from vllm_moe_offload.transfer import Transfer, TransferError
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -54,7 +54,7 @@ class OffloadRuntime:
         *,
         cache: ExpertCache,
         pool: SlotPool,
-        transfer: TransferEngine,
+        transfer: Transfer,
         policy: Policy,
         prefetcher: Prefetcher | None = None,
         collection_file: CollectionFile | None = None,
