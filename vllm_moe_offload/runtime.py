@@ -16,13 +16,7 @@ import numpy as np
 import torch
 
 import vllm_moe_offload._C  # noqa: F401  (registers the operators)
-from vllm_moe_offload.cache import (
-    COUNTER_NAMES,
-    MISS_AWAIT,
-    MISS_READ,
-    PLAN_TRANSIENT,
-    ExpertCache,
-)
+from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
 from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
@@ -36,7 +30,6 @@ logger = logging.getLogger("vllm.moe_offload")
 
 _plan = torch.ops.vllm_moe_offload.plan.default
 _expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
-_COUNTERS = len(COUNTER_NAMES)
 
 
 class OffloadRuntime:
@@ -87,6 +80,7 @@ class OffloadRuntime:
         self._is_dummy = False
         self._warned_of_waves = False
         self._closed = False
+        self._publish()  # sizes are of interest before the first request
 
     # ---- steps and requests ----------------------------------------------------------
 
@@ -323,6 +317,7 @@ class OffloadRuntime:
             self._read_misses(layer)
             self.cache.finish()
         self.stall_ns = 0
+        self._publish()
 
     # ---- figures ---------------------------------------------------------------------
 
@@ -334,15 +329,18 @@ class OffloadRuntime:
     def _publish(self) -> None:
         if self._counter_file is None:
             return
-        values = self._counter_file.values
-        values[:_COUNTERS] = self.cache.counters
-        values[_COUNTERS:] = (
-            self.read_bytes,
-            self.stall_ns / 1e9,
-            self.busy_ns / 1e9,
-            self.policy_ns / 1e9,
-            self.num_tokens,
-            self.cache.num_resident,
+        self._counter_file.write(
+            (
+                *self.cache.counters.tolist(),
+                self.read_bytes,
+                self.stall_ns / 1e9,
+                self.busy_ns / 1e9,
+                self.policy_ns / 1e9,
+                self.num_tokens,
+                self.cache.shape.num_slots,
+                self.cache.num_resident,
+                self.pool.nbytes,
+            )
         )
 
     def close(self) -> None:
@@ -351,6 +349,8 @@ class OffloadRuntime:
             return
         self._closed = True
         self._publish()
+        if self._counter_file is not None:
+            self._counter_file.close()
         if self._recorder is not None:
             self._recorder.close()
         if self._collection_file is not None:
