@@ -82,10 +82,35 @@ class OffloadRuntime:
         self._closed = False
         self._publish()  # sizes are of interest before the first request
 
+    # ---- what a layer call on a device has to bring to the host -------------------------
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether a :meth:`dummy_run` is open."""
+        return self._is_dummy
+
+    @property
+    def needs_routing(self) -> bool:
+        """Whether layer calls have to be told their ids: not if everything fits and nobody
+        records; :meth:`pass_layer` does then."""
+        return not self._passes_ids_through or self._recorder is not None
+
+    @property
+    def num_step_rows(self) -> int | None:
+        """Rows of the step that runs; None if no request stands behind it."""
+        return None if self._rows is None else self._row_weights.numel()
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether the layer calls of the step that runs should be given ``hidden``."""
+        return self.prefetcher is not None and self._rows is not None
+
     # ---- steps and requests ----------------------------------------------------------
 
     def begin_step(self, rows: StepRows) -> None:
         """A forward pass for real requests begins; it ends with the last layer."""
+        if self._is_dummy:
+            return  # a warm-up that went through the scheduler's door
         self._step_began_ns = time.perf_counter_ns()
         self._rows = rows
         self._row_weights = torch.from_numpy(rows.weights)
@@ -115,6 +140,8 @@ class OffloadRuntime:
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""
+        if self._is_dummy:
+            return
         self.policy.end_request(request)
         if self.prefetcher is not None:
             self.prefetcher.end_request(request)
@@ -181,6 +208,11 @@ class OffloadRuntime:
             return
         self.cache.finish()
         if layer == self._last_layer:
+            self._end_step()
+
+    def pass_layer(self, layer: int) -> None:
+        """A layer call for which nothing was to be done (see :attr:`needs_routing`)."""
+        if not self._is_dummy and layer == self._last_layer:
             self._end_step()
 
     def waves(
@@ -291,8 +323,10 @@ class OffloadRuntime:
             for _, _, row in requests:
                 self.cache.complete(row, True)
             if requests and prefetcher is not None and not awaited:
-                took = time.perf_counter_ns() - began
-                prefetcher.measured(read_ns=took / len(requests))
+                read_ns = self._transfer.expert_ns
+                if read_ns is None:
+                    read_ns = (time.perf_counter_ns() - began) / len(requests)
+                prefetcher.measured(read_ns=read_ns)
             for row in awaited:
                 self._await(row)
         except TransferError:
