@@ -114,13 +114,11 @@ class Prefetcher:
         ``hidden``: what the router of ``layer`` was given.
         """
         most = self._budget() - len(self._flights)
-        if most <= 0:
-            return
         value = self._policy.full_score
-        reads = self.predictor.foresee(layer, hidden, self._cache, value, most).tolist()
-        if not reads:
-            return
-        begun = self._transfer.prefetch(reads)
+        reads = []
+        if most > 0:
+            reads = self.predictor.foresee(layer, hidden, self._cache, value, most).tolist()
+        begun = self._transfer.prefetch(reads)  # with none too: others may wait for their turn
         for target, expert, row in reads[:begun]:
             self._flights[row] = (target, expert)
         for _, _, refused in reads[begun:]:

@@ -31,7 +31,7 @@ class Transfer(Protocol):
 
     @property
     def has_news(self) -> bool:
-        """Whether :meth:`poll` would report or advance anything; costs next to nothing."""
+        """Whether :meth:`poll` would report or note anything; costs next to nothing."""
 
     def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
         """:meth:`begin_read` and :meth:`end_read`."""
@@ -43,7 +43,11 @@ class Transfer(Protocol):
         """Returns when kernels may be launched on the rows; raises TransferError."""
 
     def prefetch(self, requests: Sequence[tuple[int, int, int]]) -> int:
-        """Brings in experts when no demand waits; how many are in flight, from the front."""
+        """Brings in experts when no demand waits; how many are in flight, from the front.
+
+        Called after the demands of a layer call, and with none to be asked for too: then it
+        goes on with those asked for before.
+        """
 
     def promote(self, row: int) -> None:
         """Gives the prefetch into ``row`` a demand's priority."""

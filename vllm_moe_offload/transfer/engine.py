@@ -253,6 +253,15 @@ class TransferEngine:
         while self._by_ticket:
             self._collect(_WAIT_MS)
 
+    def await_any(self) -> None:
+        """Waits a while until :meth:`poll` has something to report, if anything is read."""
+        if self._by_ticket and not self._flights.has_unreported:
+            try:
+                self._collect(_WAIT_MS)
+            except BaseException:
+                self._end_all_reads()
+                raise
+
     def close(self) -> None:
         """Waits for running reads, drops the others, ends the threads. Safe to repeat."""
         self._reader.close()
