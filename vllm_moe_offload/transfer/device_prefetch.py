@@ -24,7 +24,7 @@ class Stage(Enum):
     ENDED = auto()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StagedFlight(DeviceFlight):
     """A demand or a prefetch; what is added here is for prefetches."""
 

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """One expert on its way into one row.
 

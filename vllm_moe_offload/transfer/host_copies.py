@@ -10,7 +10,7 @@ from vllm_moe_offload.transfer.flights import Flight
 from vllm_moe_offload.transfer.host_tier import HostTier
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class DeviceFlight(Flight):
     """An expert on its way to a device.
 
