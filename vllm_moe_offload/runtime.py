@@ -157,11 +157,11 @@ class OffloadRuntime:
         Their results are thrown away, so any row will do. (Serving them for real would
         read the whole model at every start.)
         """
-        self._is_dummy = True
+        before, self._is_dummy = self._is_dummy, True
         try:
             yield
         finally:
-            self._is_dummy = False
+            self._is_dummy = before
 
     # ---- layer calls -----------------------------------------------------------------
 
