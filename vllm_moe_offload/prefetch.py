@@ -15,7 +15,7 @@ import torch
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
 from vllm_moe_offload.predictor import Predictor
-from vllm_moe_offload.transfer import TransferEngine
+from vllm_moe_offload.transfer import Transfer
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -46,7 +46,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, cache: ExpertCache, transfer: TransferEngine, policy: Policy, predictor: Predictor
+        self, cache: ExpertCache, transfer: Transfer, policy: Policy, predictor: Predictor
     ) -> None:
         self.predictor = predictor
         self.read_ns = 0.0
@@ -133,9 +133,9 @@ class Prefetcher:
 
     def begin(self, reads: list[Read]) -> None:
         """Begins to read; layer, expert and reserved row of each, the most urgent first."""
-        if not reads:
+        if not reads and not self._flights:
             return
-        begun = self._transfer.prefetch(reads)
+        begun = self._transfer.prefetch(reads)  # with none too: others may wait for their turn
         for target, expert, row in reads[:begun]:
             self._flights[row] = (target, expert)
         for _, _, refused in reads[begun:]:

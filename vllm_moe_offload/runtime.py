@@ -25,7 +25,7 @@ from vllm_moe_offload.prefetch import Prefetcher
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.transfer import TransferEngine, TransferError
+from vllm_moe_offload.transfer import Transfer, TransferError
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -49,7 +49,7 @@ class OffloadRuntime:
         *,
         cache: ExpertCache,
         pool: SlotPool,
-        transfer: TransferEngine,
+        transfer: Transfer,
         policy: Policy,
         prefetcher: Prefetcher | None = None,
         collection_file: CollectionFile | None = None,
@@ -87,10 +87,35 @@ class OffloadRuntime:
         self._closed = False
         self._publish()  # sizes are of interest before the first request
 
+    # ---- what a layer call on a device has to bring to the host -------------------------
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether a :meth:`dummy_run` is open."""
+        return self._is_dummy
+
+    @property
+    def needs_routing(self) -> bool:
+        """Whether layer calls have to be told their ids: not if everything fits and nobody
+        records; :meth:`pass_layer` does then."""
+        return not self._passes_ids_through or self._recorder is not None
+
+    @property
+    def num_step_rows(self) -> int | None:
+        """Rows of the step that runs; None if no request stands behind it."""
+        return None if self._rows is None else self._row_weights.numel()
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether the layer calls of the step that runs should be given ``hidden``."""
+        return self.prefetcher is not None and self._rows is not None
+
     # ---- steps and requests ----------------------------------------------------------
 
     def begin_step(self, rows: StepRows) -> None:
         """A forward pass for real requests begins; it ends with the last layer."""
+        if self._is_dummy:
+            return  # a warm-up that went through the scheduler's door
         self._step_began_ns = time.perf_counter_ns()
         self._rows = rows
         self._row_weights = torch.from_numpy(rows.weights)
@@ -120,6 +145,8 @@ class OffloadRuntime:
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""
+        if self._is_dummy:
+            return
         self.policy.end_request(request)
         if self.prefetcher is not None:
             self.prefetcher.end_request(request)
@@ -135,11 +162,11 @@ class OffloadRuntime:
         Their results are thrown away, so any row will do. (Serving them for real would
         read the whole model at every start.)
         """
-        self._is_dummy = True
+        before, self._is_dummy = self._is_dummy, True
         try:
             yield
         finally:
-            self._is_dummy = False
+            self._is_dummy = before
 
     # ---- layer calls -----------------------------------------------------------------
 
@@ -181,6 +208,11 @@ class OffloadRuntime:
             return
         self.cache.finish()
         if layer == self._last_layer:
+            self._end_step()
+
+    def pass_layer(self, layer: int) -> None:
+        """A layer call for which nothing was to be done (see :attr:`needs_routing`)."""
+        if not self._is_dummy and layer == self._last_layer:
             self._end_step()
 
     def waves(
@@ -365,8 +397,10 @@ class OffloadRuntime:
             for _, _, row in requests:
                 self.cache.complete(row, True)
             if requests and prefetcher is not None and not awaited:
-                took = time.perf_counter_ns() - began
-                prefetcher.measured(read_ns=took / len(requests))
+                read_ns = self._transfer.expert_ns
+                if read_ns is None:
+                    read_ns = (time.perf_counter_ns() - began) / len(requests)
+                prefetcher.measured(read_ns=read_ns)
             for row in awaited:
                 self._await(row)
         except TransferError:
