@@ -105,6 +105,15 @@ class DeviceTransfer:
         """Records whose checksum was wrong."""
         return self._host.files.verify_failures
 
+    @property
+    def max_queued_prefetches(self) -> int:
+        """Copies for prefetches that the device may have queued, 1 at least."""
+        return self._prefetches.max_queued
+
+    @max_queued_prefetches.setter
+    def max_queued_prefetches(self, most: int) -> None:
+        self._prefetches.max_queued = max(most, 1)
+
     # ---- demand ----------------------------------------------------------------------
 
     def read(self, requests: Sequence[tuple[int, int, int]]) -> None:

@@ -57,6 +57,7 @@ class TransferEngine:
         """
         self.read_ns = 0
         self.expert_ns: float | None = None
+        self.max_queued_prefetches = 0  # the reader puts them off by itself
         self._store = store
         self._verify = verify
         try:
