@@ -22,10 +22,12 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 CORE_SOURCES = [
     "csrc/planner.cpp",
     "csrc/lookahead.cpp",
+    "csrc/serving.cpp",
+    "csrc/follow.cpp",
     "csrc/file_reader.cpp",
     "csrc/c_api.cpp",
 ]
-HEADERS = ["csrc/planner.h", "csrc/lookahead.h", "csrc/file_reader.h", "csrc/c_api.h"]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # No fused multiply-add: scores must round alike on every machine, and as numpy rounds them.
 CXX_FLAGS = [
     "-std=c++17",

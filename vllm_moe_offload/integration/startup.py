@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from vllm_moe_offload import __version__
 from vllm_moe_offload.cache import CacheShape, ExpertCache
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration.affinity import io_cpus
@@ -69,7 +70,9 @@ def start_runtime(
         prefetcher=prefetcher,
         collection_file=_collection_file(options, store, policy, parallel),
         recorder=_recorder(options, store, shape, first.top_k, parallel),
-        counter_file=_counter_file(vllm_config, options, parallel),
+        counter_file=_counter_file(
+            vllm_config, options, parallel, reads_ahead=prefetcher is not None
+        ),
     )
     for index, layer in enumerate(layers):
         _attach(layer, index, runtime)
@@ -201,17 +204,21 @@ def _recorder(
 
 
 def _counter_file(
-    vllm_config: Any, options: OffloadConfig, parallel: Any
+    vllm_config: Any, options: OffloadConfig, parallel: Any, *, reads_ahead: bool
 ) -> CounterFile | None:
     directory = counters_dir()
     if directory is None:
         return None
     served = vllm_config.model_config.served_model_name
-    labels: dict[str, str | int] = {
+    labels = {
         "model_name": served if isinstance(served, str) else served[0],
         "engine": str(vllm_config.parallel_config.data_parallel_index),
-        "rank": parallel.tp_rank,
+        "rank": str(parallel.tp_rank),
+    }
+    info = {
         "policy": options.mode,
+        "prefetch": "on" if reads_ahead else "off",
+        "version": __version__,
     }
     name = f"rank{parallel.tp_rank}of{parallel.tp_size}-{os.getpid()}-{id(parallel)}{SUFFIX}"
-    return CounterFile(directory / name, labels)
+    return CounterFile(directory / name, labels, info)
