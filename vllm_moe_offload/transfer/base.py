@@ -20,14 +20,13 @@ class Transfer(Protocol):
         read_ns: time that callers spent waiting.
         expert_ns: what bringing in one expert takes, where the transfer knows; None: what a
             clock around :meth:`begin_read` and :meth:`end_read` says is right.
-        max_queued_prefetches: how many prefetches a device may have queued behind each other.
-            A demand waits for them, so as many as end before the next layer call. Says
-            nothing where prefetches stand back for demands.
+        max_queued_prefetches: most prefetches that a copy engine has at a time, which works in
+            order; may be set at any time. Without meaning where nothing is copied.
     """
 
-    max_queued_prefetches: int
     read_ns: int
     expert_ns: float | None
+    max_queued_prefetches: int
 
     @property
     def read_bytes(self) -> int:

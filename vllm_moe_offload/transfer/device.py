@@ -73,10 +73,7 @@ class DeviceTransfer:
         Raises:
             ValueError: ``max_queued_prefetches`` is less than 1.
         """
-        if max_queued_prefetches < 1:
-            raise ValueError(
-                f"max_queued_prefetches must be at least 1, got {max_queued_prefetches}"
-            )
+        _check_queued(max_queued_prefetches)
         store = host.store
         self.read_ns = 0
         self.expert_ns = expert_ns
@@ -107,12 +104,13 @@ class DeviceTransfer:
 
     @property
     def max_queued_prefetches(self) -> int:
-        """Copies for prefetches that the device may have queued, 1 at least."""
+        """Prefetches that the device has to copy at a time, at most."""
         return self._prefetches.max_queued
 
     @max_queued_prefetches.setter
-    def max_queued_prefetches(self, most: int) -> None:
-        self._prefetches.max_queued = max(most, 1)
+    def max_queued_prefetches(self, count: int) -> None:
+        _check_queued(count)
+        self._prefetches.max_queued = count
 
     # ---- demand ----------------------------------------------------------------------
 
@@ -362,3 +360,8 @@ class DeviceTransfer:
         self._prefetches.close()
         self._copies.close()
         self._flights.close()
+
+
+def _check_queued(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"max_queued_prefetches must be at least 1, got {count}")

@@ -34,7 +34,11 @@ class StagedFlight(DeviceFlight):
 
 
 class DevicePrefetches:
-    """All prefetches of one transfer; those that ended wait in ``flights``."""
+    """All prefetches of one transfer; those that ended wait in ``flights``.
+
+    Attributes:
+        max_queued: copies that the device may have at a time.
+    """
 
     def __init__(
         self,
@@ -148,6 +152,8 @@ class DevicePrefetches:
 
     def promote(self, flight: StagedFlight) -> None:
         """Gives it a demand's priority."""
+        if flight.stage is Stage.ENDED:
+            return  # if nobody wanted it, that is why
         flight.dropped = False  # unless it turns out to have been cut short
         if flight.stage is Stage.READING:
             flight.promoted = True
