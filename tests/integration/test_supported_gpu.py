@@ -87,8 +87,20 @@ def test_platforms(monkeypatch):
     (problem,) = platform_problems(monkeypatch, "rocm")
     assert "'accelerator'" in problem
     assert "ROCm" in problem
+
+
+def test_a_gpu_without_the_copier_is_refused_before_loading(monkeypatch):
+    monkeypatch.setattr(supported_gpu, "cuda_library", lambda: None)
     (problem,) = platform_problems(monkeypatch, "cuda", host_gb=4)
     assert "7.0" in problem
+
+    def missing():
+        raise ImportError("no _cuda.so; run `make cuda`")
+
+    monkeypatch.setattr(supported_gpu, "cuda_library", missing)
+    capability, library = platform_problems(monkeypatch, "cuda")
+    assert "7.0" in capability
+    assert "make cuda" in library
 
 
 def test_host_gb_is_refused_without_a_gpu(monkeypatch):
