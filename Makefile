@@ -1,4 +1,4 @@
-# make setup, then: demo, test, test-all, lint, bench. Run `make help` for one line each.
+# make setup, then: demo, test, test-all, lint, bench, docs. Run `make help` for one line each.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*)
 CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 
-.PHONY: help setup cuda demo test test-all lint format sanitize bench clean
+.PHONY: help setup cuda demo test test-all lint format sanitize bench docs clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
@@ -54,6 +54,10 @@ sanitize: setup ## the C++ core's tests under AddressSanitizer and UBSan
 
 bench: setup ## all CPU benchmarks; JSON under benchmarks/results/
 	scripts/bench.sh
+
+docs: setup ## rewrite docs/options.md and the figures of docs/how-it-works.md
+	$(BIN)/python scripts/write_options.py
+	$(BIN)/python scripts/draw_figures.py
 
 clean: ## remove what setup and the tests made
 	rm -rf $(VENV) build dist demo *.egg-info vllm_moe_offload/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_moe_offload"
 LAYERS = [
     {"config", "layout", "native"},
-    {"policy", "trace"},
+    {"policy", "trace", "reference"},
     {
         "cache",
         "store",

@@ -29,7 +29,11 @@ def default_store_dir() -> str:
 
 
 class OffloadConfig(BaseModel):
-    """Everything a user can set. Field descriptions are the options' reference."""
+    """Everything a user can set. Field descriptions are the options' reference.
+
+    ``json_schema_extra`` holds what a type does not say: ``unit``, and in ``default`` what a
+    default comes to if it is not a constant (``reference.py`` reads both).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +49,8 @@ class OffloadConfig(BaseModel):
         Field(
             description="Fast memory for experts, staging rows included: a number of GiB, a "
             'share of all experts such as "25%", or "auto" (all experts if they fit beside '
-            "the KV cache, else what is left after it)."
+            "the KV cache, else what is left after it).",
+            json_schema_extra={"unit": "GiB"},
         ),
     ] = "auto"
     host_gb: Annotated[
@@ -60,8 +65,10 @@ class OffloadConfig(BaseModel):
         str,
         Field(
             description="Directory of the expert store: fast local disk with room for all "
-            "experts, owned by you. Built on the first start, opened on later ones. "
-            "Default: vllm-moe-offload in your cache directory."
+            "experts, owned by you. Built on the first start, opened on later ones.",
+            json_schema_extra={
+                "default": "$XDG_CACHE_HOME/vllm-moe-offload, or ~/.cache/vllm-moe-offload"
+            },
         ),
     ] = Field(default_factory=default_store_dir)
     verify: Annotated[
@@ -78,20 +85,35 @@ class OffloadConfig(BaseModel):
         str | None,
         Field(
             description="Where trace mode keeps the activation matrices of finished requests "
-            "between starts: a .msgpack file. Default: activations.msgpack beside the store."
+            "between starts: a .msgpack file.",
+            json_schema_extra={
+                "default": "activations.msgpack in the model's directory below store_dir"
+            },
         ),
     ] = None
     record_trace: Annotated[
         str | None,
-        Field(description="Write the routing of all requests to this .npz file at exit."),
+        Field(
+            description="Write the routing of all requests to this .npz file at exit.",
+            json_schema_extra={"default": "nothing is recorded"},
+        ),
     ] = None
     record_trace_limit_gb: Annotated[
         float,
-        Field(gt=0, description="Stop recording when the trace holds this many GiB."),
+        Field(
+            gt=0,
+            description="Stop recording when the trace holds this much.",
+            json_schema_extra={"unit": "GiB"},
+        ),
     ] = 4.0
     io_threads: Annotated[
         int,
-        Field(ge=1, le=64, description="Threads that read experts from the store."),
+        Field(
+            ge=1,
+            le=64,
+            description="How many threads read experts from the store.",
+            json_schema_extra={"unit": "threads"},
+        ),
     ] = 4
 
     @field_validator("cache_gb", "host_gb")

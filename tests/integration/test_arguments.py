@@ -1,5 +1,6 @@
 """Command line and additional_config: parsed, carried, refused where it cannot work."""
 
+import argparse
 import json
 import shlex
 
@@ -11,6 +12,7 @@ from tests.integration.conftest import ARCHS
 from vllm_moe_offload import cli
 from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.integration import plugin
+from vllm_moe_offload.reference import options
 
 pytestmark = pytest.mark.vllm
 
@@ -174,3 +176,18 @@ def test_off_is_never_refused(demo_model):
 def test_accepted_options_reach_the_engine(demo_model):
     config = configure(demo_model("mixtral"))
     assert config.additional_config["moe_offload"]["cache_gb"] == "50%"
+
+
+def test_help_names_unit_and_default_of_every_option(parser):
+    # vLLM's own format_help lists groups only.
+    text = argparse.ArgumentParser.format_help(parser)
+    text = " ".join(text.split()).replace("- ", "-")
+    for option in options():
+        if option.name == "mode":
+            assert "--moe-offload MODE" in text
+            assert "off leaves vLLM untouched. (default: off)" in text
+            continue
+        assert f"default: {option.default})".replace("- ", "-") in text, option.name
+        if option.unit:
+            assert f"(unit: {option.unit}; default: {option.default})" in text, option.name
+    assert "trace. (default: off) (default: None)" not in text

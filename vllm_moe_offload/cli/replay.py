@@ -65,19 +65,29 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all)",
     )
     parser.add_argument(
-        "--capacity", default="0.25", help="shares of all experts, e.g. 0.125,0.25,0.5"
+        "--capacity",
+        default="0.25",
+        help="shares of all experts, e.g. 0.125,0.25,0.5 (default: %(default)s)",
     )
-    parser.add_argument("--concurrency", default="1", help="requests at a time, e.g. 1,4,8")
-    parser.add_argument("--requests", type=int, help="only the first N requests of the trace")
+    parser.add_argument(
+        "--concurrency", default="1", help="requests at a time, e.g. 1,4,8 (default: 1)"
+    )
+    parser.add_argument(
+        "--requests", type=int, help="only the first N requests of the trace (default: all)"
+    )
     parser.add_argument(
         "--schedule",
         choices=["decode", "recorded"],
         default="decode",
         help="decode: one token of every active request per step; recorded: the steps, slots "
-        "and staging slots of the server that recorded the trace",
+        "and staging slots of the server that recorded the trace (default: decode)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON; - is stdout")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw hit rate over capacity")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results as JSON; - is stdout (default: none)"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw hit rate over capacity (default: none)"
+    )
 
 
 def _run_replay(arguments: argparse.Namespace) -> int:

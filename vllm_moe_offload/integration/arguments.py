@@ -13,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_options
 from vllm_moe_offload.integration import compat, endpoint, supported, supported_gpu
 from vllm_moe_offload.integration.counters_dir import ensure_counters_dir
+from vllm_moe_offload.reference import options
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -36,16 +37,8 @@ def install() -> None:
 
 
 def _describe_options() -> str:
-    lines = []
-    for name, field in OffloadConfig.model_fields.items():
-        if name != "mode":
-            default = (
-                "" if field.default_factory else f" (default: {json.dumps(field.default)})"
-            )
-            lines.append(f"{name}: {field.description}{default}")
-    return "Options as JSON, or one by one as --moe-offload-config.KEY VALUE. " + " ".join(
-        lines
-    )
+    lines = " ".join(option.summary for option in options() if option.name != "mode")
+    return f"Options as JSON, or one by one as --moe-offload-config.KEY VALUE. {lines}"
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -67,15 +60,15 @@ def _add_cli_args(original: Any, parser: argparse.ArgumentParser) -> argparse.Ar
     group.add_argument(
         "--moe-offload",
         choices=MODES,
-        default=None,
+        default=argparse.SUPPRESS,  # else vLLM's help says "(default: None)" behind ours
         metavar="MODE",
         help="Keep experts in a store and cache them: " + ", ".join(MODES) + ". "
-        "trace is the full system; off (the default) leaves vLLM untouched.",
+        "trace is the full system; off leaves vLLM untouched. (default: off)",
     )
     group.add_argument(
         "--moe-offload-config",
         type=_json_object,
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="JSON",
         help=_describe_options().replace("%", "%%"),
     )
