@@ -170,7 +170,7 @@ class LayerCalls:
             return
         began = time.perf_counter_ns()
         if self._ready_ns:
-            prefetcher.measured(compute_ns=began - self._ready_ns)
+            prefetcher.measured(compute_ns=max(began - self._ready_ns, 0))
         prefetcher.collect()
         self.prefetch_ns += time.perf_counter_ns() - began
 
@@ -197,7 +197,7 @@ class LayerCalls:
         reads: npt.NDArray[np.int32] = self._reads[:count].numpy()
         return [(layer, expert, row) for layer, expert, row in reads.tolist()]
 
-    def rows_are_ready(self) -> None:
-        """The kernel begins: from now on computing hides reads."""
+    def rows_are_ready(self, *, in_ns: int) -> None:
+        """The kernel begins in so many nanoseconds: from then on computing hides reads."""
         if self._prefetcher is not None and self.rows is not None:
-            self._ready_ns = time.perf_counter_ns()
+            self._ready_ns = time.perf_counter_ns() + in_ns

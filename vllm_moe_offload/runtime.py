@@ -60,6 +60,7 @@ class OffloadRuntime:
         self._transfer = transfer
         self.prefetcher = prefetcher
         self._calls = LayerCalls(cache, policy, prefetcher)
+        self._copies_ns = 0
         self._collection_file = collection_file
         self._recorder = recorder
         self._counter_file = counter_file
@@ -244,12 +245,14 @@ class OffloadRuntime:
 
     def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Reads what the open plan misses, and begins prefetches meanwhile."""
+        self._copies_ns = 0
         if self.cache.plan_info[2]:
             prefetcher = self.prefetcher if self._calls.rows is not None else None
             self._read_misses(layer, prefetcher, hidden)
         else:
             self._calls.read_ahead(layer, hidden)
-        self._calls.rows_are_ready()
+        # On a device the kernel still waits for its misses, and the link has no room meanwhile.
+        self._calls.rows_are_ready(in_ns=self._copies_ns)
 
     def _read_misses(
         self,
@@ -279,7 +282,9 @@ class OffloadRuntime:
                 self.cache.complete(row, True)
             if requests and prefetcher is not None and not awaited:
                 read_ns = self._transfer.expert_ns
-                if read_ns is None:
+                if read_ns is not None:
+                    self._copies_ns = int(read_ns * len(requests))
+                else:
                     read_ns = (time.perf_counter_ns() - began) / len(requests)
                 prefetcher.measured(read_ns=read_ns)
             for row in awaited:
