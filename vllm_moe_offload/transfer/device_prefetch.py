@@ -152,8 +152,8 @@ class DevicePrefetches:
 
     def promote(self, flight: StagedFlight) -> None:
         """Gives it a demand's priority."""
-        flight.dropped = False  # unless it turns out to have been cut short
         if flight.stage is Stage.READING:
+            flight.dropped = False  # unless it turns out to have been cut short
             flight.promoted = True
             self._host.files.promote(flight.host_row)
         elif flight.stage is Stage.WAITING:
