@@ -304,6 +304,19 @@ def test_a_dropped_read_that_is_needed_after_all(slow_store, transfer_of):
     assert host.rows.num_held == 0
 
 
+def test_a_dropped_read_that_ended_and_is_needed_after_all(slow_store, transfer_of):
+    """As of a layer that was passed without it and is called again before anybody polls."""
+    transfer, device, host = transfer_of(slow_store, 2, num_threads=1)
+    begin_reading(transfer, host)
+    assert not transfer.drop(0)
+    transfer.drain()  # it ended, and nobody was told
+    transfer.await_row(0)
+    kernel(slow_store, device, (0, 0, 0))
+    device.synchronize()
+    assert transfer.poll() == []
+    assert host.rows.num_held == 0
+
+
 def test_a_demand_reads_while_a_prefetch_does(slow_store, transfer_of):
     transfer, device, host = transfer_of(slow_store, 2, num_threads=1)
     begin_reading(transfer, host)
