@@ -8,7 +8,8 @@
 A part is a model and the share of its experts that lie on the device: 12.5, 25, 50 or 100 %.
 Its contestants, each in a process of its own, one after the other, with the same KV cache:
 
-    resident         vLLM with all experts on the device
+    resident         vLLM with all experts on the device, Triton experts as in all others
+    resident-auto    the same with the kernels that vLLM chooses itself (in the 100 % part)
     trace, lru       this plugin, experts in host memory, slots on the device
     cpu-offload-gb   vLLM's UVA offloader: experts beyond the share are read over the link
     vllm-prefetch    vLLM's prefetch offloader: whole layers are copied ahead
@@ -51,6 +52,7 @@ from scripts.gpu_plan import (  # noqa: E402
     MODELS,
     PLUGIN,
     QUICK,
+    RESIDENT_AUTO,
     TINY_MODELS,
     Model,
     Part,
@@ -92,7 +94,8 @@ NOTES = (
     "token and layer): the resident step is shorter than the released model's, which makes the "
     "bars against it no easier.",
     "One engine per contestant, one after the other: clocks and temperature may drift between "
-    "them. All use vLLM's Triton kernels for experts and a KV cache of the same size.",
+    "them. All but resident-auto use vLLM's Triton kernels for experts; the KV cache has the same "
+    "size in all.",
     "cpu-offload-gb and vllm-prefetch are limited to parameters of experts, which is their best "
     "case: the rest of the model is used in every step.",
     "Prompts differ at every repeat and no prefix is cached. Hit rates are those of a server "
@@ -347,7 +350,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the parts and end")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all")
     parser.add_argument(
-        "--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS)
+        "--contestants",
+        nargs="+",
+        choices=(*CONTESTANTS, RESIDENT_AUTO),
+        default=[*CONTESTANTS, RESIDENT_AUTO],
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--layers", type=int, help="layers of the models (default: see --list)")

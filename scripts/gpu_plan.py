@@ -15,6 +15,8 @@ PLUGIN = ("trace", "lru")
 VLLM_OFFLOADERS = ("cpu-offload-gb", "vllm-prefetch")
 CONTESTANTS = ("resident", "trace", *VLLM_OFFLOADERS, "lru")
 """In order of importance: the time limit of a part takes the last ones first."""
+RESIDENT_AUTO = "resident-auto"
+"""Plain vLLM with the kernels that it chooses itself, where everything fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Part:
     @property
     def contestants(self) -> tuple[str, ...]:
         """With everything on the device there is nothing to offload."""
-        return ("resident", "trace") if self.share == 100 else CONTESTANTS
+        return ("resident", "trace", RESIDENT_AUTO) if self.share == 100 else CONTESTANTS
 
 
 def parts_of(models: Sequence[Model]) -> list[Part]:
@@ -220,11 +222,12 @@ def engine_options(
     else:
         batches = sorted({workload.batch for workload in sizes.workloads})
         options["compilation_config"] = {"cudagraph_capture_sizes": batches}
-        options["kernel_config"] = {"moe_backend": "triton"}
+        if contestant != RESIDENT_AUTO:
+            options["kernel_config"] = {"moe_backend": "triton"}
         if attention_backend is not None:
             options["attention_backend"] = attention_backend
     share = part.share / 100
-    if contestant in VLLM_OFFLOADERS and device == "cpu":
+    if contestant in (RESIDENT_AUTO, *VLLM_OFFLOADERS) and device == "cpu":
         return "not on this platform"
     if contestant == "cpu-offload-gb":
         options["cpu_offload_gb"] = (1 - share) * part.model.expert_bytes / GIB
