@@ -152,6 +152,11 @@ def ensure_model(work_dir: Path, model: Model, max_positions: int) -> Path:
     return directory
 
 
+def positions_of(sizes: Sizes) -> int:
+    """What the model's config allows: the longest request, and room."""
+    return sizes.max_tokens + sizes.chunk_tokens
+
+
 # ---- running ---------------------------------------------------------------------------
 
 
@@ -313,7 +318,7 @@ def run_part(
     contestants = measured["contestants"]
     for name in chosen:  # what is cut short says so
         contestants[name] = {"status": "not run", "reason": "the part ended before its turn"}
-    model_dir = ensure_model(args.work_dir, part.model, sizes.max_tokens + sizes.chunk_tokens)
+    model_dir = ensure_model(args.work_dir, part.model, positions_of(sizes))
     measured["link"] = measure_link(part, args)
     for number, name in enumerate(chosen):
         left = args.time_limit_s - (time.perf_counter() - began)
@@ -348,6 +353,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="print the parts and end")
+    parser.add_argument(
+        "--prepare", action="store_true", help="write the parts' models and end"
+    )
     parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all")
     parser.add_argument(
         "--contestants",
@@ -386,6 +394,11 @@ def main() -> int:
                 f"{', '.join(part.contestants)}"
             )
         return 0
+    sizes = QUICK if args.quick or args.device == "cpu" else FULL
+    if args.prepare:
+        for model in dict.fromkeys(part.model for part in parts):
+            print(ensure_model(args.work_dir, model, positions_of(sizes)))
+        return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             f"torch {torch.__version__} sees no CUDA device; --device cpu tries the harness alone"
@@ -394,7 +407,6 @@ def main() -> int:
     results = results_of(args)
     if args.device == "cpu" and args.results is None:
         results = results_of(argparse.Namespace(results=None, quick=True))
-    sizes = QUICK if args.quick or args.device == "cpu" else FULL
     complete = True
     for part in parts:
         measured = new_part(part, sizes, args)

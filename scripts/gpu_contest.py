@@ -170,10 +170,13 @@ def memory() -> dict[str, int]:
 
 def host_tier(counters: Counters) -> dict[str, int] | None:
     """Bytes of the pinned host tier as the plugin states them; None if it has none."""
-    transfer = getattr(counters.runtime, "_transfer", None)
-    tier = getattr(transfer, "host_tier", None)
-    size = getattr(tier, "nbytes", None)
-    return None if size is None else {"host_tier_bytes": int(size)}
+    from vllm_moe_offload.transfer.host_tier import HostTier
+
+    if counters.runtime is None:
+        return None
+    parts = vars(counters.runtime._transfer).values()
+    tiers = [part for part in parts if isinstance(part, HostTier)]
+    return {"host_tier_bytes": tiers[0].nbytes} if tiers else None
 
 
 def contest(spec: Mapping[str, Any], out: Path) -> None:

@@ -103,8 +103,11 @@ class Part:
 
 
 def parts_of(models: Sequence[Model]) -> list[Part]:
-    """All parts, the most important ones first."""
-    return [Part(model, share) for share in PART_SHARES for model in models]
+    """All parts, by model, the most important ones first.
+
+    By model, because a disk may not hold two of them with their stores.
+    """
+    return [Part(model, share) for model in models for share in PART_SHARES]
 
 
 def select_parts(names: Sequence[str] | None, parts: Sequence[Part]) -> list[Part]:

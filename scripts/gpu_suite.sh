@@ -15,7 +15,8 @@
 # Every part is merged into gpu.json, failures too; what comes after a failure still runs.
 # Exit status: 0 all steps of these parts passed; 1 one failed; 2 wrong arguments.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
+self=$(realpath "$0")
+cd "$(dirname "$self")/.." || exit 2
 python=${PYTHON:-python3}
 results=benchmarks/results
 work=build/bench
@@ -32,17 +33,19 @@ parts=(
   "identity-1"
   "identity-2"
   "identity-3"
+  "model:qwen3-30b-a3b"
   "bench:qwen3-30b-a3b-25"
-  "bench:mixtral-8x7b-25"
   "bench:qwen3-30b-a3b-100"
-  "bench:mixtral-8x7b-100"
   "bench:qwen3-30b-a3b-12.5"
-  "bench:mixtral-8x7b-12.5"
   "bench:qwen3-30b-a3b-50"
+  "model:mixtral-8x7b"
+  "bench:mixtral-8x7b-25"
+  "bench:mixtral-8x7b-100"
+  "bench:mixtral-8x7b-12.5"
   "bench:mixtral-8x7b-50"
 )
 
-usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$self"; }
 
 describe() {
   case $1 in
@@ -51,6 +54,7 @@ describe() {
     smoke) echo "bench_gpu.py --quick: every contestant on tiny models" ;;
     memcheck | racecheck) echo "compute-sanitizer --tool $1 on the kernels' tests" ;;
     identity-*) echo "pytest -m 'gpu and vllm', third ${1#identity-} of 3: tokens of resident vLLM" ;;
+    model:*) echo "write the checkpoint; the benchmark does it too, in its own time" ;;
     bench:*) echo "bench_gpu.py --parts ${1#bench:}" ;;
   esac
 }
@@ -107,6 +111,10 @@ do_smoke() {
     --time-limit-s $((limit - 20))
 }
 
+do_model() { # its name
+  "$python" scripts/bench_gpu.py --prepare --parts "$1-25" --work-dir "$work"
+}
+
 do_bench() { # which part of the benchmark
   "$python" scripts/bench_gpu.py --parts "$1" --work-dir "$work" --results "$results" \
     --time-limit-s $((limit - 20))
@@ -119,6 +127,7 @@ run_inner() { # name of a part
     smoke) do_smoke ;;
     memcheck | racecheck) do_sanitizer "$1" ;;
     identity-*) do_identity "${1#identity-}" ;;
+    model:*) do_model "${1#model:}" ;;
     bench:*) do_bench "${1#bench:}" ;;
   esac
 }
@@ -130,7 +139,7 @@ run_part() { # number
   local log=build/gpu-suite/${name//:/-}.log
   echo
   echo "=== part $1: $name, at most $limit s"
-  timeout --kill-after=15 "$limit" "$0" --results "$results" --work-dir "$work" --limit "$limit" \
+  timeout --kill-after=15 "$limit" "$self" --results "$results" --work-dir "$work" --limit "$limit" \
     --inner "$name" 2>&1 | tee "$log"
   status=${PIPESTATUS[0]}
   echo "=== part $1: $name: status $status, $((SECONDS - began)) s"
