@@ -37,6 +37,7 @@ run scripts/bench_scale.py "$@"
 run scripts/bench_serving.py resident "$@"
 run scripts/bench_serving.py llamacpp-shape "$@"
 run scripts/bench_prefetch.py "$@"
+run scripts/bench_scrape.py "$@"
 run scripts/bench_serving.py start "$@"
 run scripts/bench_memory.py "$@"
 

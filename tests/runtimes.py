@@ -49,7 +49,13 @@ class Foresight(RoutingPredictor):
 
 
 def runtime_of(
-    store: ExpertStore, slots: int, staging: int, mode: str = "trace", predictor=None
+    store: ExpertStore,
+    slots: int,
+    staging: int,
+    mode: str = "trace",
+    predictor=None,
+    *,
+    counter_file=None,
 ) -> OffloadRuntime:
     policy = make_policy(mode, store.num_layers, store.num_experts)
     shape = CacheShape(store.num_layers, store.num_experts, slots, staging)
@@ -58,7 +64,12 @@ def runtime_of(
     transfer = TransferEngine(store, pool.destinations())
     prefetcher = Prefetcher(cache, transfer, policy, predictor) if predictor else None
     return OffloadRuntime(
-        cache=cache, pool=pool, transfer=transfer, policy=policy, prefetcher=prefetcher
+        cache=cache,
+        pool=pool,
+        transfer=transfer,
+        policy=policy,
+        prefetcher=prefetcher,
+        counter_file=counter_file,
     )
 
 

@@ -48,6 +48,14 @@ class OffloadConfig(BaseModel):
             "the KV cache, else what is left after it)."
         ),
     ] = "auto"
+    host_gb: Annotated[
+        float | str,
+        Field(
+            description="With a GPU: page-locked host memory for experts: a number of GiB, a "
+            'share of all experts such as "50%", or "auto" (all experts if they fit, else what '
+            "the system can spare). What does not fit is read from the store when it is used."
+        ),
+    ] = "auto"
     store_dir: Annotated[
         str,
         Field(
@@ -86,9 +94,9 @@ class OffloadConfig(BaseModel):
         Field(ge=1, le=64, description="Threads that read experts from the store."),
     ] = 4
 
-    @field_validator("cache_gb")
+    @field_validator("cache_gb", "host_gb")
     @classmethod
-    def _check_cache_gb(cls, value: float | str) -> float | str:
+    def _check_size(cls, value: float | str) -> float | str:
         parse_cache_size(value)
         return value
 
@@ -113,7 +121,9 @@ class OffloadConfig(BaseModel):
 
 
 def parse_cache_size(value: float | str) -> tuple[Literal["bytes", "share", "auto"], float]:
-    """Kind and amount of a ``cache_gb`` value: bytes, share of all experts in (0, 1], auto.
+    """Kind and amount of a ``cache_gb`` or ``host_gb`` value.
+
+    Kinds: bytes, share of all experts in (0, 1], auto.
 
     Raises:
         ValueError: not a positive number, percentage or "auto".

@@ -1,68 +1,115 @@
 """Counters across processes: a worker writes a small mapped file, API servers read it.
 
 Prometheus clients in vLLM's API servers cannot see the workers' memory, and there may be
-several API servers. So every worker owns one file of 4 KiB (0600): a JSON header, then
-float64 values in the order of :data:`VALUES`, each written whole.
+several API servers. So every worker owns one file of 4 KiB (0600): a JSON header, then two
+snapshots of all values, written in turn. A snapshot carries a number and a checksum: readers
+take the newest whole one, so that what they see belongs together, without locks, even if the
+worker is killed while it writes. The worker holds a lock on its file (flock) as long as it
+runs; the system lets go of it however the worker ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from vllm_moe_offload.cache import COUNTER_NAMES
+
+logger = logging.getLogger("vllm.moe_offload")
 
 FILE_BYTES = 4096
 HEADER_BYTES = 2048
-VALUES = (
+COUNTERS = (
     *COUNTER_NAMES,
     "read_bytes",
     "stall_seconds",
     "busy_seconds",
     "policy_seconds",
     "tokens",
-    "resident_experts",
 )
-"""What a counter file holds, in order; all but the last only grow."""
+"""Values that only grow."""
+GAUGES = ("slots", "resident_experts", "cache_bytes")
+"""Values of now."""
+VALUES = (*COUNTERS, *GAUGES)
+"""What a counter file holds, in order."""
 SUFFIX = ".counters"
+
+_CONTENT = struct.Struct(f"=Q{len(VALUES)}d")  # number of the snapshot, values
+_CHECKSUM = struct.Struct("=I")
+_OFFSETS = (HEADER_BYTES, HEADER_BYTES + (FILE_BYTES - HEADER_BYTES) // 2)
+_READ_ATTEMPTS = 100
 
 
 class CounterFile:
-    """The worker's end: ``values`` is the mapped float64 array ``[len(VALUES)]``."""
+    """The worker's end."""
 
-    def __init__(self, path: Path, labels: Mapping[str, str | int]) -> None:
-        """Creates ``path`` (0600). ``labels`` (JSON) must fit in 2 KiB."""
-        header = json.dumps(labels).encode()
+    def __init__(
+        self, path: Path, labels: Mapping[str, str], info: Mapping[str, str] | None = None
+    ) -> None:
+        """Creates ``path`` (0600), all values 0.
+
+        Args:
+            path: the file; its name ends in :data:`SUFFIX`.
+            labels: whose counters they are; the same after a restart.
+            info: what else is to be known of this worker, such as its policy.
+
+        Raises:
+            ValueError: labels and info do not fit in 2 KiB.
+        """
+        header = json.dumps({"labels": dict(labels), "info": dict(info or {})}).encode()
         if len(header) > HEADER_BYTES:
-            raise ValueError(f"labels of {len(header)} bytes do not fit in {HEADER_BYTES}")
+            raise ValueError(
+                f"labels and info of {len(header)} bytes do not fit in {HEADER_BYTES}"
+            )
         self.path = path
+        self._number = 0
         temporary = path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.ftruncate(descriptor, FILE_BYTES)
-            os.pwrite(descriptor, header, 0)
-            self._map = mmap.mmap(descriptor, FILE_BYTES)
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)  # readers never see a half-written header
-        self.values: npt.NDArray[np.float64] = np.frombuffer(
-            self._map, np.float64, len(VALUES), HEADER_BYTES
-        )
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file.truncate(FILE_BYTES)
+        self._file.write(header)
+        self._map = mmap.mmap(descriptor, FILE_BYTES)
+        self.write([0.0] * len(VALUES))
+        os.rename(temporary, path)  # readers never see a file without labels and values
+
+    def write(self, values: Sequence[float]) -> None:
+        """Makes ``values``, in the order of :data:`VALUES`, what readers see."""
+        self._number += 1
+        content = _CONTENT.pack(self._number, *values)
+        snapshot = content + _CHECKSUM.pack(zlib.crc32(content))
+        begin = _OFFSETS[self._number % 2]
+        self._map[begin : begin + len(snapshot)] = snapshot
+
+    def close(self) -> None:
+        """The worker ends; what it counted stays readable. Safe to repeat."""
+        self._map.close()  # it has a descriptor of its own, which would keep the lock
+        self._file.close()
 
 
 @dataclass(frozen=True)
 class CounterReading:
-    """One worker's counters at one moment."""
+    """Counters at one moment.
 
-    labels: dict[str, str | int]
+    Attributes:
+        labels: whose they are.
+        infos: what is known of the workers, of each kind once.
+        values: by their names in :data:`VALUES`.
+        is_running: whether a worker stands behind them still.
+    """
+
+    labels: dict[str, str]
+    infos: tuple[dict[str, str], ...]
     values: dict[str, float]
+    is_running: bool
 
     @property
     def hit_rate(self) -> float:
@@ -76,11 +123,77 @@ def hit_rate(hits: float, misses: float) -> float:
 
 
 def read_counters(directory: Path) -> Iterator[CounterReading]:
-    """The counters of every worker that writes to ``directory``, by rank."""
+    """The counters of every worker that writes or wrote to ``directory``, by file name.
+
+    A damaged file is left out with a warning: figures must not end what serves.
+    """
     for path in sorted(directory.glob(f"*{SUFFIX}")):
-        data = path.read_bytes()
-        header, _, _ = data[:HEADER_BYTES].partition(b"\0")
-        values = np.frombuffer(data, np.float64, len(VALUES), HEADER_BYTES)
-        yield CounterReading(
-            json.loads(header), dict(zip(VALUES, values.tolist(), strict=True))
-        )
+        try:
+            file = path.open("rb", buffering=0)
+        except FileNotFoundError:  # the server ends and removes the directory
+            continue
+        with file:
+            header = os.pread(file.fileno(), HEADER_BYTES, 0).rstrip(b"\0")
+            described = json.loads(header)
+            values = _newest_values(file.fileno())
+            is_running = _is_locked(file.fileno())
+        if values is None:
+            if path not in _damaged:
+                _damaged.add(path)
+                logger.warning("MoE offload: %s holds no whole counters; left out", path)
+            continue
+        yield CounterReading(described["labels"], (described["info"],), values, is_running)
+
+
+_damaged: set[Path] = set()
+
+
+def merge(
+    readings: Iterable[CounterReading], labels: Mapping[str, str] | None = None
+) -> CounterReading:
+    """What workers have counted together, since the first of them began.
+
+    Counters are sums over all of them: they do not fall when a worker ends and another takes
+    its place. Gauges and infos are those of workers that run; if none does any more, of all.
+    """
+    everyone = list(readings)
+    running = [reading for reading in everyone if reading.is_running]
+    current = running or everyone
+    values = {name: sum(reading.values[name] for reading in everyone) for name in COUNTERS}
+    values |= {name: sum(reading.values[name] for reading in current) for name in GAUGES}
+    infos: list[dict[str, str]] = []
+    for reading in current:
+        infos += [info for info in reading.infos if info not in infos]
+    return CounterReading(dict(labels or {}), tuple(infos), values, bool(running))
+
+
+def merge_by_labels(readings: Iterable[CounterReading]) -> list[CounterReading]:
+    """One reading for all workers that have the same labels, in the order they appear in."""
+    groups: dict[tuple[tuple[str, str], ...], list[CounterReading]] = {}
+    for reading in readings:
+        groups.setdefault(tuple(sorted(reading.labels.items())), []).append(reading)
+    return [merge(group, group[0].labels) for group in groups.values()]
+
+
+def _newest_values(descriptor: int) -> dict[str, float] | None:
+    size = _CONTENT.size + _CHECKSUM.size
+    for _ in range(_READ_ATTEMPTS):
+        newest: tuple[float, ...] = ()
+        for offset in _OFFSETS:
+            snapshot = os.pread(descriptor, size, offset)
+            content, checksum = snapshot[: _CONTENT.size], snapshot[_CONTENT.size :]
+            if checksum == _CHECKSUM.pack(zlib.crc32(content)):
+                newest = max(newest, _CONTENT.unpack(content))
+        if newest:
+            return dict(zip(VALUES, newest[1:], strict=True))
+        # Both were written while they were read: the worker went on by two steps meanwhile.
+    return None
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether the worker that made the file runs."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False

@@ -15,7 +15,7 @@ import torch
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
 from vllm_moe_offload.predictor import Predictor
-from vllm_moe_offload.transfer import TransferEngine
+from vllm_moe_offload.transfer import Transfer
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -43,7 +43,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, cache: ExpertCache, transfer: TransferEngine, policy: Policy, predictor: Predictor
+        self, cache: ExpertCache, transfer: Transfer, policy: Policy, predictor: Predictor
     ) -> None:
         self.predictor = predictor
         self.read_ns = 0.0
@@ -114,13 +114,11 @@ class Prefetcher:
         ``hidden``: what the router of ``layer`` was given.
         """
         most = self._budget() - len(self._flights)
-        if most <= 0:
-            return
         value = self._policy.full_score
-        reads = self.predictor.foresee(layer, hidden, self._cache, value, most).tolist()
-        if not reads:
-            return
-        begun = self._transfer.prefetch(reads)
+        reads = []
+        if most > 0:
+            reads = self.predictor.foresee(layer, hidden, self._cache, value, most).tolist()
+        begun = self._transfer.prefetch(reads)  # with none too: others may wait for their turn
         for target, expert, row in reads[:begun]:
             self._flights[row] = (target, expert)
         for _, _, refused in reads[begun:]:

@@ -16,13 +16,7 @@ import numpy as np
 import torch
 
 import vllm_moe_offload._C  # noqa: F401  (registers the operators)
-from vllm_moe_offload.cache import (
-    COUNTER_NAMES,
-    MISS_AWAIT,
-    MISS_READ,
-    PLAN_TRANSIENT,
-    ExpertCache,
-)
+from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
 from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
@@ -30,13 +24,12 @@ from vllm_moe_offload.prefetch import Prefetcher
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.transfer import TransferEngine, TransferError
+from vllm_moe_offload.transfer import Transfer, TransferError
 
 logger = logging.getLogger("vllm.moe_offload")
 
 _plan = torch.ops.vllm_moe_offload.plan.default
 _expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
-_COUNTERS = len(COUNTER_NAMES)
 
 
 class OffloadRuntime:
@@ -54,7 +47,7 @@ class OffloadRuntime:
         *,
         cache: ExpertCache,
         pool: SlotPool,
-        transfer: TransferEngine,
+        transfer: Transfer,
         policy: Policy,
         prefetcher: Prefetcher | None = None,
         collection_file: CollectionFile | None = None,
@@ -87,11 +80,37 @@ class OffloadRuntime:
         self._is_dummy = False
         self._warned_of_waves = False
         self._closed = False
+        self._publish()  # sizes are of interest before the first request
+
+    # ---- what a layer call on a device has to bring to the host -------------------------
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether a :meth:`dummy_run` is open."""
+        return self._is_dummy
+
+    @property
+    def needs_routing(self) -> bool:
+        """Whether layer calls have to be told their ids: not if everything fits and nobody
+        records; :meth:`pass_layer` does then."""
+        return not self._passes_ids_through or self._recorder is not None
+
+    @property
+    def num_step_rows(self) -> int | None:
+        """Rows of the step that runs; None if no request stands behind it."""
+        return None if self._rows is None else self._row_weights.numel()
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether the layer calls of the step that runs should be given ``hidden``."""
+        return self.prefetcher is not None and self._rows is not None
 
     # ---- steps and requests ----------------------------------------------------------
 
     def begin_step(self, rows: StepRows) -> None:
         """A forward pass for real requests begins; it ends with the last layer."""
+        if self._is_dummy:
+            return  # a warm-up that went through the scheduler's door
         self._step_began_ns = time.perf_counter_ns()
         self._rows = rows
         self._row_weights = torch.from_numpy(rows.weights)
@@ -121,6 +140,8 @@ class OffloadRuntime:
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""
+        if self._is_dummy:
+            return
         self.policy.end_request(request)
         if self.prefetcher is not None:
             self.prefetcher.end_request(request)
@@ -187,6 +208,11 @@ class OffloadRuntime:
             return
         self.cache.finish()
         if layer == self._last_layer:
+            self._end_step()
+
+    def pass_layer(self, layer: int) -> None:
+        """A layer call for which nothing was to be done (see :attr:`needs_routing`)."""
+        if not self._is_dummy and layer == self._last_layer:
             self._end_step()
 
     def waves(
@@ -297,8 +323,10 @@ class OffloadRuntime:
             for _, _, row in requests:
                 self.cache.complete(row, True)
             if requests and prefetcher is not None and not awaited:
-                took = time.perf_counter_ns() - began
-                prefetcher.measured(read_ns=took / len(requests))
+                read_ns = self._transfer.expert_ns
+                if read_ns is None:
+                    read_ns = (time.perf_counter_ns() - began) / len(requests)
+                prefetcher.measured(read_ns=read_ns)
             for row in awaited:
                 self._await(row)
         except TransferError:
@@ -323,6 +351,7 @@ class OffloadRuntime:
             self._read_misses(layer)
             self.cache.finish()
         self.stall_ns = 0
+        self._publish()
 
     # ---- figures ---------------------------------------------------------------------
 
@@ -334,15 +363,18 @@ class OffloadRuntime:
     def _publish(self) -> None:
         if self._counter_file is None:
             return
-        values = self._counter_file.values
-        values[:_COUNTERS] = self.cache.counters
-        values[_COUNTERS:] = (
-            self.read_bytes,
-            self.stall_ns / 1e9,
-            self.busy_ns / 1e9,
-            self.policy_ns / 1e9,
-            self.num_tokens,
-            self.cache.num_resident,
+        self._counter_file.write(
+            (
+                *self.cache.counters.tolist(),
+                self.read_bytes,
+                self.stall_ns / 1e9,
+                self.busy_ns / 1e9,
+                self.policy_ns / 1e9,
+                self.num_tokens,
+                self.cache.shape.num_slots,
+                self.cache.num_resident,
+                self.pool.nbytes,
+            )
         )
 
     def close(self) -> None:
@@ -351,6 +383,8 @@ class OffloadRuntime:
             return
         self._closed = True
         self._publish()
+        if self._counter_file is not None:
+            self._counter_file.close()
         if self._recorder is not None:
             self._recorder.close()
         if self._collection_file is not None:

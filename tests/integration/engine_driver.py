@@ -5,7 +5,8 @@ Usage: engine_driver.py JOBS.json OUT.json
 JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM,
 "batches": [[prompt token ids, ...], ...], "max_tokens": n}``. OUT gets, per engine, per batch
 and per prompt, the generated ids and for every generated token the top logprobs as exact
-hexadecimal floats; and facts about the engine's layers and counters.
+hexadecimal floats; facts about the engine's layers and counters; and, if the engine has
+``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             generate(llm, batch, job["max_tokens"]) for batch in job["batches"]
         ]
         result["facts"] = facts(llm)
+        if not job["llm"].get("disable_log_stats", True):
+            result["metrics"] = {
+                metric.name.removeprefix("vllm:moe_offload_"): metric.value
+                for metric in llm.get_metrics()
+                if metric.name.startswith("vllm:moe_offload_")
+            }
     except Exception as error:  # noqa: BLE001 (as above)
         result |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     result["run_seconds"] = time.perf_counter() - started

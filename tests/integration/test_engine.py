@@ -118,3 +118,20 @@ def flip_bytes(path: Path) -> None:
     for offset in range(2048, len(data), 4096):
         data[offset] ^= 1
     path.write_bytes(data)
+
+
+def test_get_metrics_over_two_engines_of_a_process(demo_model, run_engines, store_dir):
+    def offload(share):
+        options = {"mode": "lrfu", "cache_gb": share, "store_dir": str(store_dir)}
+        model = demo_model("mixtral")
+        return engine(model, eager=True, offload=options, disable_log_stats=False)
+
+    first, second = run_engines([offload("50%"), offload("100%")])
+    for name in ("hits", "misses", "read_bytes"):
+        assert first["metrics"][name] == first["facts"][name]
+        # Counters go on, as those of a worker that was restarted.
+        assert second["metrics"][name] == first["facts"][name] + second["facts"][name]
+    for run in (first, second):
+        assert run["metrics"]["slots"] == run["facts"]["shape"][0]
+        assert run["metrics"]["policy_info"] == 1
+    assert second["metrics"]["resident_experts"] == EXPERTS * LAYERS

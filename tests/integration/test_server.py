@@ -128,22 +128,3 @@ def test_a_wrong_option_ends_the_server_at_once(demo_model, tmp_path):
         pytest.raises(ServerDied, match="unknown option 'cachegb'; allowed: mode, cache_gb"),
     ):
         server.wait_healthy()
-
-
-@pytest.mark.slow
-def test_metrics_with_several_api_servers(demo_model, store_dir, tmp_path):
-    arguments = [*ARGUMENTS, *offload(store_dir), "--api-server-count", "4"]
-    with Server(demo_model("mixtral"), arguments, log=tmp_path / "log") as server:
-        server.wait_healthy()
-        for tokens in PROMPTS:
-            complete(server, tokens)
-        # Whichever API server answers, the counters are the worker's.
-        scrapes = [server.metrics() for _ in range(12)]
-        names = ("hits", "misses", "read_bytes", "stall_seconds")
-        seen = {
-            tuple(scrape[f"vllm:moe_offload_{name}_total"] for name in names)
-            for scrape in scrapes
-        }
-        assert len(seen) == 1
-        hits, misses, *_ = seen.pop()
-        assert hits + misses > 0

@@ -8,27 +8,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import REGISTRY, Collector
 
 from vllm_moe_offload.integration import compat
 from vllm_moe_offload.integration.counters_dir import at_exit_of_creator, counters_dir
-from vllm_moe_offload.metrics import CounterReading, hit_rate, read_counters
+from vllm_moe_offload.metrics import hit_rate, merge, merge_by_labels, read_counters
 
 logger = logging.getLogger("vllm.moe_offload")
 
+PREFIX = "vllm:moe_offload_"
 LABELS = ("model_name", "engine", "rank")
-EXPORTED = {
+"""As vLLM's own metrics have them, and the tensor-parallel rank of the worker."""
+EXPORTED_COUNTERS = {
     "hits": "Distinct experts of layer calls that were resident.",
-    "misses": "Distinct experts of layer calls that had to be read.",
+    "misses": "Distinct experts of layer calls that were not resident.",
+    "bypasses": "Misses that were used once and not kept: nobody was evicted for them.",
     "read_bytes": "Bytes of experts read from the store.",
-    "stall_seconds": "Time layer calls waited for reads.",
     "prefetch_issued": "Experts read ahead of their layer.",
     "prefetch_useful": "Experts read ahead that were there when their layer needed them.",
     "prefetch_late": "Experts read ahead that were under way when their layer needed them.",
     "prefetch_wasted": "Experts read ahead that left unused.",
+    "stall_seconds": "Time layer calls waited for reads.",
 }
+EXPORTED_GAUGES = {
+    "slots": "Experts that the cache keeps between layer calls; staging rows are not counted.",
+    "resident_experts": "Experts that are in the cache.",
+    "cache_bytes": "Memory of cache slots and staging rows.",
+}
+INFO_LABELS = ("policy", "prefetch", "version")
 
 
 class OffloadCollector(Collector):
@@ -37,18 +46,31 @@ class OffloadCollector(Collector):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        """One family per counter, one sample per worker."""
-        readings = list(read_counters(self._directory))
-        for name, documentation in EXPORTED.items():
-            family = CounterMetricFamily(
-                f"vllm:moe_offload_{name}", documentation, labels=LABELS
-            )
-            for reading in readings:
-                family.add_metric(
-                    [str(reading.labels[label]) for label in LABELS], reading.values[name]
-                )
+    def collect(self) -> Iterator[Metric]:
+        """One family per metric, one sample per worker."""
+        readings = merge_by_labels(read_counters(self._directory))
+        labels = [[reading.labels[name] for name in LABELS] for reading in readings]
+        family: CounterMetricFamily | GaugeMetricFamily
+        for name, documentation in EXPORTED_COUNTERS.items():
+            family = CounterMetricFamily(PREFIX + name, documentation, labels=LABELS)
+            for of_worker, reading in zip(labels, readings, strict=True):
+                family.add_metric(of_worker, reading.values[name])
             yield family
+        for name, documentation in EXPORTED_GAUGES.items():
+            family = GaugeMetricFamily(PREFIX + name, documentation, labels=LABELS)
+            for of_worker, reading in zip(labels, readings, strict=True):
+                family.add_metric(of_worker, reading.values[name])
+            yield family
+        # A gauge, as vLLM's cache_config_info is: LLM.get_metrics() knows no other type.
+        family = GaugeMetricFamily(
+            f"{PREFIX}policy_info",
+            "Always 1; the labels say how the worker decides.",
+            labels=(*LABELS, *INFO_LABELS),
+        )
+        for of_worker, reading in zip(labels, readings, strict=True):
+            for info in reading.infos:
+                family.add_metric([*of_worker, *(info[name] for name in INFO_LABELS)], 1)
+        yield family
 
 
 # LoggingStatLogger.log (v1/metrics/loggers.py)
@@ -85,7 +107,7 @@ def _log_with_offload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     result = original(self, *args, **kwargs)
     directory = counters_dir()
     if directory is not None:
-        totals = sum_values(read_counters(directory))
+        totals = Counter(merge(read_counters(directory)).values)
         previous = cast(Counter[str], getattr(self, "_moe_offload_totals", Counter()))
         self._moe_offload_totals = totals
         line = stats_line(totals, previous)
@@ -95,17 +117,9 @@ def _log_with_offload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
 
 
 def _log_summary(directory: Path) -> None:
-    line = stats_line(sum_values(read_counters(directory)), Counter())
+    line = stats_line(Counter(merge(read_counters(directory)).values), Counter())
     if line:
         logger.info("%s", line.replace("MoE offload:", "MoE offload, all in all:", 1))
-
-
-def sum_values(readings: Iterator[CounterReading]) -> Counter[str]:
-    """Counters of all workers together."""
-    totals: Counter[str] = Counter()
-    for reading in readings:
-        totals.update(reading.values)
-    return totals
 
 
 def stats_line(totals: Counter[str], previous: Counter[str]) -> str:

@@ -88,6 +88,14 @@ def dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
 
 
+def warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``compile_or_warm_up_model`` of a GPU worker: steps of requests that nobody sent."""
+    return dummy_run(
+        lambda _runner: original(self, *args, **kwargs),
+        self.model_runner,
+    )
+
+
 def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """The worker goes: close the store, finish the recording, print the summary."""
     runtime = runtime_of(self)

@@ -7,16 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from vllm_moe_offload import __version__
 from vllm_moe_offload.cache import CacheShape, ExpertCache
-from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
-from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.integration.counters_dir import counters_dir
+from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
-from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.predictor import CrossLayerPredictor, Predictor
 from vllm_moe_offload.prefetch import LAYERS_AHEAD, Prefetcher
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -24,7 +22,6 @@ from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.transfer import TransferEngine
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -44,18 +41,11 @@ def start_runtime(
     """
     first = layers[0]
     policy = make_policy(options.mode, len(layers), first.local_num_experts)
-    shape = _shape(vllm_config, options, store, first, policy)
+    memory = fast_memory(vllm_config)
+    shape = _shape(memory, options, store, first, policy)
     _log_plan(options, store, shape)
-    # With a row for every expert, all are read in a moment.
-    pool = SlotPool(store.layout, shape.num_rows, populate=not shape.holds_everything)
+    pool, transfer = memory.build(store, shape, options)
     parallel = first.moe_config.moe_parallel_config
-    transfer = TransferEngine(
-        store,
-        pool.destinations(),
-        num_threads=options.io_threads,
-        cpus=io_cpus(),
-        verify=options.verify,
-    )
     cache = ExpertCache(shape, policy.rules)
     predictor = _predictor(options, shape, routers, first.top_k)
     prefetcher = None
@@ -69,10 +59,13 @@ def start_runtime(
         prefetcher=prefetcher,
         collection_file=_collection_file(options, store, policy, parallel),
         recorder=_recorder(options, store, shape, first.top_k, parallel),
-        counter_file=_counter_file(vllm_config, options, parallel),
+        counter_file=_counter_file(
+            vllm_config, options, parallel, reads_ahead=prefetcher is not None
+        ),
     )
     for index, layer in enumerate(layers):
         _attach(layer, index, runtime)
+    memory.attach(layers, runtime)
     if shape.holds_everything:
         runtime.load_everything()
     return runtime
@@ -97,7 +90,11 @@ def _attach(layer: Any, index: int, runtime: OffloadRuntime) -> None:
 
 
 def _shape(
-    vllm_config: Any, options: OffloadConfig, store: ExpertStore, layer: Any, policy: Policy
+    memory: FastMemory,
+    options: OffloadConfig,
+    store: ExpertStore,
+    layer: Any,
+    policy: Policy,
 ) -> CacheShape:
     sizes = {
         "num_layers": store.num_layers,
@@ -105,27 +102,17 @@ def _shape(
         "top_k": layer.top_k,
     }
     expert_bytes = store.layout.expert_bytes
-    auto_bytes = auto_cache_bytes(
-        store.num_layers * store.num_experts * expert_bytes,
-        available_memory_bytes(vllm_config),
-        vllm_config.cache_config.kv_cache_memory_bytes,
-    )
+    auto_bytes = 0
+    if parse_cache_size(options.cache_gb)[0] == "auto":
+        auto_bytes = auto_cache_bytes(
+            store.num_layers * store.num_experts * expert_bytes,
+            memory.available_bytes(layer),
+            memory.kv_cache_bytes,
+        )
     rows = cache_rows(
         options.cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **sizes
     )
     return cache_shape(rows, rules=policy.rules, **sizes)
-
-
-def available_memory_bytes(vllm_config: Any) -> int:
-    """What experts and KV cache may take together: vLLM's share of RAM less what is used.
-
-    As vLLM's CPU worker computes it: ``gpu_memory_utilization`` of the machine's memory,
-    less this process's resident set; never more than the system says is available.
-    """
-    memory = psutil.virtual_memory()
-    requested = memory.total * vllm_config.cache_config.gpu_memory_utilization
-    resident = psutil.Process(os.getpid()).memory_info().rss
-    return int(min(requested - resident, memory.available - GIB // 2))
 
 
 def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> None:
@@ -201,17 +188,21 @@ def _recorder(
 
 
 def _counter_file(
-    vllm_config: Any, options: OffloadConfig, parallel: Any
+    vllm_config: Any, options: OffloadConfig, parallel: Any, *, reads_ahead: bool
 ) -> CounterFile | None:
     directory = counters_dir()
     if directory is None:
         return None
     served = vllm_config.model_config.served_model_name
-    labels: dict[str, str | int] = {
+    labels = {
         "model_name": served if isinstance(served, str) else served[0],
         "engine": str(vllm_config.parallel_config.data_parallel_index),
-        "rank": parallel.tp_rank,
+        "rank": str(parallel.tp_rank),
+    }
+    info = {
         "policy": options.mode,
+        "prefetch": "on" if reads_ahead else "off",
+        "version": __version__,
     }
     name = f"rank{parallel.tp_rank}of{parallel.tp_size}-{os.getpid()}-{id(parallel)}{SUFFIX}"
-    return CounterFile(directory / name, labels)
+    return CounterFile(directory / name, labels, info)

@@ -1,0 +1,149 @@
+"""What /metrics shows of the workers' files; and that dashboard and document know all of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from scripts.show_dashboard import queries
+from vllm_moe_offload.integration.endpoint import OffloadCollector
+from vllm_moe_offload.metrics import GAUGES, VALUES, CounterFile
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = json.loads((ROOT / "examples" / "grafana-dashboard.json").read_text())
+DOCUMENT = (ROOT / "docs" / "metrics.md").read_text()
+NAME = re.compile(r"vllm:moe_offload_[a-z_]+")
+
+METRICS = {
+    f"vllm:moe_offload_{name}"
+    for name in (
+        "hits_total",
+        "misses_total",
+        "bypasses_total",
+        "read_bytes_total",
+        "prefetch_issued_total",
+        "prefetch_useful_total",
+        "prefetch_late_total",
+        "prefetch_wasted_total",
+        "stall_seconds_total",
+        "slots",
+        "resident_experts",
+        "cache_bytes",
+        "policy_info",
+    )
+}
+
+
+def worker(directory, rank, policy="trace", name=None, **values):
+    """A worker's file; it runs as long as the result is kept and open."""
+    file = CounterFile(
+        directory / f"{name or rank}.counters",
+        {"model_name": "demo", "engine": "0", "rank": str(rank)},
+        {"policy": policy, "prefetch": "off", "version": "1.2"},
+    )
+    file.write([values.get(value, 0) for value in VALUES])
+    return file
+
+
+def scrape(directory):
+    """Samples by name and labels, as they arrive at Prometheus; none may appear twice."""
+    registry = CollectorRegistry()
+    registry.register(OffloadCollector(directory))
+    found = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        assert family.documentation
+        for sample in family.samples:
+            key = sample.name, tuple(sorted(sample.labels.items()))
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def of(samples, name, rank=0):
+    """The one value of a metric of a rank."""
+    (value,) = (
+        value
+        for (found, labels), value in samples.items()
+        if found == f"vllm:moe_offload_{name}" and dict(labels)["rank"] == str(rank)
+    )
+    return value
+
+
+def test_every_value_arrives_under_its_own_name(tmp_path):
+    values = {name: 1000.5 + index for index, name in enumerate(VALUES)}
+    kept = worker(tmp_path, 0, **values)
+    samples = scrape(tmp_path)
+    assert {name for name, _ in samples} == METRICS
+    for name in METRICS - {"vllm:moe_offload_policy_info"}:
+        short = name.removeprefix("vllm:moe_offload_")
+        assert of(samples, short) == values[short.removesuffix("_total")]
+        assert short.endswith("_total") == (short not in GAUGES)
+    (labels,) = (dict(labels) for name, labels in samples if name.endswith("policy_info"))
+    assert labels == {
+        "model_name": "demo",
+        "engine": "0",
+        "rank": "0",
+        "policy": "trace",
+        "prefetch": "off",
+        "version": "1.2",
+    }
+    kept.close()
+
+
+def test_ranks_are_series_of_their_own(tmp_path):
+    kept = [worker(tmp_path, rank, hits=10 + rank) for rank in range(2)]
+    samples = scrape(tmp_path)
+    assert [of(samples, "hits_total", rank) for rank in range(2)] == [10, 11]
+    assert len(samples) == 2 * len(METRICS)
+    assert len(kept) == 2
+
+
+def test_a_restarted_worker_is_one_series(tmp_path):
+    worker(tmp_path, 0, "lru", name="first", hits=10, slots=4).close()
+    second = worker(tmp_path, 0, "trace", name="second", hits=1, slots=6)
+    samples = scrape(tmp_path)
+    assert of(samples, "hits_total") == 11
+    assert of(samples, "slots") == 6
+    assert {dict(labels).get("policy") for _, labels in samples} == {None, "trace"}
+    second.close()
+
+
+def test_without_workers_there_are_families_and_no_samples(tmp_path):
+    assert scrape(tmp_path) == {}
+    assert len(list(OffloadCollector(tmp_path).collect())) == len(METRICS)
+    assert len(list(OffloadCollector(tmp_path / "gone").collect())) == len(METRICS)
+
+
+@pytest.mark.parametrize("where", ["dashboard", "document"])
+def test_what_is_shown_and_explained_is_what_is_exported(where):
+    text = DOCUMENT if where == "document" else json.dumps(DASHBOARD["panels"])
+    assert set(NAME.findall(text)) == METRICS
+
+
+def test_the_table_of_the_document_has_a_row_for_each_metric():
+    rows = re.findall(r"^\| `(vllm:moe_offload_[a-z_]+)` \| (\w+) \|", DOCUMENT, re.MULTILINE)
+    assert {name for name, _ in rows} == METRICS
+    assert len(rows) == len(METRICS)
+    for name, kind in rows:
+        assert kind == ("counter" if name.endswith("_total") else "gauge")
+
+
+def test_the_dashboard_asks_by_its_variables():
+    names = [variable["name"] for variable in DASHBOARD["templating"]["list"]]
+    assert {"datasource", "model_name", "engine", "rank"} <= set(names)
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            # Every selector of a metric of ours restricts all of its labels.
+            selectors = re.findall(r"vllm:moe_offload_[a-z_]+(\{[^}]*\})?", target["expr"])
+            assert selectors
+            for selector in selectors:
+                for label in ("model_name", "engine", "rank"):
+                    assert f'{label}=~"${label}"' in selector
+    filled = [expression for *_, expression in queries(DASHBOARD)]
+    assert not [expression for expression in filled if "$" in expression]
