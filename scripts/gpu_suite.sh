@@ -71,12 +71,13 @@ list() {
 
 do_build() {
   set -e
-  "$python" setup.py --quiet build_ext --inplace
+  VMO_CUDA=0 "$python" setup.py --quiet build_ext --inplace
   "$python" setup.py --quiet egg_info
-  if command -v "${NVCC:-nvcc}" >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
-    PYTHON=$python scripts/build_cuda.sh
-  elif [ -f vllm_moe_offload/_cuda.so ]; then
-    echo "no nvcc: vllm_moe_offload/_cuda.so was built elsewhere"
+  local toolkit=${CUDA_HOME:-/usr/local/cuda}/bin
+  if [ -f vllm_moe_offload/_cuda.so ] && [ -z "${NVCC:-}" ] && ! command -v nvcc && [ ! -x "$toolkit/nvcc" ]; then
+    echo "no nvcc here: vllm_moe_offload/_cuda.so was built elsewhere"
+  else
+    PATH=$PATH:$toolkit PYTHON=$python scripts/build_cuda.sh
   fi
   "$python" scripts/gpu_check.py
 }
