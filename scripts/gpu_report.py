@@ -39,9 +39,7 @@ NAME = "gpu"
 STEPS = (
     "build",
     "tests",
-    "identity-1",
-    "identity-2",
-    "identity-3",
+    *(f"identity-{number}" for number in range(1, 6)),
     "memcheck",
     "racecheck",
     "smoke",

@@ -33,6 +33,8 @@ parts=(
   "identity-1"
   "identity-2"
   "identity-3"
+  "identity-4"
+  "identity-5"
   "model:qwen3-30b-a3b"
   "bench:qwen3-30b-a3b-25"
   "bench:qwen3-30b-a3b-100"
@@ -53,7 +55,7 @@ describe() {
     tests) echo "pytest -m 'gpu and not vllm': kernels, copies, memory" ;;
     smoke) echo "bench_gpu.py --quick: every contestant on tiny models" ;;
     memcheck | racecheck) echo "compute-sanitizer --tool $1 on the kernels' tests" ;;
-    identity-*) echo "pytest -m 'gpu and vllm', third ${1#identity-} of 3: tokens of resident vLLM" ;;
+    identity-*) echo "pytest -m 'gpu and vllm', ${1#identity-} of 5: tokens of resident vLLM" ;;
     model:*) echo "write the checkpoint; the benchmark does it too, in its own time" ;;
     bench:*) echo "bench_gpu.py --parts ${1#bench:}" ;;
   esac
@@ -86,16 +88,16 @@ pytest() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
 
 do_tests() { pytest -m "gpu and not vllm" tests/gpu; }
 
-do_identity() { # which third
+do_identity() { # which fifth
   local ids count
   ids=$(pytest --collect-only -m "gpu and vllm" tests/gpu | grep '::')
   mapfile -t ids <<<"$ids"
   count=${#ids[@]}
-  if [ "$count" -lt 3 ]; then
+  if [ "$count" -lt 5 ]; then
     echo "only $count tests were collected: ${ids[*]}"
     return 1
   fi
-  local begin=$(((count * ($1 - 1)) / 3)) end=$(((count * $1) / 3))
+  local begin=$(((count * ($1 - 1)) / 5)) end=$(((count * $1) / 5))
   pytest "${ids[@]:begin:end-begin}"
 }
 
