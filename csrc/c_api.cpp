@@ -10,13 +10,17 @@
 #include <utility>
 
 #include "file_reader.h"
+#include "follow.h"
 #include "lookahead.h"
 #include "planner.h"
+#include "serving.h"
 
 struct vmo_planner {
   vmo::Planner core;
-  std::vector<int32_t> wide_ids;  // int64 ids narrowed for the core
+  std::vector<int32_t> narrow_ids;  // int64 ids narrowed for the core
 };
+
+static_assert(sizeof(vmo_observer) == sizeof(vmo::Observer));
 
 struct vmo_lookahead {
   vmo::RouterLookahead core;
@@ -51,42 +55,12 @@ void check_id_bytes(int32_t id_bytes) {
   }
 }
 
-template <typename Id>
-void remap_ids(const vmo::Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
-               int64_t num_padded_ids, Id* rows) {
-  const int32_t num_experts = planner.config().num_experts;
-  const auto row_of = [&](int64_t i) {
-    const Id id = ids[i];
-    const bool valid = id >= 0 && id < num_experts;
-    const int32_t row = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
-    if (row < 0) {
-      throw std::logic_error("expert " + std::to_string(id) + " of layer " +
-                             std::to_string(layer) + " has no row");
-    }
-    return static_cast<Id>(row);
-  };
-  for (int64_t i = 0; i < num_ids; ++i) rows[i] = row_of(i);
-  if (num_padded_ids > num_ids) {
-    const Id row = row_of(0);
-    for (int64_t i = num_ids; i < num_padded_ids; ++i) rows[i] = row;
-  }
-}
-
-template <typename Id>
-void add_histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,
-                   int32_t num_experts, float* out) {
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const float weight = weights != nullptr ? weights[row] : 1.0F;
-    for (int32_t j = 0; j < top_k; ++j) {
-      const Id id = ids[row * top_k + j];
-      if (id < 0 || id >= num_experts) {
-        throw std::invalid_argument("expert id " + std::to_string(id) + " of row " +
-                                    std::to_string(row) + " is outside [0, " +
-                                    std::to_string(num_experts) + ")");
-      }
-      out[id] += weight;
-    }
-  }
+void write_info(const vmo::LayerOutcome& outcome, int64_t info[5]) {
+  info[0] = outcome.num_experts;
+  info[1] = outcome.num_hits;
+  info[2] = outcome.num_misses;
+  info[3] = outcome.num_reads;
+  info[4] = outcome.policy_ns;
 }
 
 }  // namespace
@@ -116,27 +90,51 @@ void vmo_planner_destroy(vmo_planner* planner) {
 }
 
 int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids, int64_t num_ids,
-                         int32_t id_bytes, uint32_t flags, int32_t info[3]) {
+                         int32_t id_bytes, uint32_t flags, int64_t info[5]) {
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(id_bytes);
     const auto* narrow = static_cast<const int32_t*>(ids);
     if (id_bytes == 8) {
-      const auto* wide = static_cast<const int64_t*>(ids);
-      planner->wide_ids.assign(wide, wide + num_ids);
-      for (int64_t i = 0; i < num_ids; ++i) {
-        if (wide[i] != planner->wide_ids[static_cast<size_t>(i)]) {
-          throw std::invalid_argument("expert id " + std::to_string(wide[i]) +
-                                      " does not fit in 32 bits");
-        }
-      }
-      narrow = planner->wide_ids.data();
+      planner->narrow_ids.resize(static_cast<size_t>(num_ids));
+      vmo::narrow(static_cast<const int64_t*>(ids), num_ids, planner->narrow_ids.data());
+      narrow = planner->narrow_ids.data();
     }
     if (!planner->core.plan(layer, narrow, num_ids, flags)) return 0;
     const vmo::Plan& plan = planner->core.current();
-    info[0] = static_cast<int32_t>(plan.experts.size());
-    info[1] = plan.num_hits;
-    info[2] = static_cast<int32_t>(plan.miss_experts.size());
+    vmo::LayerOutcome outcome;
+    outcome.num_experts = static_cast<int32_t>(plan.experts.size());
+    outcome.num_hits = plan.num_hits;
+    outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
+    write_info(outcome, info);
     return 1;
+  });
+}
+
+int32_t vmo_serve_layer(vmo_planner* planner, vmo_observer* observer, vmo_lookahead* lookahead,
+                        const vmo_layer_call* call, int64_t info[5], int32_t* reads) {
+  return guarded<int32_t>(-1, [&] {
+    check_id_bytes(call->id_bytes);
+    vmo::LayerCall inner;
+    inner.layer = call->layer;
+    inner.ids = call->ids;
+    inner.id_bytes = call->id_bytes;
+    inner.top_k = call->top_k;
+    inner.num_rows = call->num_rows;
+    inner.num_padded_rows = call->num_padded_rows;
+    inner.flags = call->flags;
+    inner.weights = call->weights;
+    inner.rows = call->rows;
+    inner.hidden = call->hidden;
+    inner.hidden_type = static_cast<vmo::FloatType>(call->hidden_type);
+    inner.hidden_stride = call->hidden_stride;
+    inner.threshold = call->threshold;
+    inner.value = call->value;
+    inner.max_reads = call->max_reads;
+    const vmo::LayerOutcome outcome =
+        vmo::serve_layer(planner->core, observer,
+                         lookahead != nullptr ? &lookahead->core : nullptr, inner, reads);
+    write_info(outcome, info);
+    return outcome.fits ? 1 : 0;
   });
 }
 
@@ -180,11 +178,11 @@ int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void*
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(id_bytes);
     if (id_bytes == 4) {
-      remap_ids(planner->core, layer, static_cast<const int32_t*>(ids), num_ids, num_padded_ids,
-                static_cast<int32_t*>(rows));
+      vmo::remap(planner->core, layer, static_cast<const int32_t*>(ids), num_ids,
+                 num_padded_ids, static_cast<int32_t*>(rows));
     } else {
-      remap_ids(planner->core, layer, static_cast<const int64_t*>(ids), num_ids, num_padded_ids,
-                static_cast<int64_t*>(rows));
+      vmo::remap(planner->core, layer, static_cast<const int64_t*>(ids), num_ids,
+                 num_padded_ids, static_cast<int64_t*>(rows));
     }
     return 0;
   });
@@ -235,13 +233,12 @@ int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, i
                              const float* weights, int32_t num_experts, float* out) {
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(id_bytes);
-    for (int32_t e = 0; e < num_experts; ++e) out[e] = 0.0F;
     if (id_bytes == 4) {
-      add_histogram(static_cast<const int32_t*>(ids), num_rows, top_k, weights, num_experts,
-                    out);
+      vmo::histogram(static_cast<const int32_t*>(ids), num_rows, top_k, weights, num_experts,
+                     out);
     } else {
-      add_histogram(static_cast<const int64_t*>(ids), num_rows, top_k, weights, num_experts,
-                    out);
+      vmo::histogram(static_cast<const int64_t*>(ids), num_rows, top_k, weights, num_experts,
+                     out);
     }
     return 0;
   });
@@ -300,9 +297,33 @@ int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner, in
 
 void vmo_follow(float* scores, const float* votes, const float* fade, float gain, float decay,
                 int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]);
-  }
+  vmo::follow(scores, votes, fade, gain, decay, count);
+}
+
+int32_t vmo_follow_values(const vmo_value_step* step) {
+  return guarded<int32_t>(-1, [&] {
+    vmo::ValueStep inner;
+    inner.values = step->values;
+    inner.weights = step->weights;
+    inner.states = step->states;
+    inner.size = static_cast<int64_t>(step->num_layers) * step->num_experts;
+    inner.num_layers = step->num_layers;
+    inner.num_experts = step->num_experts;
+    inner.first_layer = step->first_layer;
+    inner.end_layer = step->end_layer;
+    inner.ids = step->ids;
+    inner.owners = step->owners;
+    inner.num_rows = step->num_rows;
+    inner.top_k = step->top_k;
+    inner.running = step->running;
+    inner.kept = step->kept;
+    inner.num_running = step->num_running;
+    inner.use = step->use;
+    inner.scores = step->scores;
+    inner.factors = step->factors;
+    vmo::follow_values(inner);
+    return 0;
+  });
 }
 
 vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_threads,

@@ -26,10 +26,10 @@ VMO_API void vmo_planner_destroy(vmo_planner* planner);
 
 // 1: planned; 0: does not fit at once, nothing changed; -1: error.
 // `ids` holds int32 (id_bytes 4) or int64 (id_bytes 8). `info` receives
-// {distinct experts, hits, misses}.
+// {distinct experts, hits, misses, 0, 0}.
 VMO_API int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids,
                                  int64_t num_ids, int32_t id_bytes, uint32_t flags,
-                                 int32_t info[3]);
+                                 int64_t info[5]);
 VMO_API int32_t vmo_planner_finish(vmo_planner* planner);
 // A shadow's share of a step: for each of `num_layers` layers from `first_layer` on,
 // scores[layer] = scores[layer] * decay + gain[i] (gain NULL: scores stay), then plan with
@@ -94,10 +94,77 @@ VMO_API int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* pla
                                       int64_t stride, float threshold, float value,
                                       int32_t max_reads, int32_t* reads);
 
+// ---- serving -------------------------------------------------------------------------
+// Where a policy keeps what a step routed to; fields as in serving.h, the memory is the
+// caller's.
+typedef struct vmo_observer {
+  int32_t* ids;
+  float* votes;
+  float* scores;
+  const float* fade;
+  const float* gains;
+  float decay;
+  int32_t ids_per_layer;
+  int32_t follows;
+  int32_t layers_seen;
+} vmo_observer;
+
+// Fields as in LayerCall (serving.h).
+typedef struct vmo_layer_call {
+  const void* ids;
+  const float* weights;
+  void* rows;
+  const void* hidden;
+  int64_t num_rows;
+  int64_t num_padded_rows;
+  int64_t hidden_stride;
+  int32_t layer;
+  int32_t id_bytes;
+  int32_t top_k;
+  uint32_t flags;
+  int32_t hidden_type;
+  int32_t max_reads;
+  float threshold;
+  float value;
+} vmo_layer_call;
+
+// One layer call: observes (observer may be NULL), plans, writes rows and, if nothing is
+// missing, looks ahead (lookahead may be NULL). `info` receives {distinct experts, hits,
+// misses, reads, nanoseconds of observing and looking ahead}; `reads` [max_reads, 3]. 1:
+// planned; 0: does not fit at once, only observed; -1: error.
+VMO_API int32_t vmo_serve_layer(vmo_planner* planner, vmo_observer* observer,
+                                vmo_lookahead* lookahead, const vmo_layer_call* call,
+                                int64_t info[5], int32_t* reads);
+
 // ---- scores -----------------------------------------------------------------------------
 // scores[i] = scores[i] * decay + votes[i] * gain - fade[i], for i < count.
 VMO_API void vmo_follow(float* scores, const float* votes, const float* fade, float gain,
                         float decay, int64_t count);
+
+// Fields as in ValueStep (follow.h).
+typedef struct vmo_value_step {
+  float* values;
+  const float* weights;
+  const float* states;
+  const int32_t* ids;
+  const int32_t* owners;
+  const int64_t* running;
+  const float* kept;
+  float* scores;
+  const float* factors;
+  int32_t num_layers;
+  int32_t num_experts;
+  int32_t first_layer;
+  int32_t end_layer;
+  int32_t num_rows;
+  int32_t top_k;
+  int32_t num_running;
+  float use;
+} vmo_value_step;
+
+// Lets forecasts and scores follow the routing of consecutive layers. 0, or -1 on an id out of
+// range.
+VMO_API int32_t vmo_follow_values(const vmo_value_step* step);
 
 // ---- file reader -------------------------------------------------------------------
 typedef struct vmo_reader vmo_reader;

@@ -62,6 +62,9 @@ class RouterLookahead {
   // about one layer per step are judged, which is enough and costs next to nothing.
   void observe(int32_t layer, const int64_t* ids);
 
+  // Whether observe() judges guesses about `layer` in this step.
+  bool watches(int32_t layer) const { return layer == watched_; }
+
   // The layers behind `layer`, given what its router was given (`hidden`, rows `stride`
   // elements apart), nearest first: what is likely and resident becomes expected
   // (Planner::prefetch), for what is likely and absent rows are reserved, worth chance *

@@ -177,6 +177,7 @@ def contest(arguments: dict[str, Any]) -> None:
             "stall_s": runtime.stall_ns / 1e9,
             "busy_s": runtime.busy_ns / 1e9,
             "policy_s": runtime.policy_ns / 1e9,
+            "prefetching_s": runtime.prefetch_ns / 1e9,
             "read_bytes": runtime.read_bytes,
             "tokens": runtime.num_tokens,
         }
@@ -329,6 +330,7 @@ def summary(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "hit_rate": total["hits"] / needs,
             "read_mb_per_token": total["read_bytes"] / total["tokens"] / 1e6,
             "policy_share": total["policy_s"] / total["busy_s"],
+            "prefetch_share": total["prefetching_s"] / total["busy_s"],
             **{key: total[key] for key in total if key.startswith("prefetch_")},
         }
 

@@ -196,8 +196,13 @@ def test_few_prefetches_are_queued_at_a_time(store, transfer_of):
     assert device.num_queued(PREFETCH_LANE) == 0  # a demand may come first
     transfer.prefetch([])
     assert device.num_queued(PREFETCH_LANE) == 2
+    transfer.max_queued_prefetches = 4
+    transfer.prefetch([])
+    assert device.num_queued(PREFETCH_LANE) == 4
     transfer.drain()
     assert {ended.row for ended in transfer.poll()} == set(range(2, 8))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        transfer.max_queued_prefetches = 0
 
 
 def test_host_rows_are_left_to_demands(store, transfer_of):

@@ -31,9 +31,11 @@ from tests.runtimes import (
     runtime_of,
 )
 from tests.stores import build, layout_of
-from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.cache import PLAN_INSTANT, ExpertCache
+from vllm_moe_offload.policy import StepRows, make_policy
 from vllm_moe_offload.predictor import CrossLayerPredictor
 from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import TransferError
 
@@ -237,4 +239,38 @@ def test_the_policy_catches_up_while_a_read_is_under_way(store, monkeypatch) -> 
     runtime.begin_step(decode_rows(["a"]))
     run_layer(runtime, store, 0, ids_of(0, 1))
     assert calls == ["begin_read", "catch_up", "end_read"]
+    runtime.close()
+
+
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+def test_serving_observes_scores_and_counts_as_replay_does(store, id_type) -> None:
+    """A layer call is one native call in serving, and several calls of the policy in replay."""
+    runtime = runtime_of(store, 12, 2)
+    policy = make_policy("trace", LAYERS, EXPERTS)
+    cache = ExpertCache(runtime.cache.shape, policy.rules)
+    bind_policy(policy, cache)
+    generator = np.random.default_rng(0)
+    popular = generator.dirichlet(np.full(EXPERTS, 1.0), LAYERS)
+    votes = np.zeros(EXPERTS, np.float32)
+    for position in range(150):
+        requests = ["a", "b", "c"][: 1 + position % 3]
+        rows = decode_rows(requests, position)
+        runtime.begin_step(rows)
+        policy.begin_step(rows)
+        for layer in range(LAYERS):
+            chosen = [generator.choice(EXPERTS, TOP_K, False, popular[layer]) for _ in requests]
+            ids = np.stack(chosen).astype(np.int32)
+            run_layer(runtime, store, layer, torch.from_numpy(ids).to(id_type))
+            votes[:] = 0
+            np.add.at(votes, ids, rows.weights[:, None])
+            policy.observe(layer, ids, votes)
+            assert cache.plan(layer, ids, PLAN_INSTANT)
+            if cache.plan_info[2]:
+                policy.catch_up()
+            cache.finish()
+        policy.end_step()
+        np.testing.assert_array_equal(runtime.cache.scores, cache.scores)
+        np.testing.assert_array_equal(runtime.cache.page_table >= 0, cache.page_table >= 0)
+        np.testing.assert_array_equal(runtime.cache.counters, cache.counters)
+    assert cache.count("misses") > 50
     runtime.close()

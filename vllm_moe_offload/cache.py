@@ -81,7 +81,8 @@ class ExpertCache:
         page_table: int32 ``[num_layers, num_experts]``, row or -1 (read only).
         last_use: uint64 ``[num_layers, num_experts]``, clock of the last counted use.
         counters: int64 ``[9]`` in the order of :data:`COUNTER_NAMES`, updated in place.
-        plan_info: int32 ``[3]`` of the last plan: distinct experts, hits, misses.
+        plan_info: int64 ``[5]`` of the last plan: distinct experts, hits, misses; and what
+            serving adds (``csrc/serving.h``).
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class ExpertCache:
             )
             for which in range(5)
         )
-        self.plan_info = np.zeros(3, np.int32)
+        self.plan_info = np.zeros(5, np.int64)
         self._info_address = self.plan_info.ctypes.data
 
     def close(self) -> None:

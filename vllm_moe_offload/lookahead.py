@@ -104,7 +104,7 @@ class RouterLookahead(Predictor):
         self._routers = routers
         self._is_active = False
         self._watched = -1
-        self._handle: int = core.vmo_lookahead_create(
+        self.native_handle = core.vmo_lookahead_create(
             num_layers,
             num_experts,
             hidden_size,
@@ -119,15 +119,15 @@ class RouterLookahead(Predictor):
             self._right.ctypes.data,
             self.trust.ctypes.data,
         )
-        if not self._handle:
+        if not self.native_handle:
             raise last_error()
-        weakref.finalize(self, core.vmo_lookahead_destroy, self._handle).atexit = False
+        weakref.finalize(self, core.vmo_lookahead_destroy, self.native_handle).atexit = False
 
     def begin_step(self, rows: StepRows) -> None:
         """A step begins."""
         self._is_active = True
         count = rows.request_of_row.size
-        self._watched = check(core.vmo_lookahead_begin_step(self._handle, count))
+        self._watched = check(core.vmo_lookahead_begin_step(self.native_handle, count))
 
     def observe(self, layer: int, ids: IdArray) -> None:
         """Layer ``layer`` routed the step's rows, ids ``[rows, top_k]``: were guesses right?"""
@@ -135,7 +135,7 @@ class RouterLookahead(Predictor):
             return
         if ids.dtype != np.int64 or not ids.flags.c_contiguous:
             ids = np.ascontiguousarray(ids, np.int64)
-        check(core.vmo_lookahead_observe(self._handle, layer, ids.ctypes.data))
+        check(core.vmo_lookahead_observe(self.native_handle, layer, ids.ctypes.data))
 
     def foresee(
         self,
@@ -152,7 +152,7 @@ class RouterLookahead(Predictor):
             return self._reads[:0]
         count = check(
             core.vmo_lookahead_foresee(
-                self._handle,
+                self.native_handle,
                 cache.handle,
                 layer,
                 hidden.data_ptr(),

@@ -41,7 +41,14 @@ nobody waits for and the least valuable resident, a missed one a wait."""
 
 
 class Predictor(ABC):
-    """What a prefetcher asks."""
+    """What a prefetcher asks.
+
+    Attributes:
+        native_handle: of a ``RouterLookahead`` (``csrc/lookahead.h``) that may be asked in the
+            same native call that plans; 0: :meth:`observe` and :meth:`foresee` are to be called.
+    """
+
+    native_handle: int = 0
 
     @abstractmethod
     def begin_step(self, rows: StepRows) -> None:

@@ -19,11 +19,18 @@ from vllm_moe_offload.transfer import Transfer
 
 logger = logging.getLogger("vllm.moe_offload")
 
+Read = tuple[int, int, int]
+"""Layer, expert and reserved row of an expert that is to be read ahead."""
+
 LAYERS_AHEAD = 3
 """Layers for which experts are read ahead."""
 
 MOST_IN_FLIGHT = 8
 """Prefetches under way at a time, however fast the link."""
+
+MOST_QUEUED = 2
+"""Of them, those that a copy engine has at a time, where a layer computes for so short that the
+next demand would find more: one that runs and one behind it."""
 
 SMOOTHING = 0.05
 """Weight of the newest measurement in the averages of read and layer times."""
@@ -33,7 +40,7 @@ class Prefetcher:
     """Reads ahead for one cache.
 
     The calls of a step: :meth:`begin_step`; per layer :meth:`collect`, :meth:`observe`,
-    then, planned, :meth:`pass_layer` and :meth:`issue`; :meth:`end_step`.
+    then, planned, :meth:`pass_layer`, :meth:`foresee` and :meth:`begin`; :meth:`end_step`.
 
     Attributes:
         predictor: says what the next layers will use.
@@ -43,12 +50,20 @@ class Prefetcher:
     """
 
     def __init__(
-        self, cache: ExpertCache, transfer: Transfer, policy: Policy, predictor: Predictor
+        self,
+        cache: ExpertCache,
+        transfer: Transfer,
+        policy: Policy,
+        predictor: Predictor,
+        *,
+        most_in_flight: int = MOST_IN_FLIGHT,
     ) -> None:
+        """``most_in_flight``: prefetches under way at a time, however fast the link."""
         self.predictor = predictor
         self.read_ns = 0.0
         self.compute_ns: dict[int, float] = {}
         self._size = 0
+        self._most_in_flight = most_in_flight
         self._cache = cache
         self._transfer = transfer
         self._policy = policy
@@ -88,6 +103,8 @@ class Prefetcher:
         """Drops what is under way to ``layer`` and not in its plan."""
         if not self._flights:
             return
+        if all(target != layer for target, _ in self._flights.values()):
+            return
         needed = set(self._cache.slots.tolist())
         for row, (target, _) in list(self._flights.items()):
             if target == layer and row not in needed and self._transfer.drop(row):
@@ -108,17 +125,33 @@ class Prefetcher:
         self._transfer.await_row(row)
         self._cache.complete(row, True)
 
-    def issue(self, layer: int, hidden: torch.Tensor | None) -> None:
-        """Reads ahead for the layers behind ``layer``, the next one first.
+    def foresee(self, layer: int, hidden: torch.Tensor | None) -> list[Read]:
+        """What to read ahead for the layers behind ``layer``, the next one first.
 
-        ``hidden``: what the router of ``layer`` was given.
+        ``hidden``: what the router of ``layer`` was given. Returns layer, expert and reserved row
+        of each, to be given to :meth:`begin`.
         """
-        most = self._budget() - len(self._flights)
+        most = self.room
+        if not most:
+            return []
         value = self._policy.full_score
-        reads = []
-        if most > 0:
-            reads = self.predictor.foresee(layer, hidden, self._cache, value, most).tolist()
-        begun = self._transfer.prefetch(reads)  # with none too: others may wait for their turn
+        reads = self.predictor.foresee(layer, hidden, self._cache, value, most)
+        return [(target, expert, row) for target, expert, row in reads.tolist()]
+
+    @property
+    def room(self) -> int:
+        """Reads that may be begun now."""
+        return max(self._budget() - len(self._flights), 0)
+
+    def begin(self, reads: list[Read]) -> None:
+        """Begins to read; layer, expert and reserved row of each, the most urgent first.
+
+        With none too: others may wait for their turn.
+        """
+        if not (reads or self._flights):
+            return
+        self._transfer.max_queued_prefetches = max(MOST_QUEUED, self._per_layer())
+        begun = self._transfer.prefetch(reads)
         for target, expert, row in reads[:begun]:
             self._flights[row] = (target, expert)
         for _, _, refused in reads[begun:]:
@@ -154,4 +187,10 @@ class Prefetcher:
         """
         if not self.read_ns:
             return 1
-        return min(2 + int(self.compute_ns.get(self._size, 0.0) / self.read_ns), MOST_IN_FLIGHT)
+        return min(2 + self._per_layer(), self._most_in_flight)
+
+    def _per_layer(self) -> int:
+        """Reads that the link carries while one layer computes, whole ones."""
+        if not self.read_ns:
+            return 0
+        return int(self.compute_ns.get(self._size, 0.0) / self.read_ns)

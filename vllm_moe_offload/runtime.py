@@ -20,6 +20,7 @@ from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, Expert
 from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.predictor import LIKELY
 from vllm_moe_offload.prefetch import Prefetcher
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.collection_file import CollectionFile
@@ -28,7 +29,7 @@ from vllm_moe_offload.transfer import Transfer, TransferError
 
 logger = logging.getLogger("vllm.moe_offload")
 
-_plan = torch.ops.vllm_moe_offload.plan.default
+_serve_layer = torch.ops.vllm_moe_offload.serve_layer.default
 _expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
 
 
@@ -39,7 +40,8 @@ class OffloadRuntime:
         cache: page table and counters.
         pool: the rows that kernels read.
         stall_ns: time that layer calls spent waiting for reads.
-        policy_ns: time that tracing, scoring and predicting took while nothing was read.
+        policy_ns: time that tracing, scoring and predicting took while nothing was waited for.
+        prefetch_ns: the same of beginning and ending reads ahead.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class OffloadRuntime:
         self.stall_ns = 0
         self.busy_ns = 0
         self.policy_ns = 0
+        self.prefetch_ns = 0
         self.num_tokens = 0
         self._transfer = transfer
         self.prefetcher = prefetcher
@@ -74,6 +77,8 @@ class OffloadRuntime:
         self._votes = torch.zeros(cache.shape.num_experts, dtype=torch.float32)
         self._votes_array = self._votes.numpy()
         self._plan_info = torch.from_numpy(cache.plan_info)
+        self._reads = torch.zeros((8, 3), dtype=torch.int32)
+        self._observer = 0
         self._rows: StepRows | None = None
         self._row_weights = torch.zeros(0)
         self._step_began_ns = 0
@@ -157,11 +162,11 @@ class OffloadRuntime:
         Their results are thrown away, so any row will do. (Serving them for real would
         read the whole model at every start.)
         """
-        self._is_dummy = True
+        before, self._is_dummy = self._is_dummy, True
         try:
             yield
         finally:
-            self._is_dummy = False
+            self._is_dummy = before
 
     # ---- layer calls -----------------------------------------------------------------
 
@@ -187,17 +192,12 @@ class OffloadRuntime:
         if self._is_dummy:
             return topk_ids if self._passes_ids_through else torch.zeros_like(topk_ids)
         topk_ids = topk_ids.contiguous()
-        num_tokens, flags = topk_ids.shape[0], PLAN_TRANSIENT
-        if self._rows is not None:
-            num_tokens, flags = self._row_weights.numel(), 0
-            self._observe(layer, topk_ids, num_tokens)
         slot_ids = torch.empty_like(topk_ids)
-        handle, info = self.cache.handle, self._plan_info
-        if not _plan(handle, layer, topk_ids, num_tokens, flags, slot_ids, info):
+        if not self._plan(layer, topk_ids, slot_ids, hidden):
             if self.prefetcher is None:
                 return None
             self.prefetcher.drop_all()  # rows in flight may be all that was wanting
-            if not _plan(handle, layer, topk_ids, num_tokens, flags, slot_ids, info):
+            if not self._serve(layer, topk_ids, slot_ids):
                 return None
         self._fill(layer, hidden)
         return topk_ids if self._passes_ids_through else slot_ids
@@ -268,31 +268,105 @@ class OffloadRuntime:
                 self.cache.shape.num_rows,
             )
 
-    def _observe(self, layer: int, topk_ids: torch.Tensor, num_tokens: int) -> None:
+    def _plan(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        slot_ids: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> bool:
+        """Observes and plans; where nothing is missing, names what is to be read ahead."""
+        if self._rows is None:
+            return self._serve(layer, topk_ids, slot_ids)
+        prefetcher = self.prefetcher
         began = time.perf_counter_ns()
-        if not self._passes_ids_through:  # else there is nothing to choose, and votes are idle
-            _expert_votes(topk_ids, self._row_weights, self._votes)
-        ids = topk_ids.numpy()[:num_tokens]
-        self.policy.observe(layer, ids, self._votes_array)
-        if self.prefetcher is not None:
+        if prefetcher is not None:
             if self._layer_ready_ns:
-                self.prefetcher.measured(compute_ns=began - self._layer_ready_ns)
-            self.prefetcher.collect()
-            self.prefetcher.observe(layer, ids)
+                prefetcher.measured(compute_ns=began - self._layer_ready_ns)
+            prefetcher.collect()
+            collected = time.perf_counter_ns()
+            self.prefetch_ns += collected - began
+            began = collected
+        ids = topk_ids.numpy()[: self._row_weights.numel()]
+        if layer == 0:
+            self._observer = self.policy.native_observer(*ids.shape)
+        if not self._observer:
+            if not self._passes_ids_through:  # else votes are idle
+                _expert_votes(topk_ids, self._row_weights, self._votes)
+            self.policy.observe(layer, ids, self._votes_array)
+        lookahead = most = 0
+        if prefetcher is not None:
+            lookahead, most = prefetcher.predictor.native_handle, prefetcher.room
+            if not lookahead:
+                prefetcher.observe(layer, ids)
+            if most > len(self._reads):
+                self._reads = torch.zeros((most, 3), dtype=torch.int32)
         self.policy_ns += time.perf_counter_ns() - began
+        planned = self._serve(
+            layer,
+            topk_ids,
+            slot_ids,
+            observer=self._observer,
+            lookahead=lookahead,
+            hidden=hidden,
+            max_reads=most,
+        )
+        self.policy_ns += int(self.cache.plan_info[4])
         if self._recorder is not None:
             self._recorder.observe(layer, ids)
+        return planned
+
+    def _serve(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        slot_ids: torch.Tensor,
+        *,
+        observer: int = 0,
+        lookahead: int = 0,
+        hidden: torch.Tensor | None = None,
+        max_reads: int = 0,
+    ) -> bool:
+        """The layer call in C++ (``csrc/serving.h``); whether the need fits at once."""
+        num_tokens, flags = topk_ids.shape[0], PLAN_TRANSIENT
+        if self._rows is not None:
+            num_tokens, flags = self._row_weights.numel(), 0
+        planned: bool = _serve_layer(
+            self.cache.handle,
+            observer,
+            lookahead,
+            layer,
+            topk_ids,
+            num_tokens,
+            flags,
+            self._row_weights,
+            hidden,
+            LIKELY,
+            self.policy.full_score if max_reads else 0.0,
+            max_reads,
+            slot_ids,
+            self._plan_info,
+            self._reads,
+        )
+        return planned
 
     def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Reads what the open plan misses, and issues prefetches meanwhile."""
         prefetcher = self.prefetcher if self._rows is not None else None
-        if self.cache.plan_info[2]:
+        _, _, misses, reads, _ = self.cache.plan_info.tolist()
+        if misses:
             self._read_misses(layer, prefetcher, hidden)
         elif prefetcher is not None:
             began = time.perf_counter_ns()
+            if prefetcher.predictor.native_handle:
+                ahead = [(at, expert, row) for at, expert, row in self._reads[:reads].tolist()]
+            else:
+                ahead = prefetcher.foresee(layer, hidden)
+            foreseen = time.perf_counter_ns()
             prefetcher.pass_layer(layer)
-            prefetcher.issue(layer, hidden)
-            self.policy_ns += time.perf_counter_ns() - began
+            prefetcher.begin(ahead)
+            self.policy_ns += foreseen - began
+            self.prefetch_ns += time.perf_counter_ns() - foreseen
         if prefetcher is not None:
             self._layer_ready_ns = time.perf_counter_ns()
 
@@ -318,7 +392,7 @@ class OffloadRuntime:
             # While the disk is busy all this costs nothing, and who stays is decided after it.
             self.policy.catch_up()
             if prefetcher is not None:
-                prefetcher.issue(layer, hidden)
+                prefetcher.begin(prefetcher.foresee(layer, hidden))
             self._transfer.end_read(pending)
             for _, _, row in requests:
                 self.cache.complete(row, True)

@@ -44,6 +44,7 @@ def random_arena(layout, num_rows):
 def copier_of(layout, num_host_rows, num_rows, engine="memcpy"):
     arena = random_arena(layout, num_host_rows)
     pool = SlotPool(layout, num_rows, device=DEVICE)
+    torch.cuda.synchronize()  # its zeros are there
     copier = CudaCopier(pool, arena, compute_stream=current_stream, engine=engine)
     try:
         yield copier, pool, arena
@@ -137,6 +138,11 @@ def test_copies_wait_for_kernels_that_were_launched_before(engine, lane, own_str
         first = copier.copy(lane, [(0, 0)])
         copier.join(first)
         copier.release(first)
+        # What is run for the first time may wait for the device: not while it sleeps.
+        warm = [pool.tensors["t0"][0].clone() for _ in range(2)]
+        torch.cuda._sleep(1)
+        stream.synchronize()
+        del warm
         torch.cuda._sleep(BUSY_CYCLES)
         kept = pool.tensors["t0"][0].clone()  # queued behind the sleep
         copier.after_compute()

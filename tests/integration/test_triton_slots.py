@@ -22,10 +22,11 @@ EXPERTS, TOP_K, HIDDEN, BLOCK, ROWS = 16, 2, 4, 8, 50
 def operators(monkeypatch):
     """``moe_align_block_size`` as vLLM's CUDA kernel fills its outputs."""
 
-    def align(ids, num_experts, block, token_ids, expert_ids, num_padded, expert_map, scatter):
+    def align(ids, num_experts, block, token_ids, expert_ids, *rest):
+        num_padded, expert_map, _ = rest
         assert expert_map is None
         flat = ids.reshape(-1)
-        assert 0 <= int(flat.min())
+        assert int(flat.min()) >= 0
         assert int(flat.max()) < num_experts, "the kernel counts in an array of num_experts"
         token_ids.fill_(flat.numel())
         expert_ids.fill_(0)

@@ -169,10 +169,10 @@ def install_model_patches() -> None:
 #   upstream: compilation/cuda_graph.py (CUDAGraphWrapper copies no inputs);
 #     vllm-project/vllm pull requests 30910 and 53915.
 #   remove when: CUDAGraphWrapper copies what comes from an operator outside the graphs.
-# Worker.compile_or_warm_up_model (v1/worker/gpu_worker.py)
-#   why: warm-up and capture go through execute_model with made-up requests, which would read
-#     experts and be traced.
-#   upstream: v1/worker/gpu/warmup.py, _dummy_run covers the rest.
+# Worker.determine_available_memory, .compile_or_warm_up_model (v1/worker/gpu_worker.py)
+#   why: the V2 runner's captures call the model beside _dummy_run, and its warm-up goes
+#     through execute_model with made-up requests: experts would be read for them, and traced.
+#   upstream: v1/worker/gpu/cudagraph_utils.py, v1/worker/gpu/warmup.py.
 #   remove when: warm-up steps are marked as such.
 def install_cuda_patches() -> None:
     """What serving from GPU memory changes beyond :func:`install_model_patches`."""
@@ -184,6 +184,7 @@ def install_cuda_patches() -> None:
 
     wrap(triton_moe, "_prepare_expert_assignment", triton_slots.prepare_expert_assignment)
     wrap(MoERunner, "_forward_impl", graphs.keep_outputs)
+    wrap(Worker, "determine_available_memory", requests.warm_up)
     wrap(Worker, "compile_or_warm_up_model", requests.warm_up)
 
 

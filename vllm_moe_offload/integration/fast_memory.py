@@ -12,6 +12,7 @@ from vllm_moe_offload.cache import CacheShape
 from vllm_moe_offload.config import GIB, OffloadConfig
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.prefetch import MOST_IN_FLIGHT
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer, TransferEngine
@@ -36,6 +37,12 @@ class FastMemory(Protocol):
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
         """Prepares the layers' calls, beyond their parameters."""
+
+    def settle(self) -> None:
+        """Waits until all that was brought in is there, whoever reads it on whatever stream."""
+
+    def most_prefetches(self, num_experts: int) -> int:
+        """Prefetches under way at a time, however fast the link; ``num_experts`` of a layer."""
 
 
 def fast_memory(vllm_config: Any) -> FastMemory:
@@ -83,3 +90,11 @@ class HostMemory:
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
         """See :meth:`FastMemory.attach`: nothing, the op in ``experts.py`` serves them."""
+
+    def settle(self) -> None:
+        """See :meth:`FastMemory.settle`: reads were waited for."""
+
+    def most_prefetches(self, num_experts: int) -> int:
+        """See :meth:`FastMemory.most_prefetches`."""
+        del num_experts
+        return MOST_IN_FLIGHT

@@ -119,6 +119,17 @@ class GpuMemory:
             layer.calls = calls
             layer.outputs = StableOutputs.of(self._vllm_config.compilation_config)
 
+    def settle(self) -> None:
+        """See :meth:`FastMemory.settle`: the model will run on another stream than loading did."""
+        torch.cuda.synchronize(self._device)
+
+    def most_prefetches(self, num_experts: int) -> int:
+        """See :meth:`FastMemory.most_prefetches`.
+
+        A layer: while one computes on a long prompt, the next is streamed in.
+        """
+        return num_experts
+
     def _host_rows(self, store: ExpertStore, shape: CacheShape, options: OffloadConfig) -> int:
         total = store.num_layers * store.num_experts
         if shape.holds_everything:

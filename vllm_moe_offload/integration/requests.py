@@ -89,11 +89,8 @@ def dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``compile_or_warm_up_model`` of a GPU worker: steps of requests that nobody sent."""
-    return dummy_run(
-        lambda _runner: original(self, *args, **kwargs),
-        self.model_runner,
-    )
+    """What a GPU worker does between loading and serving: steps that nobody asked for."""
+    return dummy_run(lambda _: original(self, *args, **kwargs), self.model_runner)
 
 
 def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

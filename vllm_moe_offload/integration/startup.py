@@ -50,7 +50,8 @@ def start_runtime(
     predictor = _predictor(options, shape, routers, first.top_k)
     prefetcher = None
     if predictor is not None:
-        prefetcher = Prefetcher(cache, transfer, policy, predictor)
+        most = memory.most_prefetches(store.num_experts)
+        prefetcher = Prefetcher(cache, transfer, policy, predictor, most_in_flight=most)
     runtime = OffloadRuntime(
         cache=cache,
         pool=pool,
@@ -68,6 +69,7 @@ def start_runtime(
     memory.attach(layers, runtime)
     if shape.holds_everything:
         runtime.load_everything()
+        memory.settle()
     return runtime
 
 

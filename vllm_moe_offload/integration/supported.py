@@ -42,6 +42,7 @@ def _platform_problems(
         yield from supported_gpu.problems(
             config, requested_graphs, current_platform.get_device_capability()
         )
+        yield from supported_gpu.library_problems()
         return
     if not current_platform.is_cpu():
         yield (

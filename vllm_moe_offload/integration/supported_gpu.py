@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_moe_offload.integration import graphs
+from vllm_moe_offload.transfer.cuda_library import cuda_library
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -38,6 +39,14 @@ def problems(
             f"allowed: {', '.join(MOE_BACKENDS)}"
         )
     yield from graphs.problems(config.compilation_config, requested_graphs)
+
+
+def library_problems() -> Iterator[str]:
+    """Says so if the copier was not built, before a model is loaded for it."""
+    try:
+        cuda_library()
+    except ImportError as error:
+        yield str(error)
 
 
 def prepare(config: Any) -> None:

@@ -132,6 +132,18 @@ class Policy(ABC):
                 the rows that chose it.
         """
 
+    def native_observer(self, num_rows: int, top_k: int) -> int:
+        """Address of an ``Observer`` (``csrc/serving.h``) that takes the step's layer calls in.
+
+        A policy that has one need not be told of each layer call by :meth:`observe`. Asked
+        at a step's first layer call; ``num_rows`` and ``top_k`` are those of the step.
+
+        Returns:
+            0 if this policy has none, or not now.
+        """
+        del num_rows, top_k
+        return 0
+
     def end_step(self) -> None:
         """All layers of the step ran."""
 

@@ -14,13 +14,14 @@ scoring all layers afresh, is put off to the first moment in which serving waits
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.native import core
+from vllm_moe_offload.native import Observer, core
 from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
 from vllm_moe_offload.policy.forecast import Forecast, TraceOptions
@@ -54,13 +55,16 @@ class TracePolicy(Policy):
         self._decay = float(self._visited_factor)
         self._vote_gain: FloatArray = np.zeros((num_layers, 1), np.float32)
         self._fade: FloatArray = np.zeros(shape, np.float32)
-        self._vote_gains = [0.0] * num_layers
-        self._scores_at, self._fade_at = self.scores.ctypes.data, self._fade.ctypes.data
         self._votes: FloatArray = np.zeros(shape, np.float32)
         self._ids: npt.NDArray[np.int32] = np.zeros((num_layers, 0, 0), np.int32)
-        self._votes_at = self._votes.ctypes.data
         self._past_votes, self._past_ids = self._votes.copy(), self._ids
-        self._layers_seen = 0
+        # What a layer call does to these arrays is done in C++, in serving without a detour.
+        self._observer = Observer(
+            scores=self.scores.ctypes.data,
+            fade=self._fade.ctypes.data,
+            gains=self._vote_gain.ctypes.data,
+            decay=self._decay,
+        )
         self._is_behind = False  # scores are not refreshed since the step began
         self._layers_followed = 0  # of this step, whose routing the other layers' scores know
         self._has_past = False  # the step before was not learned from
@@ -94,14 +98,14 @@ class TracePolicy(Policy):
         ``exp(-distance_weight)``. While a plain policy rules, scores are 1 for what it holds,
         0 for the rest.
         """
-        if self._fallback is not None and self._fallback.winner is not None:
+        if self._is_led:
             return 1.0
         return self.forecast.full_score
 
     def bind(self, scores: FloatArray) -> None:
         """See :meth:`Policy.bind`; ``scores`` must be contiguous."""
         super().bind(scores)
-        self._scores_at = scores.ctypes.data
+        self._observer.scores = scores.ctypes.data
 
     def attach_shadows(self, own: Shadow, plain: Sequence[Shadow]) -> None:
         """Lets shadows compete.
@@ -115,7 +119,7 @@ class TracePolicy(Policy):
     def begin_step(self, rows: StepRows) -> None:
         """Leaves all that takes time to :meth:`catch_up`."""
         super().begin_step(rows)
-        self._layers_seen = self._layers_followed = 0
+        self._observer.layers_seen = self._layers_followed = 0
         self._is_behind = True
         if self._fallback is not None and self._fallback.is_decided:
             self.catch_up()  # who rules must not change within a step
@@ -136,65 +140,77 @@ class TracePolicy(Policy):
         own *= self._unvisited
         gain = np.float32(self.forecast.gain * self._decay)
         np.multiply(self._unvisited, gain, out=self._vote_gain)
-        self._vote_gains = self._vote_gain[:, 0].tolist()
         np.multiply(self.forecast.fading, self._vote_gain, out=self._fade)
         if self._fallback is not None:
             self._fallback.expect(own)
-            if not self._layers_seen:
+            if not self._observer.layers_seen:
                 self._fallback.change()
             if self._fallback.winner is not None:
                 return
-        seen = slice(self._layers_seen)
+        seen = slice(self._observer.layers_seen)
         own[seen] *= self._visited_factor
         own[seen] += self._votes[seen] * self._vote_gain[seen] - self._fade[seen]
         self.scores[...] = own
 
     def _follow(self) -> None:
         """What the step's tokens used so far changes what they will use."""
-        begin, end = self._layers_followed, self._layers_seen
+        begin, end = self._layers_followed, self._observer.layers_seen
         self._layers_followed = end
-        if begin == end or not self.is_scoring or not self.options.follow:
+        if begin == end or not self.is_scoring or not self.options.follow or self._is_led:
             return
-        if self._fallback is not None and self._fallback.winner is not None:
-            return
-        gain = self.forecast.follow(begin, self._ids[begin:end])
-        if gain is None:
-            return
-        gain *= self._unvisited
-        gain[:end] *= self._visited_factor
-        self.scores += gain
+        factors = self._unvisited[:, 0].copy()
+        factors[:end] *= self._visited_factor
+        self.forecast.follow(begin, self._ids[begin:end], self.scores, factors)
+
+    @property
+    def _is_led(self) -> bool:
+        """Whether a plain policy rules."""
+        return self._fallback is not None and self._fallback.winner is not None
+
+    def _make_room(self, num_rows: int, top_k: int) -> None:
+        """For the ids of a step."""
+        if self._ids.shape[1:] != (num_rows, top_k):
+            self._ids = np.zeros((self.num_layers, num_rows, top_k), np.int32)
+
+    def native_observer(self, num_rows: int, top_k: int) -> int:
+        """See :meth:`Policy.native_observer`; there is none while a plain policy rules."""
+        if self._is_led:
+            return 0
+        self._make_room(num_rows, top_k)
+        observer = self._observer
+        observer.ids, observer.votes = self._ids.ctypes.data, self._votes.ctypes.data
+        observer.ids_per_layer = num_rows * top_k
+        observer.follows = self.is_scoring
+        return ctypes.addressof(observer)
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
         """Updates the scores of this layer."""
-        if self._ids.shape[1:] != ids.shape:
-            self._ids = np.zeros((self.num_layers, *ids.shape), np.int32)
+        self._make_room(*ids.shape)
         self._ids[layer] = ids
         self._votes[layer] = votes
-        self._layers_seen += 1
+        self._observer.layers_seen += 1
         if not self.is_scoring:
             return
         if self._fallback is not None and self._fallback.winner is not None:
             self._fallback.lead(layer, self._ids, votes, self.scores)
             return
-        begin = 4 * layer * self.num_experts
         core.vmo_follow(
-            self._scores_at + begin,
-            self._votes_at + begin,
-            self._fade_at + begin,
-            self._vote_gains[layer],
+            self.scores[layer].ctypes.data,
+            self._votes[layer].ctypes.data,
+            self._fade[layer].ctypes.data,
+            self._vote_gain[layer, 0],
             self._decay,
             self.num_experts,
         )
 
     def end_step(self) -> None:
         """Keeps the step for :meth:`catch_up`; one that broke off between layers is dropped."""
-        if self._layers_seen != self.num_layers:
+        if self._observer.layers_seen != self.num_layers:
             return
         if self._is_behind:
             self._refresh()
         self._ids, self._past_ids = self._past_ids, self._ids
         self._votes, self._past_votes = self._past_votes, self._votes
-        self._votes_at = self._votes.ctypes.data
         self._past_rows = self.rows
         self._has_past = True
 

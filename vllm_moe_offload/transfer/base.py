@@ -20,10 +20,13 @@ class Transfer(Protocol):
         read_ns: time that callers spent waiting.
         expert_ns: what bringing in one expert takes, where the transfer knows; None: what a
             clock around :meth:`begin_read` and :meth:`end_read` says is right.
+        max_queued_prefetches: most prefetches that a copy engine has at a time, which works in
+            order; may be set at any time. Without meaning where nothing is copied.
     """
 
     read_ns: int
     expert_ns: float | None
+    max_queued_prefetches: int
 
     @property
     def read_bytes(self) -> int:

@@ -73,10 +73,7 @@ class DeviceTransfer:
         Raises:
             ValueError: ``max_queued_prefetches`` is less than 1.
         """
-        if max_queued_prefetches < 1:
-            raise ValueError(
-                f"max_queued_prefetches must be at least 1, got {max_queued_prefetches}"
-            )
+        _check_queued(max_queued_prefetches)
         store = host.store
         self.read_ns = 0
         self.expert_ns = expert_ns
@@ -104,6 +101,16 @@ class DeviceTransfer:
     def verify_failures(self) -> int:
         """Records whose checksum was wrong."""
         return self._host.files.verify_failures
+
+    @property
+    def max_queued_prefetches(self) -> int:
+        """Prefetches that the device has to copy at a time, at most."""
+        return self._prefetches.max_queued
+
+    @max_queued_prefetches.setter
+    def max_queued_prefetches(self, count: int) -> None:
+        _check_queued(count)
+        self._prefetches.max_queued = count
 
     # ---- demand ----------------------------------------------------------------------
 
@@ -353,3 +360,8 @@ class DeviceTransfer:
         self._prefetches.close()
         self._copies.close()
         self._flights.close()
+
+
+def _check_queued(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"max_queued_prefetches must be at least 1, got {count}")

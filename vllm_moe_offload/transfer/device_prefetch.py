@@ -34,7 +34,11 @@ class StagedFlight(DeviceFlight):
 
 
 class DevicePrefetches:
-    """All prefetches of one transfer; those that ended wait in ``flights``."""
+    """All prefetches of one transfer; those that ended wait in ``flights``.
+
+    Attributes:
+        max_queued: copies that the device may have at a time.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,7 @@ class DevicePrefetches:
         self._copier = copier
         self._copies = copies
         self._flights = flights
-        self._max_queued = max_queued
+        self.max_queued = max_queued
         # Prefetches must leave host rows to demands.
         self._max_under_way = host.num_rows if host.holds_everything else host.num_rows // 2
         self._reading: dict[int, StagedFlight] = {}  # by host row
@@ -98,7 +102,7 @@ class DevicePrefetches:
 
     def queue(self) -> None:
         """Gives the device copies, as many as it may have at a time."""
-        while self._waiting and len(self._copying) < self._max_queued:
+        while self._waiting and len(self._copying) < self.max_queued:
             self._copy(self._waiting[0], PREFETCH_LANE)
 
     def _copy(self, flight: StagedFlight, lane: int) -> None:
@@ -148,6 +152,8 @@ class DevicePrefetches:
 
     def promote(self, flight: StagedFlight) -> None:
         """Gives it a demand's priority."""
+        if flight.stage is Stage.ENDED:
+            return  # if nobody wanted it, that is why
         flight.dropped = False  # unless it turns out to have been cut short
         if flight.stage is Stage.READING:
             flight.promoted = True

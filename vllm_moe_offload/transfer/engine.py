@@ -26,6 +26,7 @@ class TransferEngine:
     Attributes:
         read_ns: time that callers spent waiting in :meth:`read` and :meth:`await_row`.
         expert_ns: None, as in :class:`Transfer`.
+        max_queued_prefetches: of no meaning here, as in :class:`Transfer`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TransferEngine:
         """
         self.read_ns = 0
         self.expert_ns: float | None = None
+        self.max_queued_prefetches = 1
         self._store = store
         self._verify = verify
         try:

@@ -1,0 +1,146 @@
+#include "serving.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "follow.h"
+
+namespace vmo {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+int64_t ns_since(Clock::time_point began) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
+}
+
+template <typename Id>
+void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t num_experts) {
+  const int64_t num_ids = call.num_rows * call.top_k;
+  if (num_ids != observer.ids_per_layer) {
+    throw std::invalid_argument("layer " + std::to_string(call.layer) + " routed " +
+                                std::to_string(num_ids) + " ids, the step has " +
+                                std::to_string(observer.ids_per_layer));
+  }
+  const int64_t begin = static_cast<int64_t>(call.layer) * num_experts;
+  histogram(ids, call.num_rows, call.top_k, call.weights, num_experts, observer.votes + begin);
+  std::transform(ids, ids + num_ids, observer.ids + call.layer * num_ids,
+                 [](Id id) { return static_cast<int32_t>(id); });
+  ++observer.layers_seen;
+  if (observer.follows == 0) return;
+  follow(observer.scores + begin, observer.votes + begin, observer.fade + begin,
+         observer.gains[call.layer], observer.decay, num_experts);
+}
+
+template <typename Id>
+LayerOutcome serve(Planner& planner, Observer* observer, RouterLookahead* lookahead,
+                   const LayerCall& call, int32_t* reads) {
+  const auto* ids = static_cast<const Id*>(call.ids);
+  const int64_t num_ids = call.num_rows * call.top_k;
+  const Clock::time_point began = Clock::now();
+  LayerOutcome outcome;
+  if (observer != nullptr) observe(*observer, ids, call, planner.config().num_experts);
+  if (lookahead != nullptr && lookahead->watches(call.layer)) {
+    const std::vector<int64_t> wide(ids, ids + num_ids);
+    lookahead->observe(call.layer, wide.data());
+  }
+  outcome.policy_ns = ns_since(began);
+
+  if constexpr (sizeof(Id) == sizeof(int32_t)) {
+    outcome.fits = planner.plan(call.layer, ids, num_ids, call.flags);
+  } else {
+    std::vector<int32_t> narrowed(static_cast<size_t>(num_ids));
+    narrow(ids, num_ids, narrowed.data());
+    outcome.fits = planner.plan(call.layer, narrowed.data(), num_ids, call.flags);
+  }
+  if (!outcome.fits) return outcome;
+  const Plan& plan = planner.current();
+  outcome.num_experts = static_cast<int32_t>(plan.experts.size());
+  outcome.num_hits = plan.num_hits;
+  outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
+  if (num_ids > 0) {
+    remap(planner, call.layer, ids, num_ids, call.num_padded_rows * call.top_k,
+          static_cast<Id*>(call.rows));
+  }
+  if (outcome.num_misses > 0 || lookahead == nullptr || call.hidden == nullptr) return outcome;
+
+  const Clock::time_point planned = Clock::now();
+  const std::vector<ReservedRow> reserved =
+      lookahead->foresee(planner, call.layer, call.hidden, call.hidden_type, call.hidden_stride,
+                         call.threshold, call.value, call.max_reads);
+  for (const ReservedRow& row : reserved) {
+    *reads++ = row.layer;
+    *reads++ = row.expert;
+    *reads++ = row.slot;
+  }
+  outcome.num_reads = static_cast<int32_t>(reserved.size());
+  outcome.policy_ns += ns_since(planned);
+  return outcome;
+}
+
+}  // namespace
+
+template <typename Id>
+void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,
+               int32_t num_experts, float* out) {
+  std::fill_n(out, num_experts, 0.0F);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const float weight = weights != nullptr ? weights[row] : 1.0F;
+    for (int32_t j = 0; j < top_k; ++j) {
+      const Id id = ids[row * top_k + j];
+      if (id < 0 || id >= num_experts) {
+        throw std::invalid_argument("expert id " + std::to_string(id) + " of row " +
+                                    std::to_string(row) + " is outside [0, " +
+                                    std::to_string(num_experts) + ")");
+      }
+      out[id] += weight;
+    }
+  }
+}
+
+template <typename Id>
+void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
+           int64_t num_padded_ids, Id* rows) {
+  const int32_t num_experts = planner.config().num_experts;
+  const auto row_of = [&](int64_t i) {
+    const Id id = ids[i];
+    const bool valid = id >= 0 && id < num_experts;
+    const int32_t row = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
+    if (row < 0) {
+      throw std::logic_error("expert " + std::to_string(id) + " of layer " +
+                             std::to_string(layer) + " has no row");
+    }
+    return static_cast<Id>(row);
+  };
+  for (int64_t i = 0; i < num_ids; ++i) rows[i] = row_of(i);
+  if (num_padded_ids > num_ids) {
+    std::fill(rows + num_ids, rows + num_padded_ids, row_of(0));
+  }
+}
+
+void narrow(const int64_t* ids, int64_t count, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = static_cast<int32_t>(ids[i]);
+    if (out[i] != ids[i]) {
+      throw std::invalid_argument("expert id " + std::to_string(ids[i]) +
+                                  " does not fit in 32 bits");
+    }
+  }
+}
+
+template void histogram(const int32_t*, int64_t, int32_t, const float*, int32_t, float*);
+template void histogram(const int64_t*, int64_t, int32_t, const float*, int32_t, float*);
+template void remap(const Planner&, int32_t, const int32_t*, int64_t, int64_t, int32_t*);
+template void remap(const Planner&, int32_t, const int64_t*, int64_t, int64_t, int64_t*);
+
+LayerOutcome serve_layer(Planner& planner, Observer* observer, RouterLookahead* lookahead,
+                         const LayerCall& call, int32_t* reads) {
+  if (call.id_bytes == 8) return serve<int64_t>(planner, observer, lookahead, call, reads);
+  return serve<int32_t>(planner, observer, lookahead, call, reads);
+}
+
+}  // namespace vmo
