@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -80,14 +82,27 @@ def test_too_small(store):
 
 
 def test_impossible_size_is_a_memory_error(store, monkeypatch):
-    from vllm_moe_offload.transfer import host_tier
-
-    def refuse(nbytes):
+    def refuse(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(host_tier, "aligned_buffer", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(MemoryError, match=r"host memory for 60 experts.*lower host_gb"):
         HostTier(store, 60)
+
+
+def test_children_do_not_share_the_memory(store, tier_of):
+    tier = tier_of(store, 7)
+    begin = tier.arena.ctypes.data
+    flags = set()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            inside = low <= begin < high
+        elif inside and first == "VmFlags:":
+            flags = set(line.split()[1:])
+    assert "dc" in flags  # not copied by fork
 
 
 def test_damage_is_found_while_filling(store, tier_of):

@@ -68,6 +68,7 @@ class OffloadRuntime:
         self._transfer = transfer
         self.prefetcher = prefetcher
         self._layer_ready_ns = 0
+        self._copies_ns = 0
         self._collection_file = collection_file
         self._recorder = recorder
         self._counter_file = counter_file
@@ -282,7 +283,7 @@ class OffloadRuntime:
         began = time.perf_counter_ns()
         if prefetcher is not None:
             if self._layer_ready_ns:
-                prefetcher.measured(compute_ns=began - self._layer_ready_ns)
+                prefetcher.measured(compute_ns=max(began - self._layer_ready_ns, 0))
             prefetcher.collect()
             collected = time.perf_counter_ns()
             self.prefetch_ns += collected - began
@@ -354,6 +355,7 @@ class OffloadRuntime:
         """Reads what the open plan misses, and issues prefetches meanwhile."""
         prefetcher = self.prefetcher if self._rows is not None else None
         _, _, misses, reads, _ = self.cache.plan_info.tolist()
+        self._copies_ns = 0
         if misses:
             self._read_misses(layer, prefetcher, hidden)
         elif prefetcher is not None:
@@ -368,7 +370,8 @@ class OffloadRuntime:
             self.policy_ns += foreseen - began
             self.prefetch_ns += time.perf_counter_ns() - foreseen
         if prefetcher is not None:
-            self._layer_ready_ns = time.perf_counter_ns()
+            # On a device the kernel still waits for its misses, and the link has no room meanwhile.
+            self._layer_ready_ns = time.perf_counter_ns() + self._copies_ns
 
     def _read_misses(
         self,
@@ -398,7 +401,9 @@ class OffloadRuntime:
                 self.cache.complete(row, True)
             if requests and prefetcher is not None and not awaited:
                 read_ns = self._transfer.expert_ns
-                if read_ns is None:
+                if read_ns is not None:
+                    self._copies_ns = int(read_ns * len(requests))
+                else:
                     read_ns = (time.perf_counter_ns() - began) / len(requests)
                 prefetcher.measured(read_ns=read_ns)
             for row in awaited:

@@ -120,9 +120,9 @@ void gather_records(const char* records, uint64_t record_bytes,
         arguments.chunks_per_pair * static_cast<uint64_t>(arguments.num_pairs);
     const auto blocks = static_cast<unsigned>(std::min<uint64_t>(num_chunks, kBlocks));
     void* parameters[] = {&arguments};
-    check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(&gather_kernel), dim3(blocks),
-                                dim3(kThreads), parameters, 0, stream),
-               "cudaLaunchKernel (gather)");
+    check_cuda(
+        cudaLaunchKernel(&gather_kernel, dim3(blocks), dim3(kThreads), parameters, 0, stream),
+        "cudaLaunchKernel (gather)");
   }
 }
 

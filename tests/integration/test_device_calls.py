@@ -184,11 +184,15 @@ def test_a_failed_read_leaves_no_plan_open(store):
 class Looks:
     """A prefetcher that keeps what it was shown of the hidden states."""
 
+    predictor = SimpleNamespace(native_handle=0)
+    room = 1
+
     def __init__(self):
         self.seen = []
 
-    def issue(self, layer, hidden):
+    def foresee(self, layer, hidden):
         self.seen.append((layer, hidden.clone(), hidden.stride(0)))
+        return []
 
     def __getattr__(self, name):
         return lambda *_, **__: None

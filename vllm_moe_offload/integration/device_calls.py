@@ -123,9 +123,10 @@ class DeviceCalls:
         """Queues a copy into page-locked memory; the result is there after :meth:`_wait`."""
         buffer = self._staged.get(name)
         if buffer is None or buffer.shape[0] < tensor.shape[0] or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._pins
-            )
+            with torch.inference_mode(False):
+                buffer = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._pins
+                )
             self._staged[name] = buffer
         staged = buffer[: tensor.shape[0]]
         staged.copy_(tensor, non_blocking=True)
@@ -137,7 +138,8 @@ class DeviceCalls:
         """``[count, hidden]`` of which only the rows in ``sample`` have been touched."""
         width = rows.shape[1]
         if self._spread.numel() < count * width or self._spread.dtype != rows.dtype:
-            self._spread = torch.empty(count * width, dtype=rows.dtype, device="cpu")
+            with torch.inference_mode(False):
+                self._spread = torch.empty(count * width, dtype=rows.dtype, device="cpu")
         spread = self._spread[: count * width].view(count, width)
         spread[sample] = rows
         return spread

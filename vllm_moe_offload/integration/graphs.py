@@ -105,9 +105,16 @@ class StableOutputs:
         """
         tensors = result if isinstance(result, tuple) else (result,)
         if not self._buffers:
-            self._buffers = [
-                tensor.new_empty((self._max_tokens, *tensor.shape[1:])) for tensor in tensors
-            ]
+            # Ordinary tensors: captures may run outside the inference mode of this call.
+            with torch.inference_mode(False):
+                self._buffers = [
+                    torch.empty(
+                        (self._max_tokens, *tensor.shape[1:]),
+                        dtype=tensor.dtype,
+                        device=tensor.device,
+                    )
+                    for tensor in tensors
+                ]
         if tensors[0].shape[0] > self._max_tokens:
             return result
         kept = tuple(

@@ -6,12 +6,14 @@ is one contiguous source for a copy to the device, and one O_DIRECT read, tail i
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.store import ExpertStore
-from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.transfer.engine import DEFAULT_THREADS, TransferEngine
 from vllm_moe_offload.transfer.host_rows import HostRows
 from vllm_moe_offload.transfer.record_reader import Bytes
@@ -67,7 +69,7 @@ class HostTier:
         record_bytes = store.layout.record_bytes
         nbytes = self.num_rows * record_bytes
         try:
-            self.arena: Bytes = aligned_buffer(nbytes).reshape(self.num_rows, record_bytes)
+            self.arena: Bytes = _memory(nbytes).reshape(self.num_rows, record_bytes)
         except OSError as error:
             raise MemoryError(
                 f"cannot allocate {nbytes} bytes of host memory for {self.num_rows} experts: "
@@ -130,6 +132,18 @@ class HostTier:
     def close(self) -> None:
         """Ends the I/O threads; the arena stays for whoever still reads it."""
         self.files.close()
+
+
+def _memory(nbytes: int) -> Bytes:
+    """Pages of this process alone, huge ones where possible.
+
+    A child must not share them: where the kernel then gives the parent a fresh page for what it
+    writes, a device would go on reading the old one.
+    """
+    region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    region.madvise(mmap.MADV_HUGEPAGE)
+    region.madvise(mmap.MADV_DONTFORK)
+    return np.frombuffer(region, np.uint8)
 
 
 _RECORD = "record"
