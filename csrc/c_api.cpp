@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "file_reader.h"
+#include "follow.h"
 #include "lookahead.h"
 #include "planner.h"
 #include "serving.h"
@@ -297,6 +298,32 @@ int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner, in
 void vmo_follow(float* scores, const float* votes, const float* fade, float gain, float decay,
                 int64_t count) {
   vmo::follow(scores, votes, fade, gain, decay, count);
+}
+
+int32_t vmo_follow_values(const vmo_value_step* step) {
+  return guarded<int32_t>(-1, [&] {
+    vmo::ValueStep inner;
+    inner.values = step->values;
+    inner.weights = step->weights;
+    inner.states = step->states;
+    inner.size = static_cast<int64_t>(step->num_layers) * step->num_experts;
+    inner.num_layers = step->num_layers;
+    inner.num_experts = step->num_experts;
+    inner.first_layer = step->first_layer;
+    inner.end_layer = step->end_layer;
+    inner.ids = step->ids;
+    inner.owners = step->owners;
+    inner.num_rows = step->num_rows;
+    inner.top_k = step->top_k;
+    inner.running = step->running;
+    inner.kept = step->kept;
+    inner.num_running = step->num_running;
+    inner.use = step->use;
+    inner.scores = step->scores;
+    inner.factors = step->factors;
+    vmo::follow_values(inner);
+    return 0;
+  });
 }
 
 vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_threads,

@@ -141,6 +141,31 @@ VMO_API int32_t vmo_serve_layer(vmo_planner* planner, vmo_observer* observer,
 VMO_API void vmo_follow(float* scores, const float* votes, const float* fade, float gain,
                         float decay, int64_t count);
 
+// Fields as in ValueStep (follow.h).
+typedef struct vmo_value_step {
+  float* values;
+  const float* weights;
+  const float* states;
+  const int32_t* ids;
+  const int32_t* owners;
+  const int64_t* running;
+  const float* kept;
+  float* scores;
+  const float* factors;
+  int32_t num_layers;
+  int32_t num_experts;
+  int32_t first_layer;
+  int32_t end_layer;
+  int32_t num_rows;
+  int32_t top_k;
+  int32_t num_running;
+  float use;
+} vmo_value_step;
+
+// Lets forecasts and scores follow the routing of consecutive layers. 0, or -1 on an id out of
+// range.
+VMO_API int32_t vmo_follow_values(const vmo_value_step* step);
+
 // ---- file reader -------------------------------------------------------------------
 typedef struct vmo_reader vmo_reader;
 

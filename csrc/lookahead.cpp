@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "wide.h"
+
 namespace vmo {
 
 namespace {
@@ -36,14 +38,6 @@ Scale scale_of(const float* logits, int32_t num_experts, int32_t top_k,
   const float deviation = std::sqrt(squares / static_cast<float>(num_experts));
   return {0.5F * (last_in + *first_out), kBinsPerDeviation / (deviation + 1e-12F)};
 }
-
-// One binary for all x86-64 machines, wide vectors where there are any. (The resolvers of
-// clones run before AddressSanitizer is ready.)
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
-#define VMO_WIDE __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define VMO_WIDE
-#endif
 
 float to_float(float value) { return value; }
 float to_float(uint16_t bfloat16) {

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "follow.h"
+
 namespace vmo {
 
 namespace {
@@ -81,12 +83,6 @@ LayerOutcome serve(Planner& planner, Observer* observer, RouterLookahead* lookah
 }
 
 }  // namespace
-
-void follow(float* scores, const float* votes, const float* fade, float gain, float decay,
-            int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]);
-}
 
 template <typename Id>
 void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,

@@ -41,10 +41,6 @@ struct LayerOutcome {
   int64_t policy_ns = 0;  // spent on observing and looking ahead
 };
 
-// scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]).
-void follow(float* scores, const float* votes, const float* fade, float gain, float decay,
-            int64_t count);
-
 // out[e] = sum over rows of weight * (times the row chose e); weights null means 1 each. Throws
 // std::invalid_argument on an id that is no expert.
 template <typename Id>

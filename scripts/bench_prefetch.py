@@ -113,17 +113,18 @@ class Recorder:
 
     def __init__(self, runtime: Any) -> None:
         self.steps: list[list[np.ndarray]] = []
-        begin, observe = runtime.begin_step, runtime._observe
+        begin, begin_layer = runtime.begin_step, runtime.begin_layer
 
         def begin_step(rows: Any) -> None:
             self.steps.append([])
             begin(rows)
 
-        def observe_layer(layer: int, topk_ids: Any, num_tokens: int) -> None:
-            self.steps[-1].append(topk_ids[:num_tokens].numpy().copy())
-            observe(layer, topk_ids, num_tokens)
+        def record(layer: int, topk_ids: Any, hidden: Any = None) -> Any:
+            if runtime.num_step_rows is not None:
+                self.steps[-1].append(topk_ids[: runtime.num_step_rows].numpy().copy())
+            return begin_layer(layer, topk_ids, hidden)
 
-        runtime.begin_step, runtime._observe = begin_step, observe_layer
+        runtime.begin_step, runtime.begin_layer = begin_step, record
 
     def save(self, path: Path) -> None:
         """Writes the round and forgets it."""

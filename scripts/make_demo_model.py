@@ -31,7 +31,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -601,6 +601,26 @@ def _gaussian(name: str, shape: tuple[int, ...], std: float) -> Weight:
     return Weight(name, shape, make)
 
 
+@lru_cache(maxsize=1)
+def _noise(seed: int, size: int) -> Tensor:
+    """[size] unit normal values, made once for a model's experts."""
+    return torch.empty(size, dtype=torch.float32).normal_(generator=generator(seed, "noise"))
+
+
+def _window(name: str, shape: tuple[int, ...], std: float, seed: int) -> Weight:
+    """A tensor of normal values cut from a block of twice its size, where its name says.
+
+    Drawing numbers for every tensor takes longer than a fast disk takes to write them.
+    """
+    size = math.prod(shape)
+
+    def make(rng: torch.Generator) -> Tensor:
+        begin = int(torch.randint(size + 1, (), generator=rng))
+        return (_noise(seed, 2 * size)[begin : begin + size] * std).reshape(shape)
+
+    return Weight(name, shape, make)
+
+
 def _constant(name: str, size: int, value: float = 1.0) -> Weight:
     return Weight(name, (size,), lambda rng: torch.full((size,), value))
 
@@ -608,8 +628,18 @@ def _constant(name: str, size: int, value: float = 1.0) -> Weight:
 class Checkpoint:
     """All tensors and the config of one demo model, none of them made yet."""
 
-    def __init__(self, arch: str, shape: Shape, seed: int, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        arch: str,
+        shape: Shape,
+        seed: int,
+        tokenizer: Tokenizer,
+        *,
+        max_positions: int = MAX_POSITIONS,
+        shared_noise: bool = False,
+    ):
         self.arch, self.shape, self.seed = arch, shape, seed
+        self.max_positions, self.shared_noise = max_positions, shared_noise
         self.traits = ARCHS[arch]
         self.num_topics = min(len(TOPICS), shape.hidden // 4)
         self.vocabulary = Vocabulary.of(tokenizer, self.num_topics)
@@ -785,9 +815,15 @@ class Checkpoint:
         gate, up, down = names
         fan_in = 1 / math.sqrt(hidden)
         fan_out = rms / (self.traits.act_rms * math.sqrt(width))
-        yield _gaussian(f"{prefix}.{gate}.weight", (width, hidden), fan_in)
-        yield _gaussian(f"{prefix}.{up}.weight", (width, hidden), fan_in)
-        yield _gaussian(f"{prefix}.{down}.weight", (hidden, width), fan_out)
+        for name, shape, std in (
+            (gate, (width, hidden), fan_in),
+            (up, (width, hidden), fan_in),
+            (down, (hidden, width), fan_out),
+        ):
+            if self.shared_noise:
+                yield _window(f"{prefix}.{name}.weight", shape, std, self.seed)
+            else:
+                yield _gaussian(f"{prefix}.{name}.weight", shape, std)
 
     @cached_property
     def expert_rms(self) -> float:
@@ -852,7 +888,7 @@ class Checkpoint:
             "num_experts_per_tok": shape.top_k,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-5,
-            "max_position_embeddings": MAX_POSITIONS,
+            "max_position_embeddings": self.max_positions,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "tie_word_embeddings": False,
             "bos_token_id": None,
@@ -973,11 +1009,11 @@ def _clear_checkpoint(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
+def _write_tokenizer(out: Path, tokenizer: Tokenizer, max_positions: int) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": MAX_POSITIONS,
+        "model_max_length": max_positions,
         "eos_token": END,
         "pad_token": PAD,
         "additional_special_tokens": list(SPECIALS[2:]),
@@ -1025,6 +1061,8 @@ def write_demo_model(
     seed: int = 0,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_positions: int = MAX_POSITIONS,
+    shared_noise: bool = False,
     progress: bool = False,
 ) -> Shape:
     """Write a demo checkpoint to the directory ``out`` and return its shape.
@@ -1032,12 +1070,22 @@ def write_demo_model(
     Sizes left out come from ``experts_gb`` (1e9 bytes of expert weights) or the
     architecture's default. The same arguments give the same bytes.
 
+    With ``shared_noise`` experts are windows of one block of random numbers instead of
+    having their own: as different in effect, and written as fast as the disk takes them.
+    ``max_positions`` can be changed where positions are rotated plainly.
+
     Raises:
         DemoModelError: the arguments, ``out`` or the free disk space do not allow it;
             nothing was written.
     """
     if arch not in ARCHS:
         raise DemoModelError(f"arch is {arch!r}; known are {', '.join(ARCHS)}")
+    if max_positions != MAX_POSITIONS and arch in ("deepseek_v2", "gpt_oss"):
+        raise DemoModelError(
+            f"max_positions is {max_positions}; {arch} models are written with {MAX_POSITIONS}"
+        )
+    if shared_noise and arch == "gpt_oss":
+        raise DemoModelError("shared_noise is not possible for gpt_oss: its experts are fused")
     flags = {
         "layers": layers,
         "experts": experts,
@@ -1047,13 +1095,15 @@ def write_demo_model(
     }
     shape = resolve_shape(arch, experts_gb, flags)
     tokenizer = train_tokenizer(seed)
-    checkpoint = Checkpoint(arch, shape, seed, tokenizer)
+    checkpoint = Checkpoint(
+        arch, shape, seed, tokenizer, max_positions=max_positions, shared_noise=shared_noise
+    )
     weights = list(checkpoint.weights())
     total = sum(weight.nbytes for weight in weights)
     _check_target(out, total + 16_000_000, force)
     out.mkdir(parents=True, exist_ok=True)
     _clear_checkpoint(out)
-    _write_tokenizer(out, tokenizer)
+    _write_tokenizer(out, tokenizer, max_positions)
     _write_shards(out, weights, seed, max_shard_bytes, progress)
     end = {"eos_token_id": checkpoint.vocabulary.end, "pad_token_id": checkpoint.pad}
     _write_json(out / "generation_config.json", {"do_sample": True, **end})

@@ -21,7 +21,7 @@ LAYERS = [
         "metrics",
     },
     {"prefetch", "lookahead", "tensor_stream"},
-    {"shapes"},
+    {"shapes", "layer_calls"},
     {"runtime", "replay", "fit"},
     {"integration", "cli"},
 ]

@@ -45,6 +45,8 @@ def test_cache_size_is_parsed(value, expected):
         ({"cache_gb": "150%"}, ["cache_gb", "150%", "(0%, 100%]"]),
         ({"cache_gb": "lots"}, ["cache_gb", "lots", '"auto"']),
         ({"cache_gb": float("nan")}, ["cache_gb", "nan"]),
+        ({"host_gb": 0}, ["host_gb", "0", '"25%"']),
+        ({"host_gb": "much"}, ["host_gb", "much", '"auto"']),
         ({"io_threads": 0}, ["io_threads", "0", "greater than or equal to 1"]),
         ({"record_trace": "trace.txt"}, ["record_trace", "trace.txt", ".npz"]),
         ({"trace_path": "eam.npz"}, ["trace_path", "eam.npz", ".msgpack"]),

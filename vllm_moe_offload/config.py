@@ -53,6 +53,14 @@ class OffloadConfig(BaseModel):
             json_schema_extra={"unit": "GiB"},
         ),
     ] = "auto"
+    host_gb: Annotated[
+        float | str,
+        Field(
+            description="With a GPU: page-locked host memory for experts: a number of GiB, a "
+            'share of all experts such as "50%", or "auto" (all experts if they fit, else what '
+            "the system can spare). What does not fit is read from the store when it is used."
+        ),
+    ] = "auto"
     store_dir: Annotated[
         str,
         Field(
@@ -108,9 +116,9 @@ class OffloadConfig(BaseModel):
         ),
     ] = 4
 
-    @field_validator("cache_gb")
+    @field_validator("cache_gb", "host_gb")
     @classmethod
-    def _check_cache_gb(cls, value: float | str) -> float | str:
+    def _check_size(cls, value: float | str) -> float | str:
         parse_cache_size(value)
         return value
 
@@ -135,7 +143,9 @@ class OffloadConfig(BaseModel):
 
 
 def parse_cache_size(value: float | str) -> tuple[Literal["bytes", "share", "auto"], float]:
-    """Kind and amount of a ``cache_gb`` value: bytes, share of all experts in (0, 1], auto.
+    """Kind and amount of a ``cache_gb`` or ``host_gb`` value.
+
+    Kinds: bytes, share of all experts in (0, 1], auto.
 
     Raises:
         ValueError: not a positive number, percentage or "auto".

@@ -48,6 +48,12 @@ MEMORY = 0.995
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def sampled_rows(num_rows: int) -> npt.NDArray[np.int64]:
+    """Rows of a step of ``num_rows`` that the routers are asked about (``csrc/lookahead.h``)."""
+    count = min(num_rows, MAX_ROWS)
+    return np.arange(count) * num_rows // max(count, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Routers:
     """The routers of all MoE layers, which are linear: logits = hidden @ weight.T + bias.

@@ -56,6 +56,30 @@ class Observer(ctypes.Structure):
     )
 
 
+class ValueStep(ctypes.Structure):
+    """``vmo_value_step``: routing of consecutive layers, and the forecasts that follow it."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        ("weights", c_void_p),
+        ("states", c_void_p),
+        ("ids", c_void_p),
+        ("owners", c_void_p),
+        ("running", c_void_p),
+        ("kept", c_void_p),
+        ("scores", c_void_p),
+        ("factors", c_void_p),
+        ("num_layers", c_int32),
+        ("num_experts", c_int32),
+        ("first_layer", c_int32),
+        ("end_layer", c_int32),
+        ("num_rows", c_int32),
+        ("top_k", c_int32),
+        ("num_running", c_int32),
+        ("use", c_float),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_last_error": (c_char_p, []),
     "vmo_planner_create": (c_void_p, [c_int32] * 7),
@@ -109,6 +133,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             c_void_p,
         ],
     ),
+    "vmo_follow_values": (c_int32, [POINTER(ValueStep)]),
     "vmo_follow": (None, [c_void_p, c_void_p, c_void_p, c_float, c_float, c_int64]),
     "vmo_reader_open": (c_void_p, [c_char_p, c_int32, c_int32, c_void_p, c_int32]),
     "vmo_reader_close": (None, [c_void_p]),

@@ -15,7 +15,7 @@ import torch
 from vllm_moe_offload.cache import ExpertCache
 from vllm_moe_offload.policy.base import IdArray, Policy, StepRows
 from vllm_moe_offload.predictor import Predictor
-from vllm_moe_offload.transfer import TransferEngine
+from vllm_moe_offload.transfer import Transfer
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -27,6 +27,10 @@ LAYERS_AHEAD = 3
 
 MOST_IN_FLIGHT = 8
 """Prefetches under way at a time, however fast the link."""
+
+MOST_QUEUED = 2
+"""Of them, those that a copy engine has at a time, where a layer computes for so short that the
+next demand would find more: one that runs and one behind it."""
 
 SMOOTHING = 0.05
 """Weight of the newest measurement in the averages of read and layer times."""
@@ -46,12 +50,20 @@ class Prefetcher:
     """
 
     def __init__(
-        self, cache: ExpertCache, transfer: TransferEngine, policy: Policy, predictor: Predictor
+        self,
+        cache: ExpertCache,
+        transfer: Transfer,
+        policy: Policy,
+        predictor: Predictor,
+        *,
+        most_in_flight: int = MOST_IN_FLIGHT,
     ) -> None:
+        """``most_in_flight``: prefetches under way at a time, however fast the link."""
         self.predictor = predictor
         self.read_ns = 0.0
         self.compute_ns: dict[int, float] = {}
         self._size = 0
+        self._most_in_flight = most_in_flight
         self._cache = cache
         self._transfer = transfer
         self._policy = policy
@@ -132,9 +144,13 @@ class Prefetcher:
         return max(self._budget() - len(self._flights), 0)
 
     def begin(self, reads: list[Read]) -> None:
-        """Begins to read; layer, expert and reserved row of each, the most urgent first."""
-        if not reads:
+        """Begins to read; layer, expert and reserved row of each, the most urgent first.
+
+        With none too: others may wait for their turn.
+        """
+        if not (reads or self._flights):
             return
+        self._transfer.max_queued_prefetches = max(MOST_QUEUED, self._per_layer())
         begun = self._transfer.prefetch(reads)
         for target, expert, row in reads[:begun]:
             self._flights[row] = (target, expert)
@@ -171,4 +187,10 @@ class Prefetcher:
         """
         if not self.read_ns:
             return 1
-        return min(2 + int(self.compute_ns.get(self._size, 0.0) / self.read_ns), MOST_IN_FLIGHT)
+        return min(2 + self._per_layer(), self._most_in_flight)
+
+    def _per_layer(self) -> int:
+        """Reads that the link carries while one layer computes, whole ones."""
+        if not self.read_ns:
+            return 0
+        return int(self.compute_ns.get(self._size, 0.0) / self.read_ns)

@@ -15,22 +15,18 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-import vllm_moe_offload._C  # noqa: F401  (registers the operators)
 from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
+from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.predictor import LIKELY
 from vllm_moe_offload.prefetch import Prefetcher
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.transfer import TransferEngine, TransferError
+from vllm_moe_offload.transfer import Transfer, TransferError
 
 logger = logging.getLogger("vllm.moe_offload")
-
-_serve_layer = torch.ops.vllm_moe_offload.serve_layer.default
-_expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
 
 
 class OffloadRuntime:
@@ -40,8 +36,6 @@ class OffloadRuntime:
         cache: page table and counters.
         pool: the rows that kernels read.
         stall_ns: time that layer calls spent waiting for reads.
-        policy_ns: time that tracing, scoring and predicting took while nothing was waited for.
-        prefetch_ns: the same of beginning and ending reads ahead.
     """
 
     def __init__(
@@ -49,7 +43,7 @@ class OffloadRuntime:
         *,
         cache: ExpertCache,
         pool: SlotPool,
-        transfer: TransferEngine,
+        transfer: Transfer,
         policy: Policy,
         prefetcher: Prefetcher | None = None,
         collection_file: CollectionFile | None = None,
@@ -62,64 +56,71 @@ class OffloadRuntime:
         self.policy = policy
         self.stall_ns = 0
         self.busy_ns = 0
-        self.policy_ns = 0
-        self.prefetch_ns = 0
         self.num_tokens = 0
         self._transfer = transfer
         self.prefetcher = prefetcher
-        self._layer_ready_ns = 0
+        self._calls = LayerCalls(cache, policy, prefetcher)
+        self._copies_ns = 0
         self._collection_file = collection_file
         self._recorder = recorder
         self._counter_file = counter_file
         self._last_layer = cache.shape.num_layers - 1
         # Everything fits: a layer's parameters are a view in logical order, ids need no map.
         self._passes_ids_through = cache.shape.holds_everything
-        self._votes = torch.zeros(cache.shape.num_experts, dtype=torch.float32)
-        self._votes_array = self._votes.numpy()
-        self._plan_info = torch.from_numpy(cache.plan_info)
-        self._reads = torch.zeros((8, 3), dtype=torch.int32)
-        self._observer = 0
-        self._rows: StepRows | None = None
-        self._row_weights = torch.zeros(0)
         self._step_began_ns = 0
         self._is_dummy = False
         self._warned_of_waves = False
         self._closed = False
         self._publish()  # sizes are of interest before the first request
 
+    # ---- what a layer call on a device has to bring to the host -------------------------
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether a :meth:`dummy_run` is open."""
+        return self._is_dummy
+
+    @property
+    def needs_routing(self) -> bool:
+        """Whether layer calls have to be told their ids: not if everything fits and nobody
+        records; :meth:`pass_layer` does then."""
+        return not self._passes_ids_through or self._recorder is not None
+
+    @property
+    def num_step_rows(self) -> int | None:
+        """Rows of the step that runs; None if no request stands behind it."""
+        return None if self._calls.rows is None else self._calls.num_tokens
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether the layer calls of the step that runs should be given ``hidden``."""
+        return self.prefetcher is not None and self._calls.rows is not None
+
     # ---- steps and requests ----------------------------------------------------------
 
     def begin_step(self, rows: StepRows) -> None:
         """A forward pass for real requests begins; it ends with the last layer."""
+        if self._is_dummy:
+            return  # a warm-up that went through the scheduler's door
         self._step_began_ns = time.perf_counter_ns()
-        self._rows = rows
-        self._row_weights = torch.from_numpy(rows.weights)
-        self.policy.begin_step(rows)
-        if self.prefetcher is not None:
-            self.prefetcher.begin_step(rows)
-        self._layer_ready_ns = 0
-        self.policy_ns += time.perf_counter_ns() - self._step_began_ns
+        self._calls.begin_step(rows)
         if self._recorder is not None:
             self._recorder.begin_step(rows)
 
     def _end_step(self) -> None:
-        rows = self._rows
-        if rows is None:
+        if self._calls.rows is None:
             return
-        self._rows = None
-        began = time.perf_counter_ns()
-        self.policy.end_step()
-        if self.prefetcher is not None:
-            self.prefetcher.end_step()
-        self.policy_ns += time.perf_counter_ns() - began
+        self.num_tokens += self._calls.num_tokens
+        self._calls.end_step()
         if self._recorder is not None:
             self._recorder.end_step()
-        self.num_tokens += rows.request_of_row.size
         self.busy_ns += time.perf_counter_ns() - self._step_began_ns
         self._publish()
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""
+        if self._is_dummy:
+            return
         self.policy.end_request(request)
         if self.prefetcher is not None:
             self.prefetcher.end_request(request)
@@ -135,11 +136,11 @@ class OffloadRuntime:
         Their results are thrown away, so any row will do. (Serving them for real would
         read the whole model at every start.)
         """
-        self._is_dummy = True
+        before, self._is_dummy = self._is_dummy, True
         try:
             yield
         finally:
-            self._is_dummy = False
+            self._is_dummy = before
 
     # ---- layer calls -----------------------------------------------------------------
 
@@ -166,11 +167,14 @@ class OffloadRuntime:
             return topk_ids if self._passes_ids_through else torch.zeros_like(topk_ids)
         topk_ids = topk_ids.contiguous()
         slot_ids = torch.empty_like(topk_ids)
-        if not self._plan(layer, topk_ids, slot_ids, hidden):
+        planned = self._calls.plan(layer, topk_ids, slot_ids, hidden)
+        if self._recorder is not None and self._calls.rows is not None:
+            self._recorder.observe(layer, topk_ids.numpy()[: self._calls.num_tokens])
+        if not planned:
             if self.prefetcher is None:
                 return None
             self.prefetcher.drop_all()  # rows in flight may be all that was wanting
-            if not self._plan_again(layer, topk_ids, slot_ids):
+            if not self._calls.plan_again(layer, topk_ids, slot_ids):
                 return None
         self._fill(layer, hidden)
         return topk_ids if self._passes_ids_through else slot_ids
@@ -181,6 +185,11 @@ class OffloadRuntime:
             return
         self.cache.finish()
         if layer == self._last_layer:
+            self._end_step()
+
+    def pass_layer(self, layer: int) -> None:
+        """A layer call for which nothing was to be done (see :attr:`needs_routing`)."""
+        if not self._is_dummy and layer == self._last_layer:
             self._end_step()
 
     def waves(
@@ -195,9 +204,7 @@ class OffloadRuntime:
         """
         self._warn_of_waves()
         ids = topk_ids.contiguous().numpy()
-        num_tokens, flags = ids.shape[0], PLAN_TRANSIENT
-        if self._rows is not None:
-            num_tokens, flags = self._row_weights.numel(), 0
+        num_tokens, flags = self._calls.extent(ids)
         needed = np.unique(ids[:num_tokens]).astype(np.int32)
         # What is resident first, so that no wave evicts what a later one would have hit.
         resident = self.cache.page_table[layer, needed] >= 0
@@ -236,106 +243,16 @@ class OffloadRuntime:
                 self.cache.shape.num_rows,
             )
 
-    def _plan(
-        self,
-        layer: int,
-        topk_ids: torch.Tensor,
-        slot_ids: torch.Tensor,
-        hidden: torch.Tensor | None,
-    ) -> bool:
-        """Observes and plans; where nothing is missing, names what is to be read ahead."""
-        if self._rows is None:
-            return self._plan_again(layer, topk_ids, slot_ids)
-        prefetcher = self.prefetcher
-        began = time.perf_counter_ns()
-        if prefetcher is not None:
-            if self._layer_ready_ns:
-                prefetcher.measured(compute_ns=began - self._layer_ready_ns)
-            prefetcher.collect()
-            collected = time.perf_counter_ns()
-            self.prefetch_ns += collected - began
-            began = collected
-        num_tokens = self._row_weights.numel()
-        lookahead = most = 0
-        if layer == 0:
-            self._observer = self.policy.native_observer(num_tokens, topk_ids.shape[1])
-        observer = self._observer
-        if not observer:
-            if not self._passes_ids_through:  # else votes are idle
-                _expert_votes(topk_ids, self._row_weights, self._votes)
-            self.policy.observe(layer, topk_ids.numpy()[:num_tokens], self._votes_array)
-        if prefetcher is not None:
-            lookahead, most = prefetcher.predictor.native_handle, prefetcher.room
-            if not lookahead:
-                prefetcher.observe(layer, topk_ids.numpy()[:num_tokens])
-            if most > self._reads.shape[0]:
-                self._reads = torch.zeros((most, 3), dtype=torch.int32)
-        self.policy_ns += time.perf_counter_ns() - began
-        planned: bool = _serve_layer(
-            self.cache.handle,
-            observer,
-            lookahead,
-            layer,
-            topk_ids,
-            num_tokens,
-            0,
-            self._row_weights,
-            hidden,
-            LIKELY,
-            self.policy.full_score if most else 0.0,
-            most,
-            slot_ids,
-            self._plan_info,
-            self._reads,
-        )
-        self.policy_ns += int(self.cache.plan_info[4])
-        if self._recorder is not None:
-            self._recorder.observe(layer, topk_ids.numpy()[:num_tokens])
-        return planned
-
-    def _plan_again(self, layer: int, topk_ids: torch.Tensor, slot_ids: torch.Tensor) -> bool:
-        """Plans what was observed already, or stands for no request."""
-        num_tokens, flags = topk_ids.shape[0], PLAN_TRANSIENT
-        if self._rows is not None:
-            num_tokens, flags = self._row_weights.numel(), 0
-        planned: bool = _serve_layer(
-            self.cache.handle,
-            0,
-            0,
-            layer,
-            topk_ids,
-            num_tokens,
-            flags,
-            self._row_weights,
-            None,
-            LIKELY,
-            0.0,
-            0,
-            slot_ids,
-            self._plan_info,
-            self._reads,
-        )
-        return planned
-
     def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
-        """Reads what the open plan misses, and issues prefetches meanwhile."""
-        prefetcher = self.prefetcher if self._rows is not None else None
-        _, _, misses, reads, _ = self.cache.plan_info.tolist()
-        if misses:
+        """Reads what the open plan misses, and begins prefetches meanwhile."""
+        self._copies_ns = 0
+        if self.cache.plan_info[2]:
+            prefetcher = self.prefetcher if self._calls.rows is not None else None
             self._read_misses(layer, prefetcher, hidden)
-        elif prefetcher is not None:
-            began = time.perf_counter_ns()
-            if prefetcher.predictor.native_handle:
-                ahead = [(at, expert, row) for at, expert, row in self._reads[:reads].tolist()]
-            else:
-                ahead = prefetcher.foresee(layer, hidden)
-            foreseen = time.perf_counter_ns()
-            prefetcher.pass_layer(layer)
-            prefetcher.begin(ahead)
-            self.policy_ns += foreseen - began
-            self.prefetch_ns += time.perf_counter_ns() - foreseen
-        if prefetcher is not None:
-            self._layer_ready_ns = time.perf_counter_ns()
+        else:
+            self._calls.read_ahead(layer, hidden)
+        # On a device the kernel still waits for its misses, and the link has no room meanwhile.
+        self._calls.rows_are_ready(in_ns=self._copies_ns)
 
     def _read_misses(
         self,
@@ -364,8 +281,12 @@ class OffloadRuntime:
             for _, _, row in requests:
                 self.cache.complete(row, True)
             if requests and prefetcher is not None and not awaited:
-                took = time.perf_counter_ns() - began
-                prefetcher.measured(read_ns=took / len(requests))
+                read_ns = self._transfer.expert_ns
+                if read_ns is not None:
+                    self._copies_ns = int(read_ns * len(requests))
+                else:
+                    read_ns = (time.perf_counter_ns() - began) / len(requests)
+                prefetcher.measured(read_ns=read_ns)
             for row in awaited:
                 self._await(row)
         except TransferError:
@@ -373,7 +294,7 @@ class OffloadRuntime:
             if self.prefetcher is not None:
                 self.prefetcher.settle()
             self.cache.finish()
-            self._rows = None
+            self._calls.rows = None
             raise
         self.stall_ns += time.perf_counter_ns() - began
 
@@ -393,6 +314,16 @@ class OffloadRuntime:
         self._publish()
 
     # ---- figures ---------------------------------------------------------------------
+
+    @property
+    def policy_ns(self) -> int:
+        """Time that tracing, scoring and predicting took while nothing was waited for."""
+        return self._calls.policy_ns
+
+    @property
+    def prefetch_ns(self) -> int:
+        """The same of beginning and ending reads ahead."""
+        return self._calls.prefetch_ns
 
     @property
     def read_bytes(self) -> int:

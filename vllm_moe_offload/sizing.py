@@ -97,3 +97,105 @@ def build_peak_bytes(layer_bytes: int) -> int:
         layer_bytes: of one layer's experts.
     """
     return (2 if layer_bytes > OVERLAPPED_LAYER_BYTES else 3) * layer_bytes
+
+
+def device_available_bytes(
+    *,
+    total_bytes: int,
+    free_bytes: int,
+    allocated_bytes: int,
+    utilization: float,
+    reserve_bytes: int,
+) -> int:
+    """What pool and KV cache may take of a GPU together.
+
+    Args:
+        total_bytes, free_bytes: of the device, as the driver says.
+        allocated_bytes: what this process holds: the dense weights.
+        utilization: vLLM's ``gpu_memory_utilization``.
+        reserve_bytes: see :func:`device_reserve_bytes`.
+    """
+    granted = int(total_bytes * utilization) - allocated_bytes
+    return max(0, min(granted, free_bytes) - reserve_bytes)
+
+
+def device_reserve_bytes(
+    *,
+    max_tokens: int,
+    max_requests: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    vocab_size: int,
+    element_bytes: int,
+) -> int:
+    """Device memory that activations and CUDA graphs will take, before vLLM measured it.
+
+    The pool must be there when vLLM profiles, or its bytes would be given to the KV cache a
+    second time; so this is an estimate, for ``cache_gb="auto"`` alone, and on the safe side.
+    It has the two workspaces of the Triton experts, a few copies of the hidden states, logits
+    in float32 twice, and 1 GiB for graphs and libraries.
+
+    Args:
+        max_tokens: of a step (``max_num_batched_tokens``).
+        max_requests: of a step (``max_num_seqs``).
+        top_k, hidden_size, intermediate_size, vocab_size: of the model, on this rank.
+        element_bytes: of an activation.
+    """
+    widest = max(intermediate_size, hidden_size) + max(2 * intermediate_size, hidden_size)
+    workspaces = max_tokens * top_k * widest * element_bytes
+    hidden = 8 * max_tokens * hidden_size * element_bytes
+    logits = 2 * 4 * max_requests * vocab_size
+    return GIB + workspaces + hidden + logits
+
+
+MIN_HOST_ROWS = 2
+"""Of the host tier: one that a prefetch may hold, and one that it may not."""
+
+
+def host_rows(
+    host_gb: float | str,
+    *,
+    record_bytes: int,
+    num_layers: int,
+    num_experts: int,
+    auto_bytes: int,
+) -> int:
+    """Experts that ``host_gb`` has room for in host memory, at most all.
+
+    Args:
+        host_gb: the option.
+        record_bytes: of one expert there.
+        num_layers, num_experts: of the model.
+        auto_bytes: what the system can spare.
+
+    Raises:
+        OptionError: room for fewer than :data:`MIN_HOST_ROWS`; says the minimum.
+    """
+    total = num_layers * num_experts
+    kind, amount = parse_cache_size(host_gb)
+    if kind == "share":
+        rows = int(amount * total + 1e-9)
+    else:
+        rows = int((auto_bytes if kind == "auto" else amount) // record_bytes)
+    if rows < MIN_HOST_ROWS:
+        raise OptionError(
+            f"moe-offload: host_gb={host_gb!r} holds {max(rows, 0)} of {total} experts of "
+            f"{record_bytes} bytes in host memory. Minimum: "
+            f"{MIN_HOST_ROWS * record_bytes / GIB:.3f} GiB; {total * record_bytes / GIB:.3f} GiB "
+            "hold all (recommended: nothing is read from disk then)."
+        )
+    return min(rows, total)
+
+
+def auto_host_bytes(available_bytes: int, total_bytes: int, num_ranks: int) -> int:
+    """What ``host_gb="auto"`` has for one rank: what is available, less a tenth of the RAM.
+
+    Page-locked memory is never given back to the system, so something has to stay for it: a
+    tenth of the RAM, 4 GiB at least.
+
+    Args:
+        available_bytes, total_bytes: of the host's memory.
+        num_ranks: of this server on this host; they share it.
+    """
+    return max(0, available_bytes - max(total_bytes // 10, 4 * GIB)) // num_ranks

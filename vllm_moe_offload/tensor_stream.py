@@ -233,7 +233,7 @@ def _tensor(data: Bytes, where: TensorRange, begin: int) -> torch.Tensor:
     dtype = DTYPES[where.dtype]
     offset = where.offset - begin
     if not where.nbytes:
-        return torch.empty(where.shape, dtype=dtype)
+        return torch.empty(where.shape, dtype=dtype, device="cpu")
     if offset % dtype.itemsize:  # allowed by the format, not by torch
         data, offset = data[offset : offset + where.nbytes].copy(), 0
     count = where.nbytes // dtype.itemsize

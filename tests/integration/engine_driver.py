@@ -11,6 +11,7 @@ hexadecimal floats; facts about the engine's layers and counters; and, if the en
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -95,12 +96,24 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _machine(job: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """What the engine believes to run on; ``"simulated_gpu"``: host memory's share of experts."""
+    share = job.get("simulated_gpu")
+    if share is None:
+        return contextlib.nullcontext()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.integration.simulated_gpu import simulated_gpu
+
+    return simulated_gpu(share)
+
+
 def main() -> None:
     """See the module's docstring."""
     jobs = json.loads(Path(sys.argv[1]).read_text())
     results = []
     for job in jobs:
-        results.append(run(job))
+        with _machine(job):
+            results.append(run(job))
         Path(sys.argv[2]).write_text(json.dumps(results))
 
 

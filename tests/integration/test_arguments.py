@@ -102,6 +102,7 @@ def configure(model, **overrides):
             ["speculative_config", "ngram"],
         ),
         ({"offload": {"cache_gb": "0%"}}, ["cache_gb='0%'", "(0%, 100%]"]),
+        ({"offload": {"host_gb": 4}}, ["host_gb=4", "cache_gb"]),
         ({"offload": {"cachegb": 1}}, ["cachegb", "cache_gb"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -161,6 +161,37 @@ def test_words_belong_to_one_topic() -> None:
 # ---------------------------------------------------------------------------
 
 
+def test_experts_cut_from_one_block_of_noise_differ(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        demo.write_demo_model(tmp_path / name, "mixtral", **TINY, shared_noise=True)
+    assert digests(tmp_path / "one") == digests(tmp_path / "other")
+    plain = tmp_path / "plain"
+    demo.write_demo_model(plain, "mixtral", **TINY)
+    own, cut = tensors_of(plain), tensors_of(tmp_path / "one")
+    assert own.keys() == cut.keys()
+    for name, tensor in cut.items():
+        if ".experts." in name:
+            ratio = float(tensor.float().std() / own[name].float().std())
+            assert ratio == pytest.approx(1.0, abs=0.1), name
+        else:
+            assert torch.equal(tensor, own[name]), name
+    for tensors in experts_of(cut).values():
+        assert all(not torch.equal(one, other) for one, other in combinations(tensors, 2))
+
+
+def test_longer_positions_only_where_they_rotate_plainly(tmp_path: Path) -> None:
+    demo.write_demo_model(tmp_path / "long", "qwen3_moe", **TINY, max_positions=40960)
+    config = json.loads((tmp_path / "long" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 40960
+    with pytest.raises(demo.DemoModelError, match="max_positions is 40960"):
+        demo.write_demo_model(tmp_path / "no", "gpt_oss", **TINY, max_positions=40960)
+
+
+def test_fused_experts_have_noise_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(demo.DemoModelError, match="shared_noise"):
+        demo.write_demo_model(tmp_path / "no", "gpt_oss", **TINY, shared_noise=True)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_same_seed_same_bytes(tiny: dict[str, Path], arch: str, tmp_path: Path) -> None:
     # Another process, with another hash seed and other threads, through the command line.

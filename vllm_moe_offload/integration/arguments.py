@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_options
-from vllm_moe_offload.integration import compat, endpoint, supported
+from vllm_moe_offload.integration import compat, endpoint, supported, supported_gpu
 from vllm_moe_offload.integration.counters_dir import ensure_counters_dir
 from vllm_moe_offload.reference import options
 
@@ -101,12 +101,17 @@ def _from_cli_args(
 def _create_engine_config(
     original: Any, self: EngineArgs, *args: Any, **kwargs: Any
 ) -> VllmConfig:
+    from vllm.platforms import current_platform
+
     additional = self.additional_config
     raw = additional.get(KEY, {}) if isinstance(additional, dict) else {}
     options = parse_options(raw)  # before the model's config is read: typos fail first
+    requested_graphs = self.compilation_config.cudagraph_mode  # vLLM fills its default in
     vllm_config: VllmConfig = original(self, *args, **kwargs)
     if options.enabled:
-        supported.check(vllm_config, options)
+        supported.check(vllm_config, options, requested_graphs)
+        if current_platform.is_cuda():
+            supported_gpu.prepare(vllm_config)
         _leave_time_to_close(vllm_config, options)
         ensure_counters_dir()
         endpoint.install()

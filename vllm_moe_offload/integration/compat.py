@@ -137,6 +137,7 @@ def install_model_patches() -> None:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.platforms import current_platform
 
     from vllm_moe_offload.integration import experts, loading
 
@@ -152,6 +153,39 @@ def install_model_patches() -> None:
         RoutedExperts.__new__ = new
     wrap(DefaultModelLoader, "get_all_weights", loading.stream_weights)
     wrap(DummyModelLoader, "load_weights", loading.load_dummy_weights)
+    if current_platform.is_cuda():
+        install_cuda_patches()
+
+
+# --------------------------------------------------------------------------------------
+# _prepare_expert_assignment as the Triton experts see it (fused_moe/experts/triton_moe.py)
+#   why: blocks of tokens must be formed from logical ids and their experts renamed to rows
+#     of the pool afterwards; expert_map would be counted in an array for E experts.
+#   upstream: csrc/moe/moe_align_sum_kernels.cu (expert_map); fused_moe.py.
+#   remove when: FusedMoE takes a map from block experts to weight rows.
+# MoERunner._forward_impl (fused_moe/runner/moe_runner.py)
+#   why: with the MoE operators split out of piecewise CUDA graphs, the next piece replays
+#     with the addresses that it was captured with; the operators return new tensors.
+#   upstream: compilation/cuda_graph.py (CUDAGraphWrapper copies no inputs);
+#     vllm-project/vllm pull requests 30910 and 53915.
+#   remove when: CUDAGraphWrapper copies what comes from an operator outside the graphs.
+# Worker.determine_available_memory, .compile_or_warm_up_model (v1/worker/gpu_worker.py)
+#   why: the V2 runner's captures call the model beside _dummy_run, and its warm-up goes
+#     through execute_model with made-up requests: experts would be read for them, and traced.
+#   upstream: v1/worker/gpu/cudagraph_utils.py, v1/worker/gpu/warmup.py.
+#   remove when: warm-up steps are marked as such.
+def install_cuda_patches() -> None:
+    """What serving from GPU memory changes beyond :func:`install_model_patches`."""
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_moe_offload.integration import graphs, requests, triton_slots
+
+    wrap(triton_moe, "_prepare_expert_assignment", triton_slots.prepare_expert_assignment)
+    wrap(MoERunner, "_forward_impl", graphs.keep_outputs)
+    wrap(Worker, "determine_available_memory", requests.warm_up)
+    wrap(Worker, "compile_or_warm_up_model", requests.warm_up)
 
 
 # --------------------------------------------------------------------------------------

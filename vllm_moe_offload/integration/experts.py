@@ -25,6 +25,9 @@ from vllm.utils.torch_utils import (
 
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.arguments import options_of
+from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.integration.graphs import StableOutputs
+from vllm_moe_offload.integration.triton_slots import apply
 from vllm_moe_offload.runtime import OffloadRuntime
 
 _library = Library("vllm_moe_offload", "FRAGMENT")
@@ -37,13 +40,26 @@ class OffloadedExperts:
     Attributes:
         runtime: the worker's runtime, set once the layer's experts are in the store.
         moe_layer: index among the model's MoE layers.
+        calls: serves the layer on a GPU; None: the operator of this module does.
+        outputs: where captured CUDA graphs expect what the layer's MoE operator returns.
     """
 
     runtime: OffloadRuntime | None = None
     moe_layer: int = -1
+    calls: DeviceCalls | None = None
+    outputs: StableOutputs | None = None
     # Of RoutedExperts, with which this class is mixed.
     layer_name: str
     quant_method: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As RoutedExperts, with parameters in RAM: vLLM builds models on the device.
+
+        Untouched memory costs nothing; what a layer is loaded into is given to it when its
+        turn comes (``loading.py``).
+        """
+        with torch.device("cpu"):
+            super().__init__(*args, **kwargs)
 
     def forward_modular(
         self,
@@ -55,9 +71,13 @@ class OffloadedExperts:
     ) -> torch.Tensor:
         """As RoutedExperts.forward_modular; x ``[tokens, hidden]``, ids ``[tokens, top_k]``.
 
-        Shared experts were run by the runner before this call (order NO_OVERLAP, the only
-        one on CPU), so the kernel must not see them.
+        Shared experts are the runner's: it ran them before this call, or on a GPU runs them on
+        another stream meanwhile. A kernel runs them itself only with all-to-all communication,
+        which is refused.
         """
+        if self.calls is not None:
+            # In here vLLM's own operator is open already (``vllm::moe_forward``).
+            return self.calls.forward(self, x, topk_weights, topk_ids)
         return torch.ops.vllm_moe_offload.forward(
             x, topk_weights, topk_ids, _encode_layer_name(self.layer_name)
         )
@@ -80,14 +100,7 @@ class OffloadedExperts:
     def _apply(
         self, x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor
     ) -> torch.Tensor:
-        return self.quant_method.apply(
-            layer=self,
-            x=x,
-            topk_weights=topk_weights,
-            topk_ids=slot_ids,
-            shared_experts=None,
-            shared_experts_input=None,
-        )
+        return apply(self, x, topk_weights, slot_ids)
 
     def _forward_in_waves(
         self,

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 from vllm.model_executor.utils import weights_already_processed
+from vllm.platforms import current_platform
 
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import compat
@@ -49,6 +50,9 @@ logger = logging.getLogger("vllm.moe_offload")
 NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
 """Parameters of RoutedExperts that are not rows per expert (vLLM lists them likewise in
 ``RoutedExperts.get_expert_weights``)."""
+
+
+GPU_KERNELS = ("TritonExperts",)
 
 
 def stream_weights(
@@ -94,11 +98,20 @@ def load_dummy_weights(
             with load.builder() as builder, BackgroundWriter(builder) as writer:
                 for index in load.progress():
                     for tensor in _expert_tensors(load.layers[index]).values():
-                        initialize_single_dummy_weight(tensor)
+                        _initialize_dummy(tensor)
                     load.store_layer(writer, index)
                 writer.wait()
                 load.commit(builder)
     load.finish()
+
+
+def _initialize_dummy(tensor: torch.Tensor) -> None:
+    """vLLM's random values, drawn on the device where plain vLLM draws them: they differ."""
+    device = current_platform.device_type
+    drawn = torch.empty_like(tensor, device=device) if device != "cpu" else tensor
+    initialize_single_dummy_weight(drawn)
+    if drawn is not tensor:
+        tensor.copy_(drawn)
 
 
 class _WithoutExperts:
@@ -241,6 +254,7 @@ class ExpertLoad:
             writer.wait()
         layer.quant_method.process_weights_after_loading(layer)
         tensors = _expert_tensors(layer)
+        _check_on_host(layer, tensors)
         layout = _layout_of(tensors)
         if self._layout is None:
             self._layout = layout
@@ -265,7 +279,11 @@ class ExpertLoad:
         logger.info("MoE offload: store built: %.2f GiB in %.1f s", gib, seconds)
 
     def finish(self) -> None:
-        """Pool, cache and transfer; parameters become rows of the pool."""
+        """Pool, cache and transfer; parameters become rows of the pool.
+
+        vLLM loads with its device as torch's default: what is made here is meant for RAM
+        unless it says otherwise.
+        """
         store = self._store
         if store is None:
             raise RuntimeError("the expert store was neither opened nor built")
@@ -276,8 +294,9 @@ class ExpertLoad:
                     layer.quant_method.process_weights_after_loading(layer)
             # vLLM's own pass over all modules must not process the pool's rows again.
             layer.quant_method.process_weights_after_loading = _already_processed
-        routers = routers_of(self._model, self.layers)
-        start_runtime(self._vllm_config, self.options, store, self.layers, routers)
+        with torch.device("cpu"):
+            routers = routers_of(self._model, self.layers)
+            start_runtime(self._vllm_config, self.options, store, self.layers, routers)
 
 
 def _already_processed(layer: torch.nn.Module) -> None:
@@ -298,6 +317,22 @@ def _check_kernel(layer: Any) -> None:
             "its own routing (monolithic), so expert ids cannot be mapped to slots. "
             "Use --moe-offload=off"
         )
+    if current_platform.is_cuda() and method.experts_cls.__name__ not in GPU_KERNELS:
+        raise OptionError(
+            f"--moe-offload: {layer.layer_name} would run on {method.experts_cls.__name__}; on a "
+            f"GPU it must be {', '.join(GPU_KERNELS)} (--moe-backend=triton). Use "
+            "--moe-offload=off"
+        )
+
+
+def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Experts are put into kernel form in RAM; vLLM's Triton experts and CPU kernels can be."""
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            raise OptionError(
+                f"--moe-offload: {type(layer.quant_method).__name__} left {name} of "
+                f"{layer.layer_name} on {tensor.device} instead of RAM; use --moe-offload=off"
+            )
 
 
 def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:

@@ -88,6 +88,11 @@ def dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
 
 
+def warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a GPU worker does between loading and serving: steps that nobody asked for."""
+    return dummy_run(lambda _: original(self, *args, **kwargs), self.model_runner)
+
+
 def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """The worker goes: close the store, finish the recording, print the summary."""
     runtime = runtime_of(self)

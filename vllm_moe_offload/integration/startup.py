@@ -7,17 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from vllm_moe_offload import __version__
 from vllm_moe_offload.cache import CacheShape, ExpertCache
-from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
-from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.integration.counters_dir import counters_dir
+from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
-from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.predictor import CrossLayerPredictor, Predictor
 from vllm_moe_offload.prefetch import LAYERS_AHEAD, Prefetcher
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -25,7 +22,6 @@ from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.transfer import TransferEngine
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -45,23 +41,17 @@ def start_runtime(
     """
     first = layers[0]
     policy = make_policy(options.mode, len(layers), first.local_num_experts)
-    shape = _shape(vllm_config, options, store, first, policy)
+    memory = fast_memory(vllm_config)
+    shape = _shape(memory, options, store, first, policy)
     _log_plan(options, store, shape)
-    # With a row for every expert, all are read in a moment.
-    pool = SlotPool(store.layout, shape.num_rows, populate=not shape.holds_everything)
+    pool, transfer = memory.build(store, shape, options)
     parallel = first.moe_config.moe_parallel_config
-    transfer = TransferEngine(
-        store,
-        pool.destinations(),
-        num_threads=options.io_threads,
-        cpus=io_cpus(),
-        verify=options.verify,
-    )
     cache = ExpertCache(shape, policy.rules)
     predictor = _predictor(options, shape, routers, first.top_k)
     prefetcher = None
     if predictor is not None:
-        prefetcher = Prefetcher(cache, transfer, policy, predictor)
+        most = memory.most_prefetches(store.num_experts)
+        prefetcher = Prefetcher(cache, transfer, policy, predictor, most_in_flight=most)
     runtime = OffloadRuntime(
         cache=cache,
         pool=pool,
@@ -76,8 +66,10 @@ def start_runtime(
     )
     for index, layer in enumerate(layers):
         _attach(layer, index, runtime)
+    memory.attach(layers, runtime)
     if shape.holds_everything:
         runtime.load_everything()
+        memory.settle()
     return runtime
 
 
@@ -100,7 +92,11 @@ def _attach(layer: Any, index: int, runtime: OffloadRuntime) -> None:
 
 
 def _shape(
-    vllm_config: Any, options: OffloadConfig, store: ExpertStore, layer: Any, policy: Policy
+    memory: FastMemory,
+    options: OffloadConfig,
+    store: ExpertStore,
+    layer: Any,
+    policy: Policy,
 ) -> CacheShape:
     sizes = {
         "num_layers": store.num_layers,
@@ -108,27 +104,17 @@ def _shape(
         "top_k": layer.top_k,
     }
     expert_bytes = store.layout.expert_bytes
-    auto_bytes = auto_cache_bytes(
-        store.num_layers * store.num_experts * expert_bytes,
-        available_memory_bytes(vllm_config),
-        vllm_config.cache_config.kv_cache_memory_bytes,
-    )
+    auto_bytes = 0
+    if parse_cache_size(options.cache_gb)[0] == "auto":
+        auto_bytes = auto_cache_bytes(
+            store.num_layers * store.num_experts * expert_bytes,
+            memory.available_bytes(layer),
+            memory.kv_cache_bytes,
+        )
     rows = cache_rows(
         options.cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **sizes
     )
     return cache_shape(rows, rules=policy.rules, **sizes)
-
-
-def available_memory_bytes(vllm_config: Any) -> int:
-    """What experts and KV cache may take together: vLLM's share of RAM less what is used.
-
-    As vLLM's CPU worker computes it: ``gpu_memory_utilization`` of the machine's memory,
-    less this process's resident set; never more than the system says is available.
-    """
-    memory = psutil.virtual_memory()
-    requested = memory.total * vllm_config.cache_config.gpu_memory_utilization
-    resident = psutil.Process(os.getpid()).memory_info().rss
-    return int(min(requested - resident, memory.available - GIB // 2))
 
 
 def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> None:

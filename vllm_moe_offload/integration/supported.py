@@ -9,13 +9,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
+from vllm_moe_offload.integration import supported_gpu
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
 
-def check(vllm_config: Any, options: OffloadConfig) -> None:
-    """Raises OptionError naming every option that cannot go with offload."""
-    problems = list(_problems(vllm_config))
+def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None) -> None:
+    """Raises OptionError naming every option that cannot go with offload.
+
+    ``requested_graphs``: ``cudagraph_mode`` as the user gave it, None for vLLM's default.
+    """
+    problems = [
+        *_model_problems(vllm_config),
+        *_parallel_problems(vllm_config.parallel_config),
+        *_loading_problems(vllm_config),
+        *_platform_problems(vllm_config, options, requested_graphs),
+    ]
     if problems:
         raise OptionError(
             f"--moe-offload={options.mode} is not possible here:\n"
@@ -24,17 +33,24 @@ def check(vllm_config: Any, options: OffloadConfig) -> None:
         )
 
 
-def _problems(config: Any) -> Iterator[str]:
-    yield from _model_problems(config)
-    yield from _parallel_problems(config.parallel_config)
-    yield from _loading_problems(config)
+def _platform_problems(
+    config: Any, options: OffloadConfig, requested_graphs: Any
+) -> Iterator[str]:
     from vllm.platforms import current_platform
 
+    if current_platform.is_cuda():
+        yield from supported_gpu.problems(
+            config, requested_graphs, current_platform.get_device_capability()
+        )
+        yield from supported_gpu.library_problems()
+        return
     if not current_platform.is_cpu():
         yield (
-            f"platform {current_platform.device_name!r}: this release serves on the CPU platform; "
-            "GPU support is not finished"
+            f"platform {current_platform.device_name!r}: allowed: cpu, cuda (NVIDIA). ROCm, XPU "
+            "and TPU are not supported"
         )
+    if options.host_gb != "auto":
+        yield f"host_gb={options.host_gb!r}: without a GPU experts are cached in RAM; see cache_gb"
 
 
 def _model_problems(config: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.native import ValueStep, check, core
 from vllm_moe_offload.policy.averages import StepUses, UseAverages
 from vllm_moe_offload.policy.base import FloatArray, StepRows
 from vllm_moe_offload.policy.mixture import Mixture
@@ -252,33 +253,51 @@ class Forecast:
         fade = gains @ mixing[:POPULARITY] / (self.gain or 1.0)
         self._fade = fade.astype(np.float32)
 
-    def follow(self, first_layer: int, ids: npt.NDArray[np.int32]) -> FloatArray | None:
-        """Lets all values follow what some layers of this step routed to.
+    def follow(
+        self,
+        first_layer: int,
+        ids: npt.NDArray[np.int32],
+        scores: FloatArray,
+        factors: FloatArray,
+    ) -> None:
+        """Lets all values, and scores with them, follow what layers of this step routed to.
+
+        Nothing happens where the successor model is off, has learned nothing yet, or is too
+        large for this.
 
         Args:
             first_layer: layer of ``ids[0]``.
-            ids: ``[layers, rows, top_k]`` of consecutive layers.
-
-        Returns:
-            float32 ``[num_layers, experts]``, what the scores gain; None if the successor
-            model is off, has learned nothing yet, or is too large for this.
+            ids: contiguous ``[layers, rows, top_k]`` of consecutive layers.
+            scores: ``[num_layers, experts]``, changed in place.
+            factors: ``[num_layers]``, what a forecast counts in a layer's scores.
         """
         if self.model is None or not self.model.version or not self.model.dense:
-            return None
-        state, count, experts = self.requests, len(self.requests), self.num_experts
-        own = slice(first_layer * experts, (first_layer + len(ids)) * experts)
-        lengths = np.bincount(self._rows.request_of_row, minlength=self._running.size)
-        change = np.zeros((count, len(ids) * experts), np.float32)
-        kept = (self._state_decay**lengths).astype(np.float32)[:, None]
-        change[self._running] = (kept - 1.0) * state.state[self._running, own]
-        owner = self._running[self._rows.request_of_row]
-        keys = ids + (experts * np.arange(len(ids)))[:, None, None]
-        np.add.at(change, (owner[None, :, None], keys), 1.0 - self._state_decay)
-        before = np.clip(self._values, 0.0, 1.0).sum(axis=0)
-        self._values += change @ self.model.weights[own]
-        after = np.clip(self._values, 0.0, 1.0).sum(axis=0)
-        weight = self._mixture.weights[VALUE] * self._factors[VALUE] / count
-        return np.asarray((after - before).reshape(-1, experts) * np.float32(weight))
+            return
+        weight = self._mixture.weights[VALUE] * self._factors[VALUE] / len(self.requests)
+        weighted = factors * np.float32(weight)
+        owners = self._rows.request_of_row
+        lengths = np.bincount(owners, minlength=self._running.size)
+        kept = (self._state_decay**lengths).astype(np.float32)
+        step = ValueStep(
+            values=self._values.ctypes.data,
+            weights=self.model.weights.ctypes.data,
+            states=self.requests.state.ctypes.data,
+            ids=ids.ctypes.data,
+            owners=owners.ctypes.data,
+            running=self._running.ctypes.data,
+            kept=kept.ctypes.data,
+            scores=scores.ctypes.data,
+            factors=weighted.ctypes.data,
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            first_layer=first_layer,
+            end_layer=first_layer + len(ids),
+            num_rows=ids.shape[1],
+            top_k=ids.shape[2],
+            num_running=self._running.size,
+            use=1.0 - self._state_decay,
+        )
+        check(core.vmo_follow_values(step))
 
     def trace(self, rows: StepRows, ids: npt.NDArray[np.int32]) -> None:
         """Counts a complete step in the running requests' matrices; ids as :meth:`take_in`."""

@@ -98,7 +98,7 @@ class TracePolicy(Policy):
         ``exp(-distance_weight)``. While a plain policy rules, scores are 1 for what it holds,
         0 for the rest.
         """
-        if self._fallback is not None and self._fallback.winner is not None:
+        if self._is_led:
             return 1.0
         return self.forecast.full_score
 
@@ -156,16 +156,11 @@ class TracePolicy(Policy):
         """What the step's tokens used so far changes what they will use."""
         begin, end = self._layers_followed, self._observer.layers_seen
         self._layers_followed = end
-        if begin == end or not self.is_scoring or not self.options.follow:
+        if begin == end or not self.is_scoring or not self.options.follow or self._is_led:
             return
-        if self._fallback is not None and self._fallback.winner is not None:
-            return
-        gain = self.forecast.follow(begin, self._ids[begin:end])
-        if gain is None:
-            return
-        gain *= self._unvisited
-        gain[:end] *= self._visited_factor
-        self.scores += gain
+        factors = self._unvisited[:, 0].copy()
+        factors[:end] *= self._visited_factor
+        self.forecast.follow(begin, self._ids[begin:end], self.scores, factors)
 
     @property
     def _is_led(self) -> bool:

@@ -1,6 +1,18 @@
 """Moves experts from the store into rows of the slot pool: demands and prefetches."""
 
+from vllm_moe_offload.transfer.base import Transfer
+from vllm_moe_offload.transfer.copier import Copier
+from vllm_moe_offload.transfer.device import DeviceTransfer
 from vllm_moe_offload.transfer.engine import TransferEngine
+from vllm_moe_offload.transfer.host_tier import HostTier
 from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
 
-__all__ = ["FinishedPrefetch", "TransferEngine", "TransferError"]
+__all__ = [
+    "Copier",
+    "DeviceTransfer",
+    "FinishedPrefetch",
+    "HostTier",
+    "Transfer",
+    "TransferEngine",
+    "TransferError",
+]

@@ -1,19 +1,13 @@
-"""TransferEngine: which rows are being filled, and how callers learn that they are.
-
-A row is *in flight* from the call that asks for it until its end was reported (by the same
-call, :meth:`TransferEngine.poll` or :meth:`TransferEngine.await_row`) or it was cancelled.
-The page table goes by the same rule, so that an expert in flight is never read, evicted or
-fetched twice; asking for that is an error here.
-"""
+"""TransferEngine: from the store's file into rows of memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from vllm_moe_offload.native import NativeError
 from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.transfer.flights import Flight, Flights, PendingRead, raise_for_errors
 from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
 from vllm_moe_offload.transfer.record_reader import DEMAND, PREFETCH, Bytes, RecordReader
 
@@ -24,26 +18,6 @@ DEFAULT_THREADS = 4
 _WAIT_MS = 500
 
 
-@dataclass(slots=True)
-class _Flight:
-    layer: int
-    expert: int
-    row: int
-    is_prefetch: bool
-    ticket: int = -1  # -1: the reader does not have it, or not any more
-    done: bool = False
-    error: str | None = None
-    dropped: bool = False
-
-
-@dataclass(slots=True)
-class PendingRead:
-    """Reads between :meth:`TransferEngine.begin_read` and :meth:`TransferEngine.end_read`."""
-
-    flights: list[_Flight]
-    num_submitted: int = 0
-
-
 class TransferEngine:
     """Reads experts of one store into the rows of one pool.
 
@@ -51,6 +25,8 @@ class TransferEngine:
 
     Attributes:
         read_ns: time that callers spent waiting in :meth:`read` and :meth:`await_row`.
+        expert_ns: None, as in :class:`Transfer`.
+        max_queued_prefetches: of no meaning here, as in :class:`Transfer`.
     """
 
     def __init__(
@@ -81,6 +57,8 @@ class TransferEngine:
             ValueError: a destination is missing, misaligned or of the wrong shape.
         """
         self.read_ns = 0
+        self.expert_ns: float | None = None
+        self.max_queued_prefetches = 1
         self._store = store
         self._verify = verify
         try:
@@ -96,10 +74,10 @@ class TransferEngine:
             raise TransferError(f"cannot open the expert store: {error}") from error
         # Prefetches must not make a demand wait for a ticket.
         self._tickets_for_demand = self._reader.num_tickets // 2
-        self._by_ticket: dict[int, _Flight] = {}
-        self._by_row: dict[int, _Flight] = {}
-        self._experts_in_flight: set[tuple[int, int]] = set()
-        self._unreported: list[_Flight] = []  # prefetches that ended
+        self._by_ticket: dict[int, Flight] = {}
+        self._flights = Flights(
+            Flight, store.num_layers, store.num_experts, self._reader.num_rows
+        )
 
     @property
     def direct(self) -> bool:
@@ -131,22 +109,22 @@ class TransferEngine:
         """
         self.end_read(self.begin_read(requests))
 
-    def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> PendingRead:
+    def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> PendingRead[Flight]:
         """First half of :meth:`read`: the caller has time until :meth:`end_read`.
 
         Raises:
             ValueError: as :meth:`read`.
         """
-        pending = PendingRead(self._register(requests, is_prefetch=False))
+        pending = PendingRead(self._flights.register(requests, is_prefetch=False))
         try:
             self._submit_pending(pending)
         except NativeError:
             self._end_all_reads()
-            self._forget(pending.flights)
+            self._flights.forget(pending.flights)
             raise
         return pending
 
-    def end_read(self, pending: PendingRead) -> None:
+    def end_read(self, pending: PendingRead[Flight]) -> None:
         """Second half of :meth:`read`: returns when all are in their rows.
 
         Raises:
@@ -159,9 +137,9 @@ class TransferEngine:
             self._end_all_reads()
             raise
         finally:
-            self._forget(pending.flights)
+            self._flights.forget(pending.flights)
             self.read_ns += time.perf_counter_ns() - began
-        self._raise_for_errors(pending.flights)
+        raise_for_errors(pending.flights)
 
     def promote(self, row: int) -> None:
         """Gives what is left of the prefetch into ``row`` a demand's priority.
@@ -169,7 +147,7 @@ class TransferEngine:
         Raises:
             ValueError: ``row`` is not in flight.
         """
-        flight = self._flight_into(row)
+        flight = self._flights.into(row)
         if not flight.done:
             self._reader.promote(flight.ticket)
 
@@ -183,7 +161,7 @@ class TransferEngine:
             ValueError: ``row`` is not in flight.
         """
         began = time.perf_counter_ns()
-        flight = self._flight_into(row)
+        flight = self._flights.into(row)
         if not flight.done:
             try:
                 self._reader.promote(flight.ticket)
@@ -192,13 +170,12 @@ class TransferEngine:
             except BaseException:
                 self._end_all_reads()
                 raise
-        self._unreported.remove(flight)
-        self._forget([flight])
+        self._flights.take(flight)
         self.read_ns += time.perf_counter_ns() - began
         if flight.dropped and flight.error is not None:
             self.read([(flight.layer, flight.expert, row)])  # wanted again, and cut short
             return
-        self._raise_for_errors([flight])
+        raise_for_errors([flight])
 
     # ---- prefetch --------------------------------------------------------------------
 
@@ -215,36 +192,27 @@ class TransferEngine:
             ValueError: as in :meth:`read`.
         """
         most = max(len(self._reader.free_tickets) - self._tickets_for_demand, 0)
-        flights = self._register(requests[:most], is_prefetch=True)
+        flights = self._flights.register(requests[:most], is_prefetch=True)
         if flights:
             try:
                 self._submit(flights, PREFETCH)
             except NativeError:
-                self._forget(flights)
+                self._flights.forget(flights)
                 raise
         return len(flights)
 
     @property
     def has_news(self) -> bool:
         """Whether :meth:`poll` would report anything; costs nothing."""
-        return bool(self._unreported) or (bool(self._by_ticket) and self._reader.has_ended)
+        return self._flights.has_unreported or (
+            bool(self._by_ticket) and self._reader.has_ended
+        )
 
     def poll(self) -> list[FinishedPrefetch]:
         """Prefetches that ended and were not reported yet; does not wait."""
         if self._by_ticket:
             self._collect(0)
-        ended, self._unreported = self._unreported, []
-        self._forget(ended)
-        return [
-            FinishedPrefetch(
-                flight.layer,
-                flight.expert,
-                flight.row,
-                None if flight.error is None else self._explain(flight),
-                flight.dropped and flight.error is not None,
-            )
-            for flight in ended
-        ]
+        return self._flights.report()
 
     def cancel(self, row: int) -> bool:
         """Drops the prefetch into ``row`` if it has not begun.
@@ -256,11 +224,11 @@ class TransferEngine:
         Raises:
             ValueError: ``row`` is not in flight.
         """
-        flight = self._flight_into(row)
+        flight = self._flights.into(row)
         if flight.done or not self._reader.cancel(flight.ticket):
             return False
         self._by_ticket.pop(flight.ticket)
-        self._forget([flight])
+        self._flights.forget([flight])
         return True
 
     def drop(self, row: int) -> bool:
@@ -272,7 +240,7 @@ class TransferEngine:
         """
         if self.cancel(row):
             return True
-        flight = self._flight_into(row)
+        flight = self._flights.into(row)
         if not flight.done:
             flight.dropped = True
             self._reader.abort(flight.ticket)
@@ -280,57 +248,31 @@ class TransferEngine:
 
     def cancel_all(self) -> list[int]:
         """Drops all prefetches that have not begun; returns their rows."""
-        return [row for row in list(self._by_row) if self.cancel(row)]
+        return [row for row in self._flights.rows if self.cancel(row)]
 
     def drain(self) -> None:
         """Waits until nothing is being read; :meth:`poll` reports what ended."""
         while self._by_ticket:
             self._collect(_WAIT_MS)
 
+    def await_any(self) -> None:
+        """Waits a while until :meth:`poll` has something to report, if anything is read."""
+        if self._by_ticket and not self._flights.has_unreported:
+            try:
+                self._collect(_WAIT_MS)
+            except BaseException:
+                self._end_all_reads()
+                raise
+
     def close(self) -> None:
         """Waits for running reads, drops the others, ends the threads. Safe to repeat."""
         self._reader.close()
         self._by_ticket.clear()
-        self._forget(list(self._by_row.values()))
-        self._unreported.clear()
+        self._flights.close()
 
     # ---- flights -----------------------------------------------------------------------
 
-    def _register(
-        self, requests: Sequence[tuple[int, int, int]], *, is_prefetch: bool
-    ) -> list[_Flight]:
-        """Puts requests in flight: all, or none and a ValueError."""
-        if self._reader.is_closed:
-            raise ValueError("the transfer engine is closed")
-        flights: list[_Flight] = []
-        try:
-            for layer, expert, row in requests:
-                self._check(layer, expert, row)
-                flight = _Flight(layer, expert, row, is_prefetch)
-                self._by_row[row] = flight
-                self._experts_in_flight.add((layer, expert))
-                flights.append(flight)
-        except ValueError:
-            self._forget(flights)
-            raise
-        return flights
-
-    def _check(self, layer: int, expert: int, row: int) -> None:
-        store = self._store
-        if not (0 <= layer < store.num_layers and 0 <= expert < store.num_experts):
-            raise ValueError(f"there is no expert {expert} in layer {layer}")
-        if not 0 <= row < self._reader.num_rows:
-            raise ValueError(f"row {row} is outside [0, {self._reader.num_rows})")
-        if row in self._by_row:
-            other = self._by_row[row]
-            raise ValueError(
-                f"row {row} is in flight for expert {other.expert} of layer {other.layer}: "
-                f"expert {expert} of layer {layer} cannot be read into it"
-            )
-        if (layer, expert) in self._experts_in_flight:
-            raise ValueError(f"expert {expert} of layer {layer} is in flight to another row")
-
-    def _submit_pending(self, pending: PendingRead) -> None:
+    def _submit_pending(self, pending: PendingRead[Flight]) -> None:
         """Submits as many as there are tickets for."""
         num_tickets = len(self._reader.free_tickets)
         if num_tickets and pending.num_submitted < len(pending.flights):
@@ -339,7 +281,7 @@ class TransferEngine:
             self._submit(batch, DEMAND)
             pending.num_submitted += len(batch)
 
-    def _complete(self, pending: PendingRead) -> None:
+    def _complete(self, pending: PendingRead[Flight]) -> None:
         """Submits the rest, as tickets come back, and waits for all."""
         flights = pending.flights
         while True:
@@ -352,7 +294,7 @@ class TransferEngine:
             wait_for_all = pending.num_submitted == len(flights) and not self._verify
             self._collect(_WAIT_MS, num_running if wait_for_all else 1)
 
-    def _submit(self, flights: Sequence[_Flight], priority: int) -> None:
+    def _submit(self, flights: Sequence[Flight], priority: int) -> None:
         records = [(flight.layer, flight.expert, flight.row) for flight in flights]
         for flight, ticket in zip(flights, self._reader.submit(records, priority), strict=True):
             flight.ticket = ticket
@@ -366,12 +308,8 @@ class TransferEngine:
             any_ended = True
         return any_ended
 
-    def _end(self, flight: _Flight, error: str | None) -> None:
-        flight.ticket = -1
-        flight.done = True
-        flight.error = error
-        if flight.is_prefetch:
-            self._unreported.append(flight)
+    def _end(self, flight: Flight, reason: str | None) -> None:
+        self._flights.end(flight, None if reason is None else self._explain(flight, reason))
 
     def _end_all_reads(self) -> None:
         """A signal interrupted a call: no read may write into a row that it gives up."""
@@ -383,36 +321,11 @@ class TransferEngine:
         self._by_ticket.clear()
         self._reader.reclaim_tickets()
 
-    def _forget(self, flights: Iterable[_Flight]) -> None:
-        """The flights are not in flight any more."""
-        for flight in flights:
-            del self._by_row[flight.row]
-            self._experts_in_flight.discard((flight.layer, flight.expert))
-
-    def _flight_into(self, row: int) -> _Flight:
-        flight = self._by_row.get(row)
-        if flight is None:
-            raise ValueError(f"row {row} is not in flight")
-        return flight
-
-    def _explain(self, flight: _Flight) -> str:
+    def _explain(self, flight: Flight, reason: str) -> str:
         store = self._store
         return (
             f"cannot read expert {flight.expert} of layer {flight.layer} from {store.path} "
-            f"(byte {store.record_offset(flight.layer, flight.expert)}): {flight.error}; if "
-            f"the disk is healthy, stop the server and delete {store.directory} to have the "
-            "store built again"
-        )
-
-    def _raise_for_errors(self, flights: Sequence[_Flight]) -> None:
-        failed = [flight for flight in flights if flight.error is not None]
-        if not failed:
-            return
-        message = self._explain(failed[0])
-        if len(failed) > 1:
-            message += f" ({len(failed)} of {len(flights)} experts failed, this one first)"
-        raise TransferError(
-            message,
-            [flight.row for flight in flights if flight.error is None],
-            [flight.row for flight in failed],
+            f"(byte {store.record_offset(flight.layer, flight.expert)}): {reason}; if the disk "
+            f"is healthy, stop the server and delete {store.directory} to have the store "
+            "built again"
         )

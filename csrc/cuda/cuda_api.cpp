@@ -1,0 +1,111 @@
+#include "cuda_api.h"
+
+#include <cstddef>
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "copier.h"
+
+struct vmo_copier {
+  explicit vmo_copier(const vmo::CopierConfig& config) : core(config) {}
+  vmo::Copier core;
+};
+
+namespace {
+
+thread_local std::string last_error;
+
+// Runs `body`, turning an exception into `failure` and a message.
+template <typename Result, typename Body>
+Result guarded(Result failure, Body&& body) noexcept {
+  try {
+    return std::forward<Body>(body)();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return failure;
+  }
+}
+
+cudaStream_t stream_of(uint64_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+static_assert(sizeof(vmo_row_pair) == sizeof(vmo::RowPair) &&
+                  offsetof(vmo_row_pair, device_row) == offsetof(vmo::RowPair, device_row),
+              "the same pair");
+
+}  // namespace
+
+extern "C" {
+
+int32_t vmo_cuda_api_version(void) { return VMO_CUDA_API_VERSION; }
+
+const char* vmo_cuda_last_error(void) { return last_error.c_str(); }
+
+vmo_copier* vmo_copier_create(int32_t device, void* records, uint64_t record_bytes,
+                              int32_t num_host_rows, int32_t num_device_rows,
+                              const vmo_tensor_rows* tensors, int32_t num_tensors) {
+  return guarded<vmo_copier*>(nullptr, [&] {
+    vmo::CopierConfig config;
+    config.device = device;
+    config.records = static_cast<char*>(records);
+    config.record_bytes = record_bytes;
+    config.num_host_rows = num_host_rows;
+    config.num_device_rows = num_device_rows;
+    for (int32_t i = 0; i < num_tensors; ++i) {
+      config.tensors.push_back({tensors[i].record_offset, tensors[i].row_bytes,
+                                static_cast<char*>(tensors[i].rows)});
+    }
+    return std::make_unique<vmo_copier>(config).release();
+  });
+}
+
+void vmo_copier_destroy(vmo_copier* copier) { const std::unique_ptr<vmo_copier> owner(copier); }
+
+int32_t vmo_copier_set_engine(vmo_copier* copier, int32_t engine) {
+  return guarded<int32_t>(-1, [&] {
+    copier->core.set_engine(static_cast<vmo::CopyEngine>(engine));
+    return 0;
+  });
+}
+
+int32_t vmo_copier_copy(vmo_copier* copier, int32_t lane, const vmo_row_pair* pairs,
+                        int32_t num_pairs) {
+  return guarded<int32_t>(-1, [&] {
+    return copier->core.copy(lane, reinterpret_cast<const vmo::RowPair*>(pairs), num_pairs);
+  });
+}
+
+int32_t vmo_copier_done(vmo_copier* copier, int32_t ticket) {
+  return guarded<int32_t>(-1, [&] { return copier->core.done(ticket) ? 1 : 0; });
+}
+
+int32_t vmo_copier_wait(vmo_copier* copier, int32_t ticket) {
+  return guarded<int32_t>(-1, [&] {
+    copier->core.wait(ticket);
+    return 0;
+  });
+}
+
+int32_t vmo_copier_join(vmo_copier* copier, int32_t ticket, uint64_t compute_stream) {
+  return guarded<int32_t>(-1, [&] {
+    copier->core.join(ticket, stream_of(compute_stream));
+    return 0;
+  });
+}
+
+int32_t vmo_copier_release(vmo_copier* copier, int32_t ticket) {
+  return guarded<int32_t>(-1, [&] {
+    copier->core.release(ticket);
+    return 0;
+  });
+}
+
+int32_t vmo_copier_after_compute(vmo_copier* copier, uint64_t compute_stream) {
+  return guarded<int32_t>(-1, [&] {
+    copier->core.after_compute(stream_of(compute_stream));
+    return 0;
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,423 @@
+"""Offloaders side by side on one GPU, with the same device memory; parts merge into gpu.json.
+
+    python scripts/bench_gpu.py --list
+    python scripts/bench_gpu.py --parts qwen3-30b-a3b-25 mixtral-8x7b-25
+    python scripts/bench_gpu.py --quick                  # tiny models: does everything work?
+    python scripts/bench_gpu.py --device cpu --quick     # the harness alone, without a GPU
+
+A part is a model and the share of its experts that lie on the device: 12.5, 25, 50 or 100 %.
+Its contestants, each in a process of its own, one after the other, with the same KV cache:
+
+    resident         vLLM with all experts on the device, Triton experts as in all others
+    resident-auto    the same with the kernels that vLLM chooses itself (in the 100 % part)
+    trace, lru       this plugin, experts in host memory, slots on the device
+    cpu-offload-gb   vLLM's UVA offloader: experts beyond the share are read over the link
+    vllm-prefetch    vLLM's prefetch offloader: whole layers are copied ahead
+
+Models have the layers of Qwen3-30B-A3B and Mixtral-8x7B (hidden size, experts, widths, top-k),
+fewer of them where disk and memory ask for it, and generated weights: routers are planted so
+that requests keep to topics (scripts/make_demo_model.py), experts are random. Hit rates are
+those models', not those of released weights; what a miss costs is real.
+
+Greedy tokens are compared with the resident contestant's of the same part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.bench_report import (  # noqa: E402
+    add_common_options,
+    end_on_sigterm,
+    results_of,
+)
+from scripts.gpu_plan import (  # noqa: E402
+    CONTESTANTS,
+    FULL,
+    MODELS,
+    PLUGIN,
+    QUICK,
+    RESIDENT_AUTO,
+    TINY_MODELS,
+    Model,
+    Part,
+    Sizes,
+    engine_options,
+    offload_options,
+    parts_of,
+    select_parts,
+    with_layers,
+)
+from scripts.gpu_report import (  # noqa: E402
+    crossing_bytes,
+    load,
+    save,
+    show,
+    where_and_what,
+)
+from scripts.make_demo_model import write_demo_model  # noqa: E402
+
+GRACE_S = 20.0
+"""What a contestant gets beyond its limit, to end by itself."""
+DISK_FACTOR = 1.06
+"""Bytes on disk per byte of experts: dense weights, and a store's rounding."""
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
+
+NOTES = (
+    "Weights are generated. Routers, embeddings and attention are planted so that requests keep "
+    "to topics; hit rates, and all that follows from them, are these models' and not those of "
+    "released weights. Experts are random, cut from one block of noise per model.",
+    "Hidden size, experts, expert width and top-k are the released model's. Layers may be fewer, "
+    "the vocabulary is small, and attention heads are 64 wide (as many bytes of KV cache per "
+    "token and layer): the resident step is shorter than the released model's, which makes the "
+    "bars against it no easier.",
+    "One engine per contestant, one after the other: clocks and temperature may drift between "
+    "them. All but resident-auto use vLLM's Triton kernels for experts; the KV cache has the same "
+    "size in all.",
+    "cpu-offload-gb and vllm-prefetch are limited to parameters of experts, which is their best "
+    "case: the rest of the model is used in every step.",
+    "Prompts differ at every repeat and no prefix is cached. Hit rates are those of a server "
+    "that has just started: trace begins each part without activation matrices.",
+)
+
+
+# ---- models ----------------------------------------------------------------------------
+
+
+def _model_dir(work_dir: Path, model: Model) -> Path:
+    sizes = "-".join(str(size) for size in asdict(model.shape).values())
+    return work_dir / "models" / f"gpu-{model.name}-{sizes}"
+
+
+def _store(work_dir: Path, model: Model) -> Path:
+    return work_dir / "store" / _model_dir(work_dir, model).name
+
+
+def ensure_model(work_dir: Path, model: Model, max_positions: int) -> Path:
+    """The model below ``work_dir``, written if it is missing.
+
+    If it and its store do not fit on the disk, other models of this benchmark are removed.
+    """
+    directory, store = _model_dir(work_dir, model), _store(work_dir, model)
+    has_model = (directory / "config.json").exists()
+    missing = (not has_model) + (not store.exists())
+    needed = int(missing * DISK_FACTOR * model.expert_bytes)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    for kept in ("models", "store"):
+        for other in sorted((work_dir / kept).glob("gpu-*")):
+            if shutil.disk_usage(work_dir).free >= needed:
+                break
+            if other.name != directory.name:
+                print(f"Removing {other} to make room", flush=True)
+                shutil.rmtree(other)
+    free = shutil.disk_usage(work_dir).free
+    if free < needed:
+        raise RuntimeError(
+            f"{work_dir} has {free / 1e9:.1f} GB free; {model.name} and its store need "
+            f"{needed / 1e9:.1f} GB: give a --work-dir with more room, or fewer --layers"
+        )
+    if not has_model:
+        print(f"Writing {directory}", flush=True)
+        write_demo_model(
+            directory,
+            model.arch,
+            **asdict(model.shape),
+            force=True,
+            max_positions=max_positions,
+            shared_noise=True,
+            progress=sys.stderr.isatty(),
+        )
+    return directory
+
+
+def positions_of(sizes: Sizes) -> int:
+    """What the model's config allows: the longest request, and room."""
+    return sizes.max_tokens + sizes.chunk_tokens
+
+
+# ---- running ---------------------------------------------------------------------------
+
+
+def run_contestant(
+    part: Part,
+    contestant: str,
+    sizes: Sizes,
+    args: argparse.Namespace,
+    *,
+    model_dir: Path,
+    limit_s: float,
+) -> dict[str, Any]:
+    """One contestant from start to end; whatever happens is in what is returned."""
+    options = engine_options(
+        part,
+        contestant,
+        sizes,
+        device=args.device,
+        attention_backend=args.attention_backend,
+    )
+    if isinstance(options, str):
+        return {"status": "not run", "reason": options}
+    logs = args.work_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    offload = None
+    if contestant in PLUGIN:
+        offload = offload_options(
+            part,
+            contestant,
+            _store(args.work_dir, part.model),
+            logs / f"gpu-{part.name}-{contestant}-{os.getpid()}.msgpack",
+        )
+    spec_path, out, log = (
+        logs / f"gpu-{part.name}-{contestant}.{kind}" for kind in ("spec.json", "jsonl", "log")
+    )
+    out.unlink(missing_ok=True)
+    workloads = [asdict(workload) for workload in sizes.workloads]
+    spec = {
+        "model": str(model_dir),
+        "engine": options,
+        "offload": offload,
+        "workloads": workloads,
+        "limit_s": limit_s,
+    }
+    spec_path.write_text(json.dumps(spec))
+    environment = {
+        **os.environ,
+        **ENVIRONMENT,
+        **(CPU_ENVIRONMENT if args.device == "cpu" else {}),
+        "VLLM_CACHE_ROOT": str(args.work_dir.absolute() / "vllm-cache"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    began = time.perf_counter()
+    status: int | str
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "gpu_contest.py"), spec_path, out],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        try:
+            status = process.wait(limit_s + GRACE_S)
+        except subprocess.TimeoutExpired:
+            status = f"killed {GRACE_S:g} s after its time was over"
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    findings = (
+        [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    )
+    result = collect(findings, part.model.record_bytes)
+    result |= {"options": {"engine": options, **({"offload": offload} if offload else {})}}
+    result |= {"seconds": time.perf_counter() - began, "exit_status": status}
+    if not result["ended"]:
+        result["status"] = "failed"
+        result["reason"] = f"exit status {status}"
+        result["log_tail"] = log.read_text(errors="replace")[-4000:]
+    return result
+
+
+def collect(findings: Sequence[Mapping[str, Any]], record_bytes: int) -> dict[str, Any]:
+    """A contestant's result from the lines that it wrote.
+
+    ``status`` is ``measured`` if it came to its end, even if time was short: ``short`` then
+    says of which workloads.
+    """
+    result: dict[str, Any] = {
+        "status": "measured",
+        "reason": "",
+        "workloads": {},
+        "short": {},
+        "ended": False,
+    }
+    for finding in findings:
+        kind = finding["kind"]
+        if kind == "ready":
+            result["start_s"], result["memory_at_start"] = finding["start_s"], finding["memory"]
+        elif kind == "sample":
+            sample = {**finding["sample"]}
+            sample["crossing_bytes"] = crossing_bytes(sample, record_bytes)
+            result["workloads"].setdefault(finding["workload"], []).append(sample)
+        elif kind == "short":
+            result["short"][finding["workload"]] = finding["measured"]
+        elif kind == "memory":
+            result["memory"] = finding["memory"]
+        elif kind == "end":
+            result["ended"] = True
+    return result
+
+
+def measure_link(part: Part, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Bandwidth to the device for records of the part's model; None without a device."""
+    if args.device == "cpu":
+        return None
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_link.py")]
+    done = subprocess.run(
+        [*command, "--record-bytes", str(part.model.record_bytes)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode != 0:
+        print(f"The link could not be measured:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return {"error": done.stderr[-2000:]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
+    """A part's record before anything was measured."""
+    return {
+        "name": part.name,
+        "model": part.model.to_json(),
+        "share": part.share,
+        "device": args.device,
+        "parameters": {
+            "workloads": [asdict(workload) for workload in sizes.workloads],
+            "kv_cache_bytes": sizes.kv_cache_bytes,
+            "chunk_tokens": sizes.chunk_tokens,
+            "time_limit_s": args.time_limit_s,
+            "environment": ENVIRONMENT,
+        },
+        "notes": NOTES,
+        "link": None,
+        "contestants": {},
+        **where_and_what(args.work_dir),
+    }
+
+
+def run_part(
+    part: Part, sizes: Sizes, args: argparse.Namespace, measured: dict[str, Any]
+) -> None:
+    """Measures all contestants of a part, as far as the time allows, into ``measured``."""
+    began = time.perf_counter()
+    chosen = [name for name in part.contestants if name in args.contestants]
+    contestants = measured["contestants"]
+    for name in chosen:  # what is cut short says so
+        contestants[name] = {"status": "not run", "reason": "the part ended before its turn"}
+    model_dir = ensure_model(args.work_dir, part.model, positions_of(sizes))
+    measured["link"] = measure_link(part, args)
+    for number, name in enumerate(chosen):
+        left = args.time_limit_s - (time.perf_counter() - began)
+        # What the first ones do not need is there for the others.
+        limit = min(left - GRACE_S, 1.6 * left / (len(chosen) - number))
+        if limit < args.least_s:
+            contestants[name]["reason"] = "the part's time was over"
+            continue
+        print(f"{part.name}: {name}, at most {limit:.0f} s", flush=True)
+        result = contestants[name] = run_contestant(
+            part, name, sizes, args, model_dir=model_dir, limit_s=limit
+        )
+        print(
+            f"{part.name}: {name}: {result['status']} {result['reason']}"
+            f" ({time.perf_counter() - began:.0f} s of {args.time_limit_s:.0f} s)",
+            flush=True,
+        )
+
+
+def is_complete(part: Mapping[str, Any]) -> bool:
+    """Whether every contestant that can run here did, all workloads included."""
+    return all(
+        (contestant["status"] == "measured" and not contestant["short"])
+        or contestant["reason"].startswith(("not on this platform", "not possible"))
+        for contestant in part["contestants"].values()
+    )
+
+
+def main() -> int:
+    """Exit status 1 if something that can run here was not measured; 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="print the parts and end")
+    parser.add_argument(
+        "--prepare", action="store_true", help="write the parts' models and end"
+    )
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=(*CONTESTANTS, RESIDENT_AUTO),
+        default=[*CONTESTANTS, RESIDENT_AUTO],
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--layers", type=int, help="layers of the models (default: see --list)")
+    parser.add_argument(
+        "--attention-backend", help="of all contestants (default: vLLM's choice)"
+    )
+    parser.add_argument(
+        "--time-limit-s", type=float, default=450, help="per part (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--least-s",
+        type=float,
+        default=30,
+        help="no contestant is started with less time than this (default: %(default)s)",
+    )
+    add_common_options(parser)
+    args = parser.parse_args()
+    models = TINY_MODELS if args.quick or args.device == "cpu" else MODELS
+    try:
+        parts = select_parts(
+            args.parts, parts_of([with_layers(model, args.layers) for model in models])
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.list:
+        for part in parts:
+            print(
+                f"{part.name}: {part.model.shape.layers} of {part.model.of_layers} layers, "
+                f"{part.model.expert_bytes / 1e9:.1f} GB of experts; "
+                f"{', '.join(part.contestants)}"
+            )
+        return 0
+    sizes = QUICK if args.quick or args.device == "cpu" else FULL
+    if args.prepare:
+        for model in dict.fromkeys(part.model for part in parts):
+            print(ensure_model(args.work_dir, model, positions_of(sizes)))
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"torch {torch.__version__} sees no CUDA device; --device cpu tries the harness alone"
+        )
+    end_on_sigterm()
+    results = results_of(args)
+    if args.device == "cpu" and args.results is None:
+        results = results_of(argparse.Namespace(results=None, quick=True))
+    complete = True
+    for part in parts:
+        measured = new_part(part, sizes, args)
+        try:
+            run_part(part, sizes, args, measured)
+        finally:  # what was measured before an error or a signal is kept
+            save({"parts": {part.name: measured}}, results=results, work_dir=args.work_dir)
+        complete = complete and is_complete(measured)
+    show(load(results))
+    return int(not complete)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Compiles csrc/cuda into one shared object, for all supported GPUs. No GPU is needed.
+#   scripts/build_cuda.sh [OUT]     default: vllm_moe_offload/_cuda.so
+# NVCC names the compiler; without it nvcc on the path, or that of the wheels in
+# requirements/cuda-compiler.lock if they are installed for PYTHON (default python3).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-vllm_moe_offload/_cuda.so}
+
+wheels=$("${PYTHON:-python3}" -c 'import importlib.util as u; s = u.find_spec("nvidia"); print(next(iter(s.submodule_search_locations)) + "/cu13" if s else "")')
+nvcc=${NVCC:-$(command -v nvcc || true)}
+flags=()
+if [[ -z $nvcc && -x $wheels/bin/nvcc ]]; then
+  nvcc=$wheels/bin/nvcc
+  flags+=(-I "$wheels/include" -L "$wheels/lib")
+fi
+if [[ -z $nvcc ]]; then
+  echo "build_cuda.sh: no nvcc; put CUDA 13's on the path, name it in NVCC, or install" \
+    "requirements/cuda-compiler.lock" >&2
+  exit 1
+fi
+
+for arch in 80 86 89 90 120; do
+  flags+=(-gencode "arch=compute_$arch,code=sm_$arch")
+done
+flags+=(-gencode "arch=compute_120,code=compute_120") # what comes after sm_120
+# The runtime is linked in and its symbols are hidden: whichever torch brings does not matter.
+"$nvcc" -std=c++17 -O3 --shared -cudart static --threads 2 "${flags[@]}" \
+  -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden -Xlinker --exclude-libs,ALL \
+  -o "$out.part" csrc/cuda/*.cpp csrc/cuda/*.cu
+mv "$out.part" "$out"
+echo "built $out with $("$nvcc" --version | sed -n 's/^Cuda compilation tools, //p')"

@@ -1,0 +1,240 @@
+"""One contestant of the GPU benchmark, in a process of its own: starts an engine, measures it.
+
+    python scripts/gpu_contest.py SPEC.json OUT.jsonl
+
+Called by scripts/bench_gpu.py. Writes a line of JSON per finding, so that what was measured
+before a crash or a time limit is not lost. The engine runs in this process: device memory and
+the plugin's counters can be read, and no contestant pays for messages between processes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.gpu_plan import Workload  # noqa: E402
+from scripts.make_demo_model import TOPICS  # noqa: E402
+
+WORDS_PER_TOPIC = 64
+"""A long prompt goes through all topics, as a long document does; a short one keeps to one."""
+
+
+def prompt_text(words: int, topic: int, seed: int) -> str:
+    """``words`` words, beginning with ``topic``; the same ones for the same arguments."""
+    rng = random.Random(f"{seed} {topic}")
+    vocabularies = list(TOPICS.values())
+    text: list[str] = []
+    while len(text) < words:
+        vocabulary = vocabularies[topic % len(vocabularies)].split()
+        text += rng.choices(vocabulary, k=min(WORDS_PER_TOPIC, words - len(text)))
+        topic += 1
+    return " ".join(text)
+
+
+def prompt_ids(tokenizer: Any, workload: Workload, repeat: int) -> list[list[int]]:
+    """Prompts of exactly ``prompt_tokens`` tokens; others at every repeat."""
+    prompts = []
+    for index in range(workload.batch):
+        text = prompt_text(workload.prompt_tokens, topic=repeat + index, seed=repeat)
+        ids = tokenizer.encode(text)
+        if len(ids) < workload.prompt_tokens:
+            raise RuntimeError(f"{workload.prompt_tokens} words became {len(ids)} tokens")
+        prompts.append(ids[: workload.prompt_tokens])
+    return prompts
+
+
+class Counters:
+    """The plugin's counters, in this process; nothing for other contestants."""
+
+    def __init__(self, llm: Any) -> None:
+        from vllm_moe_offload.integration.experts import find_runtime
+
+        executor = llm.llm_engine.model_executor
+        self.runtime: Any = find_runtime(executor.driver_worker.worker.model_runner.get_model())
+
+    def read(self) -> dict[str, float] | None:
+        """Counters now; None without offload."""
+        from vllm_moe_offload.cache import COUNTER_NAMES
+
+        runtime = self.runtime
+        if runtime is None:
+            return None
+        counts = dict(zip(COUNTER_NAMES, runtime.cache.counters.tolist(), strict=True))
+        return counts | {
+            "read_bytes": runtime.read_bytes,
+            "stall_s": runtime.stall_ns / 1e9,
+            "policy_s": runtime.policy_ns / 1e9,
+        }
+
+
+def measure(llm: Any, workload: Workload, repeat: int, counters: Counters) -> dict[str, Any]:
+    """One repeat of a workload.
+
+    Returns:
+        ``prefill_s``: from the requests to the first token of the last of them;
+        ``step_s``: per decode step after that; ``step_times_s``: when each step ended, from
+        the first token on; ``counters``: what the plugin counted in the phase that the
+        workload is about; ``tokens``: what was generated, per request.
+    """
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True, detokenize=False
+    )
+    names = [f"{workload.name}-{repeat}-{index}" for index in range(workload.batch)]
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    prompts = prompt_ids(llm.get_tokenizer(), workload, repeat)
+    before = counters.read()
+    began = time.perf_counter()
+    for name, ids in zip(names, prompts, strict=True):
+        engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+    first: float | None = None
+    behind, at_first, step_times = 0, before, []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+        if first is not None:
+            if outputs:  # steps are scheduled ahead: the last one may come back empty
+                step_times.append(round(now - first, 6))
+        elif all(tokens.values()):
+            first, at_first = now, counters.read()
+            # Where some requests waited for others, these have more tokens already.
+            behind = min(map(len, tokens.values()))
+    after = counters.read()
+    counts = {name: len(ids) for name, ids in tokens.items()}
+    if first is None or counts != dict.fromkeys(names, workload.new_tokens):
+        raise RuntimeError(f"{workload.new_tokens} tokens were asked for, what came: {counts}")
+    steps = workload.new_tokens - behind
+    decode_s = step_times[-1] if step_times else 0.0
+    phase = (at_first, after) if workload.is_decode else (before, at_first)
+    return {
+        "repeat": repeat,
+        "prefill_s": first - began,
+        "decode_s": decode_s,
+        "steps": steps,
+        "step_s": decode_s / steps if steps else None,
+        "step_times_s": step_times,
+        "counters": difference(*phase),
+        "tokens": list(tokens.values()),
+    }
+
+
+def difference(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None
+) -> dict[str, float] | None:
+    """What was counted between two readings."""
+    if before is None or after is None:
+        return None
+    return {name: after[name] - before[name] for name in after}
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process holds on the host, and the device's if there is one.
+
+    ``host_anonymous_bytes`` leaves out files that are mapped, such as checkpoints.
+    """
+    import torch
+
+    status = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith("kB"):
+            status[name] = int(value.split()[0]) * 1024
+    found = {
+        "host_anonymous_bytes": status["RssAnon"],
+        "host_shared_bytes": status["RssShmem"],
+        "host_peak_bytes": status["VmHWM"],
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found |= {
+            "device_used_bytes": total - free,
+            "device_total_bytes": total,
+            "device_peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "device_peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    return found
+
+
+def host_tier(counters: Counters) -> dict[str, int] | None:
+    """Bytes of the pinned host tier as the plugin states them; None if it has none."""
+    from vllm_moe_offload.transfer.host_tier import HostTier
+
+    if counters.runtime is None:
+        return None
+    parts = vars(counters.runtime._transfer).values()
+    tiers = [part for part in parts if isinstance(part, HostTier)]
+    return {"host_tier_bytes": tiers[0].nbytes} if tiers else None
+
+
+def contest(spec: Mapping[str, Any], out: Path) -> None:
+    """Runs all workloads until the time is over."""
+    began = time.perf_counter()
+    deadline = began + spec["limit_s"]
+
+    def note(kind: str, **finding: Any) -> None:
+        with out.open("a") as file:
+            file.write(json.dumps({"kind": kind, **finding}) + "\n")
+
+    from vllm import LLM
+
+    engine = dict(spec["engine"])
+    for name in ("cpu_offload_params", "offload_params"):
+        if name in engine:
+            engine[name] = set(engine[name])
+    if spec["offload"] is not None:
+        engine["additional_config"] = {"moe_offload": spec["offload"]}
+    llm = LLM(spec["model"], **engine)
+    counters = Counters(llm)
+    if (counters.runtime is not None) != (spec["offload"] is not None):
+        raise RuntimeError("the plugin runs where it should not, or does not where it should")
+    note("ready", start_s=time.perf_counter() - began, memory=memory())
+    for fields in spec["workloads"]:
+        run_workload(llm, Workload(**fields), counters, deadline, note)
+    note("memory", memory=memory() | (host_tier(counters) or {}))
+    note("end", seconds=time.perf_counter() - began)
+
+
+def run_workload(
+    llm: Any, workload: Workload, counters: Counters, deadline: float, note: Any
+) -> None:
+    """All repeats of one workload; the first one warms up and does not count."""
+    took = 0.0
+    for repeat in range(workload.repeats + 1):
+        began = time.perf_counter()
+        if began + took > deadline:
+            note(
+                "short", workload=workload.name, measured=max(0, repeat - 1), **_asked(workload)
+            )
+            return
+        sample = measure(llm, workload, repeat, counters)
+        took = time.perf_counter() - began
+        if repeat:
+            note("sample", workload=workload.name, sample=sample)
+
+
+def _asked(workload: Workload) -> dict[str, Any]:
+    return {"asked": asdict(workload)}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``SPEC.json OUT.jsonl``."""
+    spec_path, out = map(Path, arguments)
+    contest(json.loads(spec_path.read_text()), out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,271 @@
+"""The CUDA copier on a real device: bytes, order against kernels, tickets, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.stores import MIXED, build, layer_tensors, layout_of
+from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.store.direct_io import aligned_buffer
+from vllm_moe_offload.transfer import TransferError
+from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE
+from vllm_moe_offload.transfer.cuda import CudaCopier, cuda_transfer
+from vllm_moe_offload.transfer.cuda_library import CudaError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ENGINES = ["memcpy", "gather"]
+DEVICE = torch.device("cuda", 0)
+
+expected_layer = functools.lru_cache(maxsize=8)(layer_tensors)
+
+
+def current_stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def random_arena(layout, num_rows):
+    arena = aligned_buffer(num_rows * layout.record_bytes).reshape(num_rows, -1)
+    arena[:] = np.random.default_rng(0).integers(0, 256, arena.shape, dtype=np.uint8)
+    return arena
+
+
+@contextlib.contextmanager
+def copier_of(layout, num_host_rows, num_rows, engine="memcpy"):
+    arena = random_arena(layout, num_host_rows)
+    pool = SlotPool(layout, num_rows, device=DEVICE)
+    torch.cuda.synchronize()  # its zeros are there
+    copier = CudaCopier(pool, arena, compute_stream=current_stream, engine=engine)
+    try:
+        yield copier, pool, arena
+    finally:
+        copier.close()
+
+
+def assert_copied(pool, arena, host_row, row):
+    begin = 0
+    for spec in (*pool.layout.direct, *pool.layout.tail):
+        wanted = torch.from_numpy(arena[host_row, begin : begin + spec.nbytes].copy())
+        have = pool.tensors[spec.name][row].reshape(-1).view(torch.uint8).cpu()
+        assert torch.equal(have, wanted), (spec.name, host_row, row)
+        begin += spec.nbytes
+
+
+LAYOUTS = [
+    MIXED,
+    layout_of(1),
+    layout_of(3, 5, 16, 4096),
+    layout_of(4, 32, 48, 8, 2880),
+    layout_of(4096 * 9, 32768, 32768 + 16, 32784 + 1),
+    layout_of((1 << 20) + 4096, 11520, 7),
+    layout_of(*range(1, 17)),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.expert_bytes}")
+def test_every_byte_arrives_and_no_other_changes(layout, engine):
+    with copier_of(layout, 5, 7, engine) as (copier, pool, arena):
+        pairs = [(4, 0), (0, 3), (2, 6), (2, 1)]
+        ticket = copier.copy(DEMAND_LANE, pairs)
+        copier.wait_on_host(ticket)
+        assert copier.done(ticket)
+        copier.release(ticket)
+        for host_row, row in pairs:
+            assert_copied(pool, arena, host_row, row)
+        for row in (2, 4, 5):
+            for tensor in pool.tensors.values():
+                assert not bool(tensor[row].any())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_rows_than_one_launch_takes(engine):
+    with copier_of(layout_of(48, 100), 600, 600, engine) as (copier, pool, arena):
+        ticket = copier.copy(PREFETCH_LANE, [(row, 599 - row) for row in range(600)])
+        copier.wait_on_host(ticket)
+        for row in range(600):
+            assert_copied(pool, arena, row, 599 - row)
+
+
+def test_the_gather_kernel_and_memcpy_give_the_same_bits():
+    for layout in LAYOUTS:
+        results = []
+        for engine in ENGINES:
+            with copier_of(layout, 4, 4, engine) as (copier, pool, _):
+                copier.wait_on_host(copier.copy(DEMAND_LANE, [(i, 3 - i) for i in range(4)]))
+                results.append({name: t.clone() for name, t in pool.tensors.items()})
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, results[1][name]), (layout, name)
+
+
+def test_too_many_tensors_for_the_kernel():
+    layout = layout_of(*range(1, 18))
+    with (
+        pytest.raises(CudaError, match="at most 16 tensors, got 17"),
+        copier_of(layout, 2, 2, "gather"),
+    ):
+        pass
+    with copier_of(layout, 2, 2) as (copier, pool, arena):
+        copier.wait_on_host(copier.copy(DEMAND_LANE, [(1, 0)]))
+        assert_copied(pool, arena, 1, 0)
+
+
+BUSY_CYCLES = 200_000_000
+"""About a tenth of a second on the devices of today."""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("lane", [DEMAND_LANE, PREFETCH_LANE])
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_copies_wait_for_kernels_that_were_launched_before(engine, lane, own_stream):
+    """A kernel that still reads a row keeps what the row held (write after read)."""
+    layout = layout_of(1 << 20)
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    with (
+        copier_of(layout, 2, 1, engine) as (copier, pool, arena),
+        torch.cuda.stream(stream),
+    ):
+        first = copier.copy(lane, [(0, 0)])
+        copier.join(first)
+        copier.release(first)
+        # What is run for the first time may wait for the device: not while it sleeps.
+        warm = [pool.tensors["t0"][0].clone() for _ in range(2)]
+        torch.cuda._sleep(1)
+        stream.synchronize()
+        del warm
+        torch.cuda._sleep(BUSY_CYCLES)
+        kept = pool.tensors["t0"][0].clone()  # queued behind the sleep
+        copier.after_compute()
+        second = copier.copy(lane, [(1, 0)])
+        assert not copier.done(second)  # the kernel before it sleeps
+        copier.join(second)
+        seen = pool.tensors["t0"][0].clone()
+        copier.release(second)
+        stream.synchronize()
+        assert torch.equal(kept.cpu(), torch.from_numpy(arena[0]))
+        assert torch.equal(seen.cpu(), torch.from_numpy(arena[1]))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kernels_wait_for_copies_that_were_joined(engine):
+    """Read after write: the host never waits, the kernel does."""
+    layout = layout_of(64 << 20)
+    with copier_of(layout, 2, 2, engine) as (copier, pool, arena):
+        for host_row in (0, 1, 0, 1):
+            copier.after_compute()
+            ticket = copier.copy(DEMAND_LANE, [(host_row, 0), (1 - host_row, 1)])
+            copier.join(ticket)
+            copier.release(ticket)
+            seen = pool.tensors["t0"].clone()
+            wanted = torch.from_numpy(arena[[host_row, 1 - host_row]])
+            assert torch.equal(seen.cpu(), wanted)
+
+
+def test_tickets_are_used_again_and_wrong_ones_refused():
+    with copier_of(MIXED, 2, 2) as (copier, _, _):
+        for _ in range(1000):
+            ticket = copier.copy(DEMAND_LANE, [(0, 0)])
+            assert ticket == 0
+            copier.join(ticket)
+            copier.release(ticket)
+        for call in (copier.done, copier.wait_on_host, copier.join, copier.release):
+            with pytest.raises(CudaError, match="ticket 0 is not in use"):
+                call(0)
+        for lane, pairs, message in [
+            (2, [(0, 0)], "lane 2"),
+            (DEMAND_LANE, [(2, 0)], r"host row 2 is outside \[0, 2\)"),
+            (DEMAND_LANE, [(0, -1)], r"device row -1 is outside \[0, 2\)"),
+        ]:
+            with pytest.raises(CudaError, match=message):
+                copier.copy(lane, pairs)
+
+
+def test_memory_is_locked_at_its_exact_size_and_given_back():
+    """Also what is no multiple of a huge page; twice, as what is locked cannot be again."""
+    layout = layout_of(4096 * 3)
+    arena = random_arena(layout, 1001)
+    pool = SlotPool(layout, 1, device=DEVICE)
+    for _ in range(2):
+        copier = CudaCopier(pool, arena, compute_stream=current_stream)
+        with pytest.raises(CudaError, match=r"cudaHostRegister failed: cudaError\w+"):
+            CudaCopier(pool, arena, compute_stream=current_stream)
+        copier.wait_on_host(copier.copy(DEMAND_LANE, [(1000, 0)]))
+        assert_copied(pool, arena, 1000, 0)
+        copier.close()
+        copier.close()
+        with pytest.raises(ValueError, match="closed"):
+            copier.copy(DEMAND_LANE, [(0, 0)])
+    assert arena.nbytes % mmap.PAGESIZE == 0
+
+
+def test_an_error_of_the_device_does_not_linger():
+    with copier_of(MIXED, 2, 2) as (copier, pool, arena):
+        ticket = copier.copy(DEMAND_LANE, [(0, 0)])
+        torch.cuda._sleep(BUSY_CYCLES)
+        copier.after_compute()
+        waiting = copier.copy(DEMAND_LANE, [(1, 1)])
+        copier.done(waiting)  # not ready is no error
+        copier.set_engine("gather")
+        copier.wait_on_host(copier.copy(DEMAND_LANE, [(1, 0)]))
+        copier.wait_on_host(ticket)
+        assert_copied(pool, arena, 1, 0)
+        torch.cuda.synchronize()
+
+
+# ---- the whole way -------------------------------------------------------------------------
+
+
+def assert_row(store, pool, layer, expert, row):
+    for name, wanted in expected_layer(store.layout, store.num_experts, layer).items():
+        have = pool.tensors[name][row].cpu()
+        assert torch.equal(have, torch.from_numpy(wanted[expert])), (name, layer, expert)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("host_rows", [3, 17, 1000])
+def test_transfer_from_file_to_device(tmp_path, engine, host_rows):
+    store = build(tmp_path, num_layers=4, num_experts=8)
+    pool = SlotPool(store.layout, 8, device=DEVICE)
+    transfer = cuda_transfer(
+        store,
+        pool,
+        host_rows=host_rows,
+        compute_stream=current_stream,
+        engine=engine,
+        verify=True,
+    )
+    try:
+        assert transfer.expert_ns > 0
+        chance = random.Random(host_rows)
+        for _ in range(50):
+            chosen = chance.sample([(layer, e) for layer in range(4) for e in range(8)], 8)
+            requests = [(*expert, row) for row, expert in enumerate(chosen)]
+            begun = transfer.prefetch(requests[5:])
+            transfer.read(requests[:5])
+            for *_, row in requests[5 : 5 + begun]:
+                transfer.await_row(row)
+            for request in requests[: 5 + begun]:
+                assert_row(store, pool, *request)
+            assert transfer.poll() == []
+    finally:
+        transfer.close()
+
+
+def test_a_damaged_record_never_reaches_the_device(tmp_path):
+    store = build(tmp_path)
+    content = bytearray(store.path.read_bytes())
+    content[store.record_offset(2, 3)] ^= 1
+    store.path.write_bytes(content)
+    pool = SlotPool(store.layout, 2, device=DEVICE)
+    with pytest.raises(TransferError, match=r"expert 3 of layer 2.*checksum"):
+        cuda_transfer(store, pool, host_rows=100, compute_stream=current_stream, verify=True)

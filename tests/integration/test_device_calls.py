@@ -1,0 +1,216 @@
+"""Layer calls as on a GPU, on the CPU device: which rows the kernel is told to read."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runtimes import EXPERTS, LAYERS, TOP_K, assert_rows_hold, decode_rows, runtime_of
+from tests.stores import MIXED, build
+from vllm_moe_offload.integration import device_calls, triton_slots
+from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.lookahead import sampled_rows
+from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.trace.recorder import TraceRecorder
+
+pytestmark = pytest.mark.vllm
+
+HIDDEN = 4
+
+
+@pytest.fixture
+def store(tmp_path):
+    return build(tmp_path, MIXED, LAYERS, EXPERTS)
+
+
+class Experts:
+    """A layer that notes the slot map of every kernel call and sums what is in it."""
+
+    def __init__(self, index):
+        self.moe_layer = index
+        self.local_num_experts = EXPERTS
+        self.maps = []
+        self.check = lambda: None
+        self.quant_method = SimpleNamespace(apply=self.apply)
+
+    def apply(self, *, layer, x, topk_weights, topk_ids, **_):
+        slots = triton_slots._slots
+        self.maps.append(None if slots is None else slots[1].clone())
+        self.check()
+        if slots is None:
+            return x * topk_weights.sum(1, keepdim=True)
+        present = slots[1][topk_ids.long()] >= 0
+        return x * (topk_weights * present).sum(1, keepdim=True)
+
+
+@pytest.fixture(autouse=True)
+def no_tuning(monkeypatch):
+    monkeypatch.setattr(triton_slots, "tuning_config", lambda *_: {"BLOCK_SIZE_M": 16})
+
+
+class Model:
+    """A runtime, its layers and its calls."""
+
+    def __init__(self, store, slots, staging, mode="trace", **parts):
+        self.store = store
+        self.runtime = runtime_of(store, slots, staging, mode)
+        for name, part in parts.items():
+            setattr(self.runtime, name, part)
+        self.layers = [Experts(index) for index in range(LAYERS)]
+        self.calls = DeviceCalls(self.runtime, torch.device("cpu"), EXPERTS)
+
+    def step(self, ids, rows=None):
+        """One step in which every layer routes alike; checks results and rows."""
+        tokens = ids.shape[0]
+        self.runtime.begin_step(rows or decode_rows([f"r{i}" for i in range(tokens)]))
+        for layer in self.layers:
+            self.call(layer, ids)
+
+    def call(self, layer, ids):
+        x = torch.arange(ids.shape[0] * HIDDEN, dtype=torch.float32).view(-1, HIDDEN)
+        weights = torch.full(ids.shape, 1 / TOP_K)
+        return self.calls.forward(layer, x, weights, ids), x
+
+
+def ids_of(*tokens):
+    return torch.tensor(tokens, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_map_names_rows_with_the_experts_bytes(store, dtype):
+    model = Model(store, slots=10, staging=2)
+    ids = ids_of([1, 5], [5, 2]).to(dtype)
+    for layer in model.layers:
+
+        def check(layer=layer):
+            slot_map = triton_slots._slots[1]
+            used = ids.unique()
+            assert slot_map.dtype == torch.int32
+            assert (slot_map >= 0).nonzero().reshape(-1).tolist() == used.tolist()
+            assert_rows_hold(model.runtime, store, layer.moe_layer, used, slot_map[used.long()])
+
+        layer.check = check
+    for _ in range(3):
+        model.step(ids)
+    assert model.runtime.num_tokens == 6
+    assert model.runtime.cache.count("hits") > 0
+    assert all(len(layer.maps) == 3 for layer in model.layers)
+
+
+def test_padding_of_a_graph_is_neither_planned_nor_mapped(store):
+    model = Model(store, slots=10, staging=2)
+    rows = decode_rows(["a"])
+    model.step(ids_of([1, 5], [7, 0], [7, 0]), rows)
+    mapped = (model.layers[0].maps[0] >= 0).nonzero().reshape(-1)
+    assert mapped.tolist() == [1, 5]
+    assert model.runtime.num_tokens == 1
+
+
+def test_waves_cover_every_expert_once(store, monkeypatch):
+    monkeypatch.setattr(device_calls, "UPLOADS", 2)  # more waves than maps under way
+    model = Model(store, slots=2, staging=0, mode="lru")
+    ids = torch.arange(EXPERTS, dtype=torch.int32).view(-1, TOP_K)
+    model.runtime.begin_step(decode_rows([f"r{i}" for i in range(len(ids))]))
+    for layer in model.layers:
+        out, x = model.call(layer, ids)
+        torch.testing.assert_close(out, x)
+        maps = torch.stack(layer.maps)
+        assert len(maps) == EXPERTS // 2
+        assert ((maps >= 0).sum(0) == 1).all()
+    assert model.runtime.num_step_rows is None  # the step ended with its last layer
+
+
+def test_everything_fits_nothing_is_asked(store):
+    model = Model(store, slots=LAYERS * EXPERTS, staging=0)
+    model.runtime.load_everything()
+    model.step(ids_of([1, 5]))
+    assert all(layer.maps == [None] for layer in model.layers)
+    assert model.runtime.num_tokens == 1
+    assert model.runtime.cache.count("hits") == 0
+    model.runtime.end_request("r0")
+    assert len(model.runtime.policy.collection) == 0
+
+
+def test_everything_fits_a_recording_sees_the_routing(store, tmp_path):
+    recorder = TraceRecorder(
+        tmp_path / "trace.npz",
+        num_layers=LAYERS,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        num_slots=LAYERS * EXPERTS,
+        num_staging_slots=0,
+        limit_bytes=1 << 20,
+    )
+    model = Model(store, slots=LAYERS * EXPERTS, staging=0, _recorder=recorder)
+    model.runtime.load_everything()
+    model.step(ids_of([1, 5]))
+    model.runtime.close()
+    assert all(layer.maps == [None] for layer in model.layers)
+    with np.load(tmp_path / "trace.npz") as trace:
+        ids = next(trace[name] for name in trace.files if trace[name].shape[-1:] == (TOP_K,))
+    assert sorted(np.unique(ids)) == [1, 5]
+
+
+def test_dummy_runs_read_the_first_row_and_count_nothing(store):
+    model = Model(store, slots=10, staging=2)
+    before = model.runtime.read_bytes
+    with model.runtime.dummy_run():
+        with model.runtime.dummy_run():
+            pass  # a dummy run of the warm-up; the warm-up is still on
+        model.step(ids_of([1, 5], [6, 7]))
+        model.runtime.end_request("r0")
+    assert all(layer.maps[0].tolist() == [0] * EXPERTS for layer in model.layers)
+    assert model.runtime.read_bytes == before
+    assert model.runtime.num_tokens == 0
+    assert model.runtime.num_step_rows is None
+
+
+def test_a_failed_read_leaves_no_plan_open(store):
+    model = Model(store, slots=10, staging=2)
+    original = model.layers[0].quant_method.apply
+
+    def fail(**_):
+        raise RuntimeError("kernel")
+
+    model.layers[0].quant_method.apply = fail
+    model.runtime.begin_step(decode_rows(["a"]))
+    with pytest.raises(RuntimeError, match="kernel"):
+        model.call(model.layers[0], ids_of([1, 5]))
+    model.layers[0].quant_method.apply = original
+    model.step(ids_of([1, 5]))
+
+
+class Looks:
+    """A prefetcher that keeps what it was shown of the hidden states."""
+
+    predictor = SimpleNamespace(native_handle=0)
+    room = 1
+
+    def __init__(self):
+        self.seen = []
+
+    def foresee(self, layer, hidden):
+        self.seen.append((layer, hidden.clone(), hidden.stride(0)))
+        return []
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 200])
+def test_the_sampled_rows_of_hidden_are_there(store, tokens):
+    looks = Looks()
+    model = Model(store, slots=10, staging=2, prefetcher=looks)
+    ids = ids_of([1, 5]).repeat(tokens, 1)
+    rows = StepRows.of_lengths(
+        ["a"], np.array([tokens]), np.array([0]), np.array([True], np.bool_)
+    )
+    model.step(ids, rows)
+    x = torch.arange(tokens * HIDDEN, dtype=torch.float32).view(-1, HIDDEN)
+    sample = sampled_rows(tokens)
+    assert len(looks.seen) == LAYERS
+    for _, hidden, stride in looks.seen:
+        assert hidden.shape == x.shape
+        assert stride == HIDDEN
+        assert torch.equal(hidden[sample], x[sample])

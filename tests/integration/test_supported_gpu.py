@@ -1,0 +1,159 @@
+"""What a GPU cannot do is refused by name; the rest is set up. No GPU is needed to decide."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+from vllm.config.kernel import KernelConfig
+
+from vllm_moe_offload.config import OffloadConfig, OptionError
+from vllm_moe_offload.integration import graphs, loading, supported, supported_gpu
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv(graphs.BREAKABLE, raising=False)
+
+
+def config(dtype=torch.bfloat16, moe_backend="auto"):
+    compilation = CompilationConfig(
+        mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+    )
+    compilation.set_splitting_ops_for_v1("allgather_reducescatter", 1)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(dtype=dtype),
+        kernel_config=KernelConfig(moe_backend=moe_backend),
+        compilation_config=compilation,
+    )
+
+
+def problems(capability=(9, 0), **fields):
+    return list(supported_gpu.problems(config(**fields), None, capability))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_ampere_and_later_are_allowed(capability):
+    assert problems(capability) == []
+    assert problems(capability, dtype=torch.float16) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "fragments"),
+    [
+        ({"capability": (7, 5)}, ["compute capability 7.5", "8.0"]),
+        ({"capability": None}, ["compute capability unknown"]),
+        ({"dtype": torch.float32}, ["dtype=torch.float32", "torch.bfloat16"]),
+        ({"moe_backend": "flashinfer_trtllm"}, ["moe_backend='flashinfer_trtllm'", "triton"]),
+        ({"moe_backend": "batched_triton"}, ["moe_backend='batched_triton'"]),
+    ],
+    ids=str,
+)
+def test_refused_by_name(fields, fragments):
+    (problem,) = problems(**fields)
+    assert all(fragment in problem for fragment in fragments)
+
+
+def test_what_is_allowed_is_set_up():
+    allowed = config()
+    supported_gpu.prepare(allowed)
+    assert allowed.kernel_config.moe_backend == "triton"
+    assert set(graphs.MOE_OPS) < set(allowed.compilation_config.splitting_ops)
+    assert problems() == list(supported_gpu.problems(allowed, None, (9, 0)))
+
+
+class Platform(SimpleNamespace):
+    device_name = "accelerator"
+
+    def is_cpu(self):
+        return self.kind == "cpu"
+
+    def is_cuda(self):
+        return self.kind == "cuda"
+
+    def get_device_capability(self):
+        return (7, 0)
+
+
+def platform_problems(monkeypatch, kind, **options):
+    monkeypatch.setattr("vllm.platforms.current_platform", Platform(kind=kind))
+    return list(supported._platform_problems(config(), OffloadConfig(**options), None))
+
+
+def test_platforms(monkeypatch):
+    assert platform_problems(monkeypatch, "cpu") == []
+    (problem,) = platform_problems(monkeypatch, "rocm")
+    assert "'accelerator'" in problem
+    assert "ROCm" in problem
+
+
+def test_a_gpu_without_the_copier_is_refused_before_loading(monkeypatch):
+    monkeypatch.setattr(supported_gpu, "cuda_library", lambda: None)
+    (problem,) = platform_problems(monkeypatch, "cuda", host_gb=4)
+    assert "7.0" in problem
+
+    def missing():
+        raise ImportError("no _cuda.so; run `make cuda`")
+
+    monkeypatch.setattr(supported_gpu, "cuda_library", missing)
+    capability, library = platform_problems(monkeypatch, "cuda")
+    assert "7.0" in capability
+    assert "make cuda" in library
+
+
+def test_host_gb_is_refused_without_a_gpu(monkeypatch):
+    (problem,) = platform_problems(monkeypatch, "cpu", host_gb="50%")
+    assert "host_gb='50%'" in problem
+    assert "cache_gb" in problem
+
+
+class FlashInferExperts:
+    """Takes [up; gate] weights: another order."""
+
+
+class TritonExperts:
+    """Known."""
+
+
+def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(loading, "current_platform", Platform(kind="cuda"))
+    monkeypatch.setattr(loading, "UnquantizedFusedMoEMethod", SimpleNamespace)
+
+    def layer(kernel, is_monolithic=False):
+        method = SimpleNamespace(experts_cls=kernel, is_monolithic=is_monolithic)
+        return SimpleNamespace(layer_name="layers.0", quant_method=method)
+
+    loading._check_kernel(layer(TritonExperts))
+    with pytest.raises(OptionError, match="FlashInferExperts"):
+        loading._check_kernel(layer(FlashInferExperts))
+    with pytest.raises(OptionError, match="monolithic"):
+        loading._check_kernel(layer(FlashInferExperts, is_monolithic=True))
+
+
+def test_what_is_patched_on_a_gpu_exists_in_this_vllm():
+    """In a process of its own: patches stay."""
+    program = """
+from vllm_moe_offload.integration import compat
+compat.install_cuda_patches()
+compat.install_cuda_patches()  # once, even if called again
+from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.v1.worker.gpu_worker import Worker
+for owner, name in (
+    (triton_moe, "_prepare_expert_assignment"),
+    (MoERunner, "_forward_impl"),
+    (Worker, "determine_available_memory"),
+    (Worker, "compile_or_warm_up_model"),
+):
+    wrapped = getattr(owner, name)
+    assert wrapped.__moe_offload__, name
+    assert not getattr(wrapped.__wrapped__, "__moe_offload__", False), name
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

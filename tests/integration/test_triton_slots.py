@@ -1,0 +1,193 @@
+"""Triton experts on pool rows: tokens are put in blocks by logical ids, then renamed.
+
+vLLM's Python is the real one; its CUDA operators and its kernel are doubles that do what theirs
+do, block by block. ``tests/gpu/test_kernels.py`` has the real kernels.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe import fused_moe, get_config
+from vllm.model_executor.layers.fused_moe import moe_align_block_size as align_module
+
+from vllm_moe_offload.integration import triton_slots
+
+pytestmark = pytest.mark.vllm
+
+EXPERTS, TOP_K, HIDDEN, BLOCK, ROWS = 16, 2, 4, 8, 50
+
+
+@pytest.fixture(autouse=True)
+def operators(monkeypatch):
+    """``moe_align_block_size`` as vLLM's CUDA kernel fills its outputs."""
+
+    def align(ids, num_experts, block, token_ids, expert_ids, *rest):
+        num_padded, expert_map, _ = rest
+        assert expert_map is None
+        flat = ids.reshape(-1)
+        assert int(flat.min()) >= 0
+        assert int(flat.max()) < num_experts, "the kernel counts in an array of num_experts"
+        token_ids.fill_(flat.numel())
+        expert_ids.fill_(0)
+        begin = 0
+        for expert in range(num_experts):
+            tokens = (flat == expert).nonzero().reshape(-1)
+            token_ids[begin : begin + tokens.numel()] = tokens.int()
+            blocks = -(-tokens.numel() // block)
+            expert_ids[begin // block : begin // block + blocks] = expert
+            begin += blocks * block
+        num_padded.fill_(begin)
+
+    monkeypatch.setattr(align_module.ops, "moe_align_block_size", align, raising=False)
+
+
+def kernel(x, weight, assignment, ids):
+    """What ``fused_moe_kernel`` and ``moe_sum`` compute for ``weight`` ``[rows, hidden]``."""
+    token_ids, expert_ids, num_padded = assignment
+    top_k, num_ids = ids.shape[1], ids.numel()
+    out = torch.full((num_ids, x.shape[1]), float("nan"))
+    for block in range(int(num_padded) // BLOCK):
+        row = int(expert_ids[block])
+        for place in range(BLOCK):
+            if token_ids is None:
+                token = block if place == 0 else num_ids
+            else:
+                token = int(token_ids[block * BLOCK + place])
+            if token < num_ids:
+                out[token] = 0.0 if row == -1 else x[token // top_k] * weight[row]
+    return out.view(-1, top_k, x.shape[1]).sum(1)
+
+
+def assign(ids, rows):
+    """As TritonExperts.apply does without an expert_map: it knows the weights' rows only."""
+    return triton_slots.prepare_expert_assignment(
+        fused_moe._prepare_expert_assignment,
+        ids,
+        {"BLOCK_SIZE_M": BLOCK},
+        ids.shape[0],
+        ids.shape[1],
+        rows,
+        None,
+        ignore_invalid_experts=False,
+    )
+
+
+def a_call(tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(tokens, HIDDEN, generator=generator)
+    order = torch.rand(tokens, EXPERTS, generator=generator).argsort(1)
+    return x, order[:, :TOP_K].int().contiguous()
+
+
+def in_a_pool(weight, seed=0):
+    """The weight's experts anywhere among NaN, and where."""
+    places = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))[:EXPERTS]
+    pool = torch.full((ROWS, weight.shape[1]), float("nan"))
+    pool[places] = weight
+    return pool, places.int()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])  # up to 2: vLLM aligns nothing
+def test_the_same_blocks_with_rows_for_experts(tokens):
+    x, ids = a_call(tokens)
+    weight = torch.rand(EXPERTS, HIDDEN)
+    pool, slot_map = in_a_pool(weight)
+    plain = assign(ids, EXPERTS)
+    with triton_slots.slots(EXPERTS, slot_map):
+        ours = assign(ids, ROWS)
+    assert (plain[0] is None) == (ours[0] is None) == (tokens * TOP_K * 4 <= EXPERTS)
+    if plain[0] is not None:
+        assert torch.equal(plain[0], ours[0])
+    assert torch.equal(plain[2], ours[2])
+    assert ours[1].dtype == torch.int32
+    assert torch.equal(kernel(x, weight, plain, ids), kernel(x, pool, ours, ids))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_waves_add_up_and_read_nothing_that_is_absent(tokens):
+    x, ids = a_call(tokens)
+    weight = torch.rand(EXPERTS, HIDDEN)
+    pool, slot_map = in_a_pool(weight)
+    total = torch.zeros_like(x)
+    for wave in range(3):
+        absent = slot_map.clone()
+        absent[torch.arange(EXPERTS) % 3 != wave] = -1
+        with triton_slots.slots(EXPERTS, absent):
+            total += kernel(x, pool, assign(ids, ROWS), ids)
+    expected = kernel(x, weight, assign(ids, EXPERTS), ids)
+    torch.testing.assert_close(total, expected)
+
+
+def test_outside_of_a_call_vllm_is_left_alone():
+    _, ids = a_call(40)
+    ours = assign(ids, EXPERTS)
+    theirs = fused_moe._prepare_expert_assignment(
+        ids, {"BLOCK_SIZE_M": BLOCK}, 40, TOP_K, EXPERTS, None
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_second_renaming_is_refused():
+    _, ids = a_call(4)
+    slot_map = torch.zeros(EXPERTS, dtype=torch.int32)
+    with triton_slots.slots(EXPERTS, slot_map), pytest.raises(RuntimeError, match="both"):
+        triton_slots.prepare_expert_assignment(
+            fused_moe._prepare_expert_assignment, ids, {}, 4, TOP_K, EXPERTS, slot_map
+        )
+
+
+class Layer:
+    """A RoutedExperts on a pool of ``rows``, for choosing tile sizes."""
+
+    local_num_experts = EXPERTS
+
+    def __init__(self, rows):
+        self.w13_weight = torch.empty(rows, 2 * HIDDEN, HIDDEN)
+        self.w2_weight = torch.empty(rows, HIDDEN, HIDDEN)
+        experts = SimpleNamespace(
+            quant_config=SimpleNamespace(config_name=lambda dtype: None), block_shape=None
+        )
+        self.quant_method = SimpleNamespace(
+            moe_kernel=SimpleNamespace(fused_experts=experts), apply=self.apply
+        )
+
+    def apply(self, *, layer, x, topk_weights, topk_ids, **_):
+        self.chosen = fused_moe.try_get_optimal_moe_config(
+            layer.w13_weight.shape, layer.w2_weight.shape, TOP_K, None, x.shape[0]
+        )
+        return x
+
+
+def choose(rows, tokens):
+    layer = Layer(rows)
+    x, ids = a_call(tokens)
+    slot_map = torch.zeros(EXPERTS, dtype=torch.int32)
+    triton_slots.apply_on_slots(layer, x, torch.ones(tokens, TOP_K), ids, slot_map)
+    return layer.chosen
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """Tuning files for two numbers of experts, as vLLM ships them."""
+    sizes = {EXPERTS: {1: {"BLOCK_SIZE_M": 16}, 64: {"BLOCK_SIZE_M": 64}}}
+    sizes[ROWS] = {1: {"BLOCK_SIZE_M": 32}}
+    monkeypatch.setattr(fused_moe, "get_moe_configs", lambda E, *_: sizes.get(E))
+
+
+def test_tile_sizes_are_those_of_the_model_and_not_of_the_pool(tuned):
+    for rows in (EXPERTS, ROWS, 7):
+        assert choose(rows, 1) == {"BLOCK_SIZE_M": 16}
+        assert choose(rows, 60) == {"BLOCK_SIZE_M": 64}
+    assert get_config() is None
+
+
+def test_default_tile_sizes_too(monkeypatch):
+    monkeypatch.setattr(fused_moe, "get_moe_configs", lambda *_: None)
+    tokens = 129 * EXPERTS  # more than 128 tokens per expert group blocks, fewer do not
+    x = torch.empty(tokens, HIDDEN)
+    shapes = (EXPERTS, 2 * HIDDEN, HIDDEN), (EXPERTS, HIDDEN, HIDDEN)
+    plain = fused_moe.try_get_optimal_moe_config(*shapes, TOP_K, None, tokens)
+    wide = [(ROWS, *shape[1:]) for shape in shapes]
+    assert fused_moe.try_get_optimal_moe_config(*wide, TOP_K, None, tokens) != plain
+    assert triton_slots.tuning_config(Layer(ROWS), x, TOP_K) == plain

@@ -1,0 +1,228 @@
+"""Parts, options and the collecting of results; the contest itself is tried by --device cpu."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from scripts import bench_gpu as bench  # noqa: E402
+from scripts import gpu_plan as plan  # noqa: E402
+from scripts.gpu_contest import difference, prompt_text  # noqa: E402
+
+PARTS = plan.parts_of(plan.MODELS)
+SUITE = ROOT / "scripts" / "gpu_suite.sh"
+
+
+def part_named(name: str) -> plan.Part:
+    """A part of the full benchmark."""
+    return plan.select_parts([name], PARTS)[0]
+
+
+# ---- parts -----------------------------------------------------------------------------
+
+
+def test_all_parts_unless_some_are_named() -> None:
+    assert plan.select_parts(None, PARTS) == PARTS
+    assert [p.name for p in plan.select_parts(["mixtral-8x7b-12.5"], PARTS)] == [
+        "mixtral-8x7b-12.5"
+    ]
+
+
+def test_parts_run_once_in_the_order_asked_for() -> None:
+    names = ["mixtral-8x7b-50", "qwen3-30b-a3b-25", "mixtral-8x7b-50"]
+    assert [p.name for p in plan.select_parts(names, PARTS)] == names[:2]
+
+
+def test_an_unknown_part_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"qwen3-30b-a3b-26; parts are .*qwen3-30b-a3b-25"):
+        plan.select_parts(["qwen3-30b-a3b-26"], PARTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "record_bytes"), [("qwen3-30b-a3b", 9_437_184), ("mixtral-8x7b", 352_321_536)]
+)
+def test_experts_have_the_released_models_size(name: str, record_bytes: int) -> None:
+    model = next(model for model in plan.MODELS if model.name == name)
+    assert model.record_bytes == record_bytes
+    # A checkpoint and a store of it must fit on a disk of 64 GB.
+    assert 2 * bench.DISK_FACTOR * model.expert_bytes < 50e9
+
+
+def test_the_suite_runs_every_part_of_the_benchmark() -> None:
+    listed = subprocess.run([SUITE, "--list"], check=True, capture_output=True, text=True)
+    assert [
+        line.split()[1].removeprefix("bench:")
+        for line in listed.stdout.splitlines()
+        if "bench:" in line
+    ] == [part.name for part in PARTS]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--part", "99"], "--part 99: parts are 1 to"),
+        (["--part", "x"], "--part x: parts are 1 to"),
+        (["--part"], "--part needs a value"),
+        (["--pat", "1"], "unknown argument --pat"),
+    ],
+)
+def test_the_suite_refuses_wrong_arguments(arguments: list[str], message: str) -> None:
+    done = subprocess.run([SUITE, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_the_suite_notes_failures_and_goes_on(tmp_path: Path) -> None:
+    """An interpreter that fails at everything but the report."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in *gpu_report.py) exec "{sys.executable}" "$@";; esac\nexit 3\n'
+    )
+    python.chmod(0o755)
+    parts = subprocess.run([SUITE, "--list"], check=True, capture_output=True, text=True).stdout
+    numbers = {line.split()[1]: line.split()[0] for line in parts.splitlines()[:-1]}
+    done = subprocess.run(
+        [
+            *(SUITE, "--results", tmp_path, "--work-dir", tmp_path),
+            *("--part", numbers["tests"], "--part", numbers["bench:mixtral-8x7b-25"]),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 1
+    assert "tests (status 3)" in done.stdout
+    written = bench.load(tmp_path)
+    assert {name: step["status"] for name, step in written["steps"].items()} == {
+        "tests": 3,
+        "bench:mixtral-8x7b-25": 3,
+    }
+
+
+# ---- options ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "share", "groups"),
+    [
+        (16, 0.25, (6, 5)),  # layers 0, 6, 12 stay, the fourth pays for the buffer
+        (16, 0.125, (16, 15)),
+        (16, 0.5, None),
+        (8, 0.125, (1, 1)),  # the buffer alone
+        (8, 0.1, None),
+    ],
+)
+def test_prefetch_groups_use_the_memory_and_no_more(
+    layers: int, share: float, groups: tuple[int, int] | None
+) -> None:
+    found = plan.prefetch_groups(layers, share)
+    if share * layers < 1:
+        assert found is None
+        return
+    assert found is not None
+    size, offloaded = found
+    resident = sum(layer % size < size - offloaded for layer in range(layers))
+    assert resident + 1 == int(share * layers)
+    if groups is not None:
+        assert found == groups
+
+
+def test_contestants_differ_in_what_offloads_and_in_nothing_else() -> None:
+    part = part_named("qwen3-30b-a3b-25")
+    options: dict[str, Any] = {
+        name: plan.engine_options(part, name, plan.FULL) for name in plan.CONTESTANTS
+    }
+    common = options["resident"]
+    assert options["trace"] == options["lru"] == common
+    assert common["kernel_config"] == {"moe_backend": "triton"}
+    for name in plan.VLLM_OFFLOADERS:
+        own = {key for key in options[name] if key not in common}
+        assert own
+        assert all("offload" in key for key in own)
+        assert {key: options[name][key] for key in common} == common
+    offloaded_bytes = options["cpu-offload-gb"]["cpu_offload_gb"] * plan.GIB
+    assert offloaded_bytes == pytest.approx(0.75 * part.model.expert_bytes)
+
+
+def test_one_contestant_has_the_kernels_that_vllm_chooses() -> None:
+    part = part_named("qwen3-30b-a3b-100")
+    own = plan.engine_options(part, plan.RESIDENT_AUTO, plan.FULL)
+    same = plan.engine_options(part, "resident", plan.FULL)
+    assert isinstance(own, dict)
+    assert isinstance(same, dict)
+    assert own | {"kernel_config": {"moe_backend": "triton"}} == same
+    assert plan.RESIDENT_AUTO in part.contestants
+
+
+def test_what_a_platform_or_a_size_does_not_allow_says_why() -> None:
+    part = part_named("qwen3-30b-a3b-25")
+    assert plan.engine_options(part, "cpu-offload-gb", plan.FULL, device="cpu") == (
+        "not on this platform"
+    )
+    tight = plan.Part(plan.with_layers(part.model, 3), 25.0)
+    assert "less than a layer" in str(plan.engine_options(tight, "vllm-prefetch", plan.FULL))
+
+
+def test_requests_fit_the_engine() -> None:
+    options = plan.engine_options(part_named("mixtral-8x7b-25"), "resident", plan.FULL)
+    assert isinstance(options, dict)
+    for workload in plan.FULL.workloads:
+        assert workload.prompt_tokens + workload.new_tokens <= options["max_model_len"]
+        assert workload.batch <= options["max_num_seqs"]
+        if workload.is_decode:  # all get their first token in one step
+            assert workload.batch * workload.prompt_tokens <= options["max_num_batched_tokens"]
+
+
+# ---- results ---------------------------------------------------------------------------
+
+
+def test_a_contestant_that_died_keeps_its_samples() -> None:
+    sample = {"repeat": 1, "counters": {"misses": 2, "prefetch_useful": 1}}
+    findings = [
+        {"kind": "ready", "start_s": 9.0, "memory": {}},
+        {"kind": "sample", "workload": "decode-1", "sample": sample},
+    ]
+    result = bench.collect(findings, record_bytes=10)
+    assert not result["ended"]
+    assert [s["crossing_bytes"] for s in result["workloads"]["decode-1"]] == [30]
+
+
+def contestant(status: str, reason: str = "", **short: int) -> dict[str, Any]:
+    """A contestant of a part."""
+    return {"status": status, "reason": reason, "short": short}
+
+
+@pytest.mark.parametrize(
+    ("found", "complete"),
+    [
+        (contestant("measured"), True),
+        (contestant("measured", decode=1), False),
+        (contestant("failed", "exit status 1"), False),
+        (contestant("not run", "not on this platform"), True),
+        (contestant("not run", "not possible: less than a layer"), True),
+        (contestant("not run", "the part's time was over"), False),
+    ],
+)
+def test_a_part_is_complete_if_all_that_can_run_did(
+    found: dict[str, Any], complete: bool
+) -> None:
+    assert bench.is_complete({"contestants": {"a": found}}) is complete
+
+
+def test_prompts_repeat_themselves_only_for_the_same_arguments() -> None:
+    assert prompt_text(100, 3, 1) == prompt_text(100, 3, 1)
+    assert prompt_text(100, 3, 1) != prompt_text(100, 3, 2)
+    assert len(prompt_text(1000, 15, 0).split()) == 1000
+
+
+def test_counters_are_differences() -> None:
+    assert difference({"hits": 1.0}, {"hits": 4.0}) == {"hits": 3.0}
+    assert difference(None, {"hits": 4.0}) is None

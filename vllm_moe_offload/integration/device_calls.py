@@ -1,0 +1,168 @@
+"""Layer calls on a device: the routing comes to the host, a slot map goes back.
+
+The planner runs on the host, so a layer call has to wait for its ids: one copy into
+page-locked memory and one event. What it misses is copied on other streams; the kernel waits
+for that on the device, the host goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_moe_offload.integration import triton_slots
+from vllm_moe_offload.lookahead import sampled_rows
+from vllm_moe_offload.runtime import OffloadRuntime
+
+UPLOADS = 8
+"""Slot maps that may be on their way to the device at a time: a layer call needs one, one in
+waves several."""
+
+
+class DeviceCalls:
+    """Serves the layer calls of one worker's model. Also runs on the CPU device, for tests."""
+
+    def __init__(self, runtime: OffloadRuntime, device: torch.device, num_experts: int) -> None:
+        self._runtime = runtime
+        self._device = device
+        self._pins = device.type == "cuda"
+        self._event = torch.cuda.Event() if self._pins else None
+        self._staged: dict[str, torch.Tensor] = {}
+        self._spread = torch.empty(0, device="cpu")
+        self._maps = torch.empty(
+            (UPLOADS, num_experts), dtype=torch.int32, device="cpu", pin_memory=self._pins
+        )
+        self._map_arrays: npt.NDArray[np.int32] = self._maps.numpy()
+        self._num_uploads = 0
+        self._slot_map = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        # Dummy runs: any row is within bounds, and there is always one.
+        self._first_row = torch.zeros(num_experts, dtype=torch.int32, device=device)
+
+    def forward(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """One call of an offloaded layer.
+
+        Args:
+            layer: the RoutedExperts.
+            x: ``[tokens, hidden]`` on the device.
+            topk_weights, topk_ids: ``[tokens, top_k]`` on the device, ids int32 or int64.
+
+        Raises:
+            TransferError: an expert could not be read.
+        """
+        runtime = self._runtime
+        shows_all = runtime.cache.shape.holds_everything
+        if runtime.is_dummy and not shows_all:
+            return triton_slots.apply_on_slots(
+                layer, x, topk_weights, topk_ids, self._first_row
+            )
+        if runtime.is_dummy or not runtime.needs_routing:
+            out = triton_slots.apply(layer, x, topk_weights, topk_ids)
+            runtime.pass_layer(layer.moe_layer)
+            return out
+        ids, hidden = self._bring(topk_ids, x)
+        if runtime.begin_layer(layer.moe_layer, ids, hidden) is None:
+            return self._in_waves(layer, x, topk_weights, topk_ids, ids)
+        try:
+            if shows_all:
+                return triton_slots.apply(layer, x, topk_weights, topk_ids)
+            return triton_slots.apply_on_slots(
+                layer, x, topk_weights, topk_ids, self._upload_plan()
+            )
+        finally:
+            runtime.end_layer(layer.moe_layer)
+
+    def _in_waves(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum over subsets of the experts, in float32; experts outside a wave yield zeros."""
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for _ in self._runtime.waves(layer.moe_layer, ids):
+            total += triton_slots.apply_on_slots(
+                layer, x, topk_weights, topk_ids, self._upload_plan()
+            )
+        return total.to(x.dtype)
+
+    def _bring(
+        self, topk_ids: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids of the step's rows, and of ``x`` what the prefetcher looks at, on the host.
+
+        Rows beyond the step's are padding of a CUDA graph. Valid until the next call.
+        """
+        count = self._runtime.num_step_rows
+        if count is None:
+            count = topk_ids.shape[0]
+        ids = self._stage("ids", topk_ids[:count])
+        if not self._runtime.wants_hidden:
+            self._wait()
+            return ids, None
+        sample = torch.from_numpy(sampled_rows(count))
+        if sample.numel() == count:
+            hidden = self._stage("hidden", x[:count])
+            self._wait()
+            return ids, hidden
+        rows = self._stage("hidden", x[sample.to(x.device)])
+        self._wait()
+        return ids, self._spread_rows(rows, sample, count)
+
+    def _stage(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Queues a copy into page-locked memory; the result is there after :meth:`_wait`."""
+        buffer = self._staged.get(name)
+        if buffer is None or buffer.shape[0] < tensor.shape[0] or buffer.dtype != tensor.dtype:
+            with torch.inference_mode(False):
+                buffer = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._pins
+                )
+            self._staged[name] = buffer
+        staged = buffer[: tensor.shape[0]]
+        staged.copy_(tensor, non_blocking=True)
+        return staged
+
+    def _spread_rows(
+        self, rows: torch.Tensor, sample: torch.Tensor, count: int
+    ) -> torch.Tensor:
+        """``[count, hidden]`` of which only the rows in ``sample`` have been touched."""
+        width = rows.shape[1]
+        if self._spread.numel() < count * width or self._spread.dtype != rows.dtype:
+            with torch.inference_mode(False):
+                self._spread = torch.empty(count * width, dtype=rows.dtype, device="cpu")
+        spread = self._spread[: count * width].view(count, width)
+        spread[sample] = rows
+        return spread
+
+    def _wait(self) -> None:
+        """Until all copies queued so far are done, slot maps included."""
+        if self._event is not None:
+            self._event.record()
+            self._event.synchronize()
+        self._num_uploads = 0
+
+    def _upload_plan(self) -> torch.Tensor:
+        """The open plan's experts and their rows as a slot map on the device.
+
+        Only theirs: other residents are not pinned and may be overwritten while the kernel
+        runs. One device tensor is enough, because kernels run in order.
+        """
+        if self._num_uploads == UPLOADS:
+            self._wait()
+        cache = self._runtime.cache
+        on_host = self._map_arrays[self._num_uploads]
+        on_host.fill(-1)
+        on_host[cache.experts] = cache.slots
+        self._slot_map.copy_(self._maps[self._num_uploads], non_blocking=True)
+        self._num_uploads += 1
+        return self._slot_map

@@ -1,0 +1,157 @@
+"""A GPU's memory: pool there, experts page-locked in host memory below it, the store below that."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from vllm_moe_offload.cache import CacheShape
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
+from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.integration.graphs import StableOutputs
+from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.sizing import (
+    auto_host_bytes,
+    device_available_bytes,
+    device_reserve_bytes,
+    host_rows,
+)
+from vllm_moe_offload.store import ExpertStore
+from vllm_moe_offload.transfer import Transfer
+from vllm_moe_offload.transfer.cuda import cuda_transfer
+
+logger = logging.getLogger("vllm.moe_offload")
+
+
+class GpuMemory:
+    """See :class:`~vllm_moe_offload.integration.fast_memory.FastMemory`."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._vllm_config = vllm_config
+        self.kv_cache_bytes = vllm_config.cache_config.kv_cache_memory_bytes
+        self._device = torch.device("cuda", torch.cuda.current_device())
+
+    def available_bytes(self, layer: Any) -> int:
+        """Of ``gpu_memory_utilization``: less the dense weights and an estimate of activations."""
+        config = self._vllm_config
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        allocated = torch.cuda.memory_allocated(self._device)
+        utilization = config.cache_config.gpu_memory_utilization
+        kv_bytes = self.kv_cache_bytes
+        reserve = device_reserve_bytes(
+            max_tokens=config.scheduler_config.max_num_batched_tokens,
+            max_requests=config.scheduler_config.max_num_seqs,
+            top_k=layer.top_k,
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size_per_partition,
+            vocab_size=config.model_config.get_vocab_size(),
+            element_bytes=layer.params_dtype.itemsize,
+        )
+        available = device_available_bytes(
+            total_bytes=total,
+            free_bytes=free,
+            allocated_bytes=allocated,
+            utilization=utilization,
+            reserve_bytes=reserve,
+        )
+        logger.info(
+            "MoE offload: GPU memory %.2f GiB x gpu_memory_utilization %.2f, less %.2f GiB of "
+            "other weights and %.2f GiB kept for activations and graphs (%.2f GiB are free) "
+            "leaves %.2f GiB: %s for the KV cache, the rest for experts if there are as many",
+            total / GIB,
+            utilization,
+            allocated / GIB,
+            reserve / GIB,
+            free / GIB,
+            available / GIB,
+            "a quarter" if kv_bytes is None else f"{kv_bytes / GIB:.2f} GiB",
+        )
+        return available
+
+    def build(
+        self, store: ExpertStore, shape: CacheShape, options: OffloadConfig
+    ) -> tuple[SlotPool, Transfer]:
+        """See :meth:`FastMemory.build`; the host tier is filled when this returns."""
+        try:
+            pool = SlotPool(store.layout, shape.num_rows, device=self._device)
+        except torch.OutOfMemoryError as error:
+            free, _ = torch.cuda.mem_get_info(self._device)
+            raise OptionError(
+                f"moe-offload: cache_gb={options.cache_gb!r} needs "
+                f"{shape.num_rows * store.layout.expert_bytes / GIB:.2f} GiB of GPU memory, but "
+                f"{free / GIB:.2f} GiB are free; lower it: {error}"
+            ) from error
+        rows = self._host_rows(store, shape, options)
+        with tqdm(
+            desc="Reading experts into host memory",
+            unit="expert",
+            disable=not self._vllm_config.load_config.use_tqdm_on_load,
+        ) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            transfer = cuda_transfer(
+                store,
+                pool,
+                host_rows=rows,
+                # vLLM's worker changes streams, for graph capture for one.
+                compute_stream=lambda: torch.cuda.current_stream(self._device).cuda_stream,
+                num_threads=options.io_threads,
+                cpus=io_cpus(),
+                verify=options.verify,
+                progress=progress,
+            )
+        return pool, transfer
+
+    def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
+        """Layer calls go through one :class:`DeviceCalls`; graphs find results where they were."""
+        calls = DeviceCalls(runtime, self._device, layers[0].local_num_experts)
+        for layer in layers:
+            layer.calls = calls
+            layer.outputs = StableOutputs.of(self._vllm_config.compilation_config)
+
+    def settle(self) -> None:
+        """See :meth:`FastMemory.settle`: the model will run on another stream than loading did."""
+        torch.cuda.synchronize(self._device)
+
+    def most_prefetches(self, num_experts: int) -> int:
+        """See :meth:`FastMemory.most_prefetches`.
+
+        A layer: while one computes on a long prompt, the next is streamed in.
+        """
+        return num_experts
+
+    def _host_rows(self, store: ExpertStore, shape: CacheShape, options: OffloadConfig) -> int:
+        total = store.num_layers * store.num_experts
+        if shape.holds_everything:
+            # A way through for the start only: nothing is ever evicted.
+            return min(total, store.num_experts)
+        memory = psutil.virtual_memory()
+        ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        auto_bytes = auto_host_bytes(memory.available, memory.total, ranks)
+        record_bytes = store.layout.record_bytes
+        rows = host_rows(
+            options.host_gb,
+            record_bytes=record_bytes,
+            num_layers=store.num_layers,
+            num_experts=store.num_experts,
+            auto_bytes=auto_bytes,
+        )
+        logger.info(
+            "MoE offload: host_gb=%s -> %.2f GiB: %d of %d experts page-locked in host memory%s",
+            options.host_gb,
+            rows * record_bytes / GIB,
+            rows,
+            total,
+            "" if rows == total else "; the others are read from the store when they are used",
+        )
+        return rows

@@ -1,0 +1,96 @@
+"""Copies out of the host tier, and how long they hold its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vllm_moe_offload.transfer.copier import Copier
+from vllm_moe_offload.transfer.flights import Flight
+from vllm_moe_offload.transfer.host_tier import HostTier
+
+
+@dataclass(slots=True, eq=False)
+class DeviceFlight(Flight):
+    """An expert on its way to a device.
+
+    Attributes:
+        host_row: held for it while no copy does; -1: none is.
+    """
+
+    host_row: int = -1
+
+
+@dataclass(slots=True)
+class Copies:
+    """Copies under one ticket, and the host rows that they hold."""
+
+    ticket: int
+    host_rows: list[int]
+
+
+class HostCopies:
+    """Queues copies; a host row is held until the host saw its copies complete.
+
+    Attributes:
+        copied_bytes: of experts, queued so far.
+    """
+
+    def __init__(self, host: HostTier, copier: Copier) -> None:
+        self.copied_bytes = 0
+        self._host = host
+        self._copier = copier
+        self._expert_bytes = host.store.layout.expert_bytes
+        self._departing: list[Copies] = []
+
+    def copy(self, lane: int, flights: Sequence[DeviceFlight]) -> Copies:
+        """Queues copies from the flights' host rows into their rows.
+
+        The copies hold the host rows from now on, and the flights do not.
+        """
+        host_rows = [flight.host_row for flight in flights]
+        ticket = self._copier.copy(lane, [(flight.host_row, flight.row) for flight in flights])
+        for flight in flights:
+            flight.host_row = -1
+        self.copied_bytes += self._expert_bytes * len(flights)
+        return Copies(ticket, host_rows)
+
+    def release(self, copies: Copies) -> None:
+        """The host saw the copies complete."""
+        self._copier.release(copies.ticket)
+        for row in copies.host_rows:
+            self._host.rows.release(row)
+
+    def depart(self, copies: Iterable[Copies]) -> None:
+        """Kernels wait for the copies; the host has not seen them complete."""
+        if self._host.holds_everything:  # no row is ever used for another expert
+            for each in copies:
+                self.release(each)
+        else:
+            self._departing += copies
+
+    def reap(self) -> None:
+        """Gives back host rows of departed copies that are complete."""
+        under_way = []
+        for copies in self._departing:
+            if self._copier.done(copies.ticket):
+                self.release(copies)
+            else:
+                under_way.append(copies)
+        self._departing = under_way
+
+    def wait_for_one(self, others: list[Copies]) -> None:
+        """Waits for the oldest departed copies or, without any, takes from ``others``.
+
+        Raises:
+            RuntimeError: there are none: whoever holds the host rows is unknown.
+        """
+        copies = self._departing or others
+        if not copies:
+            raise RuntimeError("all host rows are held, and no copy is under way")
+        self._copier.wait_on_host(copies[0].ticket)
+        self.release(copies.pop(0))
+
+    def close(self) -> None:
+        """Forgets what is under way."""
+        self._departing.clear()
