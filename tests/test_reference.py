@@ -49,11 +49,11 @@ def test_defaults_that_are_no_constants_are_told_in_words():
 
 def test_an_option_that_declares_nothing_but_its_type_is_described_too():
     class More(OffloadConfig):
-        host_gb: Annotated[float | str, Field(description="Host memory.")] = "auto"
+        tier_gb: Annotated[float | str, Field(description="Host memory.")] = "auto"
         spare_gb: Annotated[float | None, Field(gt=0, description="Spare.")] = None
 
     host, spare = list(options(More))[-2:]
-    assert host.summary == "host_gb: Host memory. (unit: GiB; default: auto)"
+    assert host.summary == "tier_gb: Host memory. (unit: GiB; default: auto)"
     assert spare.type == "number, above 0"
     assert spare.default == "none"
 
