@@ -213,7 +213,7 @@ def test_a_read_error_ends_the_call_and_leaves_nothing_behind(tmp_path: Path) ->
     os.truncate(store.path, store.record_offset(1, 0))
     runtime.begin_step(decode_rows(["a"]))
     run_layer(runtime, store, 0, ids_of(0, 1))
-    with pytest.raises(TransferError, match="expert 0 of layer 1"):
+    with pytest.raises(TransferError, match=r"expert [01] of layer 1"):
         run_layer(runtime, store, 1, ids_of(0, 1))
     assert not runtime.cache.is_resident(1, 0)
     assert not runtime.cache.is_resident(1, 1)
