@@ -103,8 +103,14 @@ def apply_on_slots(
         slot_map: see :func:`slots`.
     """
     config = tuning_config(layer, x, topk_ids.shape[1])
-    with override_config(config), slots(layer.local_num_experts, slot_map):
-        return apply(layer, x, topk_weights, topk_ids)
+    override = override_config(config)
+    override.__enter__()
+    try:
+        with slots(layer.local_num_experts, slot_map):
+            return apply(layer, x, topk_weights, topk_ids)
+    finally:
+        # In a with statement an error would skip vLLM's restoring: it has no finally.
+        override.__exit__(None, None, None)
 
 
 def apply(
