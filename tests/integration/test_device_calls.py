@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.layers.fused_moe import get_config
 
 from tests.runtimes import EXPERTS, LAYERS, TOP_K, assert_rows_hold, decode_rows, runtime_of
 from tests.stores import MIXED, build
@@ -166,7 +167,7 @@ def test_dummy_runs_read_the_first_row_and_count_nothing(store):
     assert model.runtime.num_step_rows is None
 
 
-def test_a_failed_read_leaves_no_plan_open(store):
+def test_an_error_in_the_kernel_leaves_no_plan_open(store):
     model = Model(store, slots=10, staging=2)
     original = model.layers[0].quant_method.apply
 
@@ -177,6 +178,7 @@ def test_a_failed_read_leaves_no_plan_open(store):
     model.runtime.begin_step(decode_rows(["a"]))
     with pytest.raises(RuntimeError, match="kernel"):
         model.call(model.layers[0], ids_of([1, 5]))
+    assert get_config() is None  # what the call overrode does not outlive it
     model.layers[0].quant_method.apply = original
     model.step(ids_of([1, 5]))
 
