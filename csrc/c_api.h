@@ -95,17 +95,17 @@ VMO_API int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* pla
                                       int32_t max_reads, int32_t* reads);
 
 // ---- serving -------------------------------------------------------------------------
-// Where a policy keeps what a step routed to; fields as in serving.h, the memory is the
-// caller's.
+// Where a policy keeps what a step routed to, and what its scores gain by it; the memory is the
+// caller's. With follows 0 and no ids there is nothing to do.
 typedef struct vmo_observer {
-  int32_t* ids;
-  float* votes;
-  float* scores;
-  const float* fade;
-  const float* gains;
+  int32_t* ids;        // [num_layers, ids_per_layer] or NULL: need not be kept
+  float* votes;        // [num_layers, num_experts]
+  float* scores;       // the same
+  const float* fade;   // the same or NULL: nothing, besides what `decay` takes
+  const float* gains;  // [num_layers], for a whole vote
   float decay;
   int32_t ids_per_layer;
-  int32_t follows;
+  int32_t follows;  // scores: 0 stay, 1 gain by votes, 2 by being used, however much
   int32_t layers_seen;
 } vmo_observer;
 

@@ -49,6 +49,10 @@ void change_of(const ValueStep& step, int32_t request, std::vector<float>& chang
 
 void follow(float* scores, const float* votes, const float* fade, float gain, float decay,
             int64_t count) {
+  if (fade == nullptr) {
+    for (int64_t i = 0; i < count; ++i) scores[i] = scores[i] * decay + votes[i] * gain;
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]);
   }

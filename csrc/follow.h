@@ -5,7 +5,7 @@
 
 namespace vmo {
 
-// scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]).
+// scores[i] = scores[i] * decay + (votes[i] * gain - fade[i]); fade null: 0.
 void follow(float* scores, const float* votes, const float* fade, float gain, float decay,
             int64_t count);
 

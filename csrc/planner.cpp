@@ -1,9 +1,10 @@
 #include "planner.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <numeric>
+
+#include "wide.h"
 
 namespace vmo {
 
@@ -17,22 +18,25 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Keys scanned at a time for a victim; small enough that few are looked at one by one.
 constexpr int32_t kBlock = 64;
 
-// Least of score + barrier. Lanes, because the compiler may not reorder one running minimum
-// of floats and would compare them one by one.
-float least_of(const float* scores, const float* barrier, int32_t count) {
-  constexpr int32_t kLanes = 8;
-  std::array<float, kLanes> least;
-  least.fill(kInfinity);
-  int32_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int32_t lane = 0; lane < kLanes; ++lane) {
-      const float value = scores[i + lane] + barrier[i + lane];
-      float& smallest = least[static_cast<size_t>(lane)];
-      smallest = value < smallest ? value : smallest;
+// Where the first block of keys from `begin` on starts in which score + barrier is less than
+// `threshold` somewhere; `end` if there is none. Whole blocks without a branch, so that wide
+// vectors can look: most of a large model's keys are passed over here.
+VMO_WIDE int32_t first_block_below(const float* scores, const float* barrier, int32_t begin,
+                                   int32_t end, float threshold) {
+  int32_t block = begin;
+  for (; block + kBlock <= end; block += kBlock) {
+    const float* score = scores + block;
+    const float* added = barrier + block;
+    int32_t num_below = 0;
+    for (int32_t i = 0; i < kBlock; ++i) {
+      num_below += static_cast<int32_t>(score[i] + added[i] < threshold);
     }
+    if (num_below != 0) return block;
   }
-  for (; i < count; ++i) least[0] = std::min(least[0], scores[i] + barrier[i]);
-  return *std::min_element(least.begin(), least.end());
+  for (int32_t i = block; i < end; ++i) {
+    if (scores[i] + barrier[i] < threshold) return block;
+  }
+  return end;
 }
 
 }  // namespace
@@ -140,14 +144,13 @@ void Planner::collect_victims(int32_t layer, size_t limit, bool unpinned) {
       per_layer ? key_of(layer, config_.num_experts) : static_cast<int32_t>(page_table_.size());
   const auto less = [this](int32_t a, int32_t b) { return victim_is_less(a, b); };
   for (int32_t block = begin; block < end; block += kBlock) {
-    const int32_t block_end = std::min(block + kBlock, end);
     // A max-heap of the best victims so far. Most blocks hold nothing better than its worst,
     // and of equal scores the earlier key goes first.
-    if (victims_.size() == limit &&
-        least_of(&scores_[static_cast<size_t>(block)], &barrier_[static_cast<size_t>(block)],
-                 block_end - block) >= scores_[static_cast<size_t>(victims_.front())]) {
-      continue;
+    if (victims_.size() == limit) {
+      block = first_block_below(scores_.data(), barrier_.data(), block, end,
+                                scores_[static_cast<size_t>(victims_.front())]);
     }
+    const int32_t block_end = std::min(block + kBlock, end);
     for (int32_t key = block; key < block_end; ++key) {
       if (barrier_[static_cast<size_t>(key)] != 0.0F) continue;
       const bool full = victims_.size() == limit;

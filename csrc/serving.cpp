@@ -14,12 +14,16 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr int32_t kFollowsUses = 2;  // vmo_observer.follows
+
 int64_t ns_since(Clock::time_point began) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - began).count();
 }
 
 template <typename Id>
 void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t num_experts) {
+  ++observer.layers_seen;
+  if (observer.ids == nullptr && observer.follows == 0) return;
   const int64_t num_ids = call.num_rows * call.top_k;
   if (num_ids != observer.ids_per_layer) {
     throw std::invalid_argument("layer " + std::to_string(call.layer) + " routed " +
@@ -27,13 +31,20 @@ void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t n
                                 std::to_string(observer.ids_per_layer));
   }
   const int64_t begin = static_cast<int64_t>(call.layer) * num_experts;
-  histogram(ids, call.num_rows, call.top_k, call.weights, num_experts, observer.votes + begin);
-  std::transform(ids, ids + num_ids, observer.ids + call.layer * num_ids,
-                 [](Id id) { return static_cast<int32_t>(id); });
-  ++observer.layers_seen;
+  float* votes = observer.votes + begin;
+  histogram(ids, call.num_rows, call.top_k, call.weights, num_experts, votes);
+  if (observer.ids != nullptr) {
+    std::transform(ids, ids + num_ids, observer.ids + call.layer * num_ids,
+                   [](Id id) { return static_cast<int32_t>(id); });
+  }
   if (observer.follows == 0) return;
-  follow(observer.scores + begin, observer.votes + begin, observer.fade + begin,
-         observer.gains[call.layer], observer.decay, num_experts);
+  if (observer.follows == kFollowsUses) {
+    std::transform(votes, votes + num_experts, votes,
+                   [](float vote) { return vote > 0.0F ? 1.0F : 0.0F; });
+  }
+  follow(observer.scores + begin, votes,
+         observer.fade != nullptr ? observer.fade + begin : nullptr, observer.gains[call.layer],
+         observer.decay, num_experts);
 }
 
 template <typename Id>

@@ -10,8 +10,9 @@
 
 namespace vmo {
 
-// Where a policy keeps what the step routed to, and how its scores follow (policy/trace.py).
-// Plain data that the policy owns and fills; part of the C ABI, therefore.
+// Where a policy keeps what the step routed to, and how its scores follow (policy/trace.py and
+// PlainPolicy in policy/base.py). Plain data that the policy owns and fills; part of the C ABI,
+// therefore.
 using Observer = ::vmo_observer;
 
 struct LayerCall {

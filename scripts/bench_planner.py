@@ -2,9 +2,9 @@
 
 Drives the runtime as the layers do (begin_layer, end_layer), without kernel, store or vLLM:
 every expert that the routing names is resident, so nothing is read. What the layer calls and
-`begin_step` cost, divided by the layers, stands against the bar. `catch_up` (learning from a
-step and scoring all layers afresh, once per step, while a read is waited for if there is one)
-is shown beside it, as its mean per layer; `bench_prefetch.py` has its bar.
+`begin_step` cost, divided by the layers, stands against the bar. Learning from a step and scoring
+all layers afresh, once per step (while a read is waited for if there is one, else at its end, as
+here), is shown beside it, as its mean per layer; `bench_prefetch.py` has its bar.
 """
 
 from __future__ import annotations
@@ -101,21 +101,22 @@ class Setup:
             [_routing(rng, subset, tokens, top_k) for subset in subsets]
             for _ in range(ROUTINGS)
         ]
-        self._catch_up_ns = 0
-        self._time_catch_up(made)
+        self._learning_ns = 0
+        self._time_learning(made)
         self._requests = [f"request-{row}" for row in range(tokens)]
         self._position = 500
         self._fill(subsets, top_k)
 
-    def _time_catch_up(self, policy: Policy) -> None:
-        catch_up = policy.catch_up
+    def _time_learning(self, policy: Policy) -> None:
+        """Nothing is read here, so that it falls due at the end of the step."""
+        end_step = policy.end_step
 
         def timed() -> None:
             began = time.perf_counter_ns()
-            catch_up()
-            self._catch_up_ns += time.perf_counter_ns() - began
+            end_step()
+            self._learning_ns += time.perf_counter_ns() - began
 
-        policy.catch_up = timed  # type: ignore[method-assign]
+        policy.end_step = timed  # type: ignore[method-assign]
 
     def _fill(self, subsets: list[np.ndarray], top_k: int) -> None:
         """Makes resident what the routings can name."""
@@ -138,9 +139,9 @@ class Setup:
         """Runs one step.
 
         Returns:
-            Nanoseconds of ``begin_step``, of all layer calls together, and of ``catch_up``.
+            Nanoseconds of ``begin_step``, of all layer calls together, and of learning.
         """
-        self._catch_up_ns = 0
+        self._learning_ns = 0
         self._position += 1
         rows = _rows(self._requests, self._position)
         ids = self.steps[routing % ROUTINGS]
@@ -151,8 +152,8 @@ class Setup:
         for layer in range(self.layers):
             begin_layer(layer, ids[layer])
             end_layer(layer)
-        caught_up = self._catch_up_ns
-        return began - before, time.perf_counter_ns() - began - caught_up, caught_up
+        learning = self._learning_ns
+        return began - before, time.perf_counter_ns() - began - learning, learning
 
 
 def _routing(
@@ -182,15 +183,15 @@ def measure(setup: Setup, steps: int, warmup: int) -> dict[str, Any]:
     if missed:
         raise RuntimeError(f"{missed} experts missed: this measured something else")
     per_layer = 1e-3 / setup.layers
-    begins, layers, caught_up = (
+    begins, layers, learning = (
         [value * per_layer for value in values] for values in zip(*samples, strict=True)
     )
     totals = [begin + layer for begin, layer in zip(begins, layers, strict=True)]
     return {
         "layer_us": statistics.median(layers),
         "begin_step_us": statistics.median(begins),
-        "catch_up_us": statistics.median(caught_up),
-        "catch_up_mean_us": statistics.fmean(caught_up),
+        "learning_us": statistics.median(learning),
+        "learning_mean_us": statistics.fmean(learning),
         "total_us": statistics.median(totals),
         "total_mean_us": statistics.fmean(totals),
         "total_p95_us": float(np.percentile(totals, 95)),
@@ -228,7 +229,7 @@ def main() -> int:
 
     console = Console()
     table = Table(title="All experts hit: microseconds per layer (median)")
-    columns = ("policy", "cache", "B", "calls", "begin_step", "total", "p95", "bar", "catch_up")
+    columns = ("policy", "cache", "B", "calls", "begin_step", "total", "p95", "bar", "learning")
     for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right")
     cases: list[dict[str, Any]] = []
@@ -255,7 +256,7 @@ def main() -> int:
                     f"{case['total_us']:.1f}",
                     f"{case['total_p95_us']:.1f}",
                     f"{bar:g}",
-                    f"{case['catch_up_mean_us']:.1f}",
+                    f"{case['learning_mean_us']:.1f}",
                 )
                 if args.profile:
                     console.print(f"[bold]{policy}, {share:.0%}, B={tokens}[/bold]")

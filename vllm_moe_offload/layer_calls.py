@@ -100,21 +100,21 @@ class LayerCalls:
         """
         if self.rows is None:
             return self.plan_again(layer, topk_ids, slot_ids)
-        self._collect()
-        began = time.perf_counter_ns()
         prefetcher = self._prefetcher
-        ids = topk_ids.numpy()[: self.num_tokens]
+        if prefetcher is not None:
+            self._collect(prefetcher)
+        began = time.perf_counter_ns()
         if layer == 0:
-            self._observer = self._policy.native_observer(*ids.shape)
+            top_k = topk_ids.shape[1]
+            self._observer = self._policy.native_observer(self.num_tokens, top_k)
         if not self._observer:
-            if not self._cache.shape.holds_everything:  # else votes are idle
-                _expert_votes(topk_ids, self._row_weights, self._votes)
-            self._policy.observe(layer, ids, self._votes_array)
+            _expert_votes(topk_ids, self._row_weights, self._votes)
+            self._policy.observe(layer, self._routing(topk_ids), self._votes_array)
         lookahead = most = 0
         if prefetcher is not None:
             lookahead, most = prefetcher.predictor.native_handle, prefetcher.room
             if not lookahead:
-                prefetcher.observe(layer, ids)
+                prefetcher.observe(layer, self._routing(topk_ids))
             if most > len(self._reads):
                 self._reads = torch.zeros((most, 3), dtype=torch.int32)
         self.policy_ns += time.perf_counter_ns() - began
@@ -163,11 +163,12 @@ class LayerCalls:
         )
         return planned
 
-    def _collect(self) -> None:
+    def _routing(self, topk_ids: torch.Tensor) -> npt.NDArray[Any]:
+        """Of the step's tokens, without padding."""
+        return topk_ids.numpy()[: self.num_tokens]
+
+    def _collect(self, prefetcher: Prefetcher) -> None:
         """Takes in what was read ahead, and how long the layer before computed."""
-        prefetcher = self._prefetcher
-        if prefetcher is None:
-            return
         began = time.perf_counter_ns()
         if self._ready_ns:
             prefetcher.measured(compute_ns=max(began - self._ready_ns, 0))

@@ -16,6 +16,10 @@ class NativeError(RuntimeError):
     """A failure reported by the C++ core."""
 
 
+SCORES_STAY, GAIN_BY_VOTES, GAIN_BY_USES = 0, 1, 2
+"""``Observer.follows``."""
+
+
 class Extent(ctypes.Structure):
     """``vmo_extent``."""
 
@@ -41,7 +45,7 @@ class Completion(ctypes.Structure):
 
 
 class Observer(ctypes.Structure):
-    """``vmo_observer``: where a policy keeps what a step routed to."""
+    """``vmo_observer``: where a policy keeps what a step routed to, and what scores gain by it."""
 
     _fields_ = (
         ("ids", c_void_p),

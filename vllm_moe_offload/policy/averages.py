@@ -66,6 +66,12 @@ class StepUses:
         return bool((self.lengths == 1).all())
 
 
+def _add_at(tables: FloatArray, keys: npt.NDArray[np.int64], values: FloatArray) -> None:
+    """Adds ``values`` ``[tables, keys]`` to each of the contiguous ``tables`` at ``keys``."""
+    offsets = np.arange(len(tables))[:, None] * (tables.size // len(tables))
+    np.add.at(tables.reshape(-1), (offsets + keys).reshape(-1), values.reshape(-1))
+
+
 class UseAverages:
     """Averages of several half-lives at once.
 
@@ -112,18 +118,15 @@ class UseAverages:
         if many.size:  # a prompt may fade everything before it to nothing
             self._multiply_out(many)
         self.weight[:, rows] = 1.0 - (1.0 - self.weight[:, rows]) * keep
-        flat = uses.owner * self._scaled.shape[2] + uses.keys
-        for index, decay in enumerate(self.decay):
-            gain = ((1.0 - decay) / self._scale[index]).astype(np.float32)[uses.owner]
-            table = self._scaled[index].reshape(-1)
-            if single:  # no pair occurs twice
-                table[flat] += gain
-            else:
-                np.add.at(table, flat, gain * (decay**uses.age).astype(np.float32))
+        gained = 1.0 - self.decay[:, None]
+        gain = (gained / self._scale).astype(np.float32)[:, uses.owner]
+        if not single:
+            gain *= (self.decay[:, None] ** uses.age).astype(np.float32)
+        _add_at(self._scaled, uses.owner * self._scaled.shape[2] + uses.keys, gain)
         if single and rows.size == running and self._are_totals_current:
             self._totals *= self.decay[:, None].astype(np.float32)
-            for total, decay in zip(self._totals, self.decay, strict=True):
-                np.add.at(total, uses.keys, np.float32(1.0 - decay))
+            gain[...] = gained
+            _add_at(self._totals, uses.keys, gain)
         else:
             self._are_totals_current = False
         faded = (self._scale[:, rows] < SMALLEST_SCALE).any(axis=0)

@@ -9,6 +9,7 @@ resident only if it scores higher.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_moe_offload.native import GAIN_BY_VOTES, SCORES_STAY, Observer
 
 IdArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float32]
@@ -155,18 +158,45 @@ class Policy(ABC):
 class PlainPolicy(Policy):
     """A policy whose scores fade by a factor and gain by votes, layer call by layer call.
 
-    That is little enough for the core to do by itself (``vmo_planner_drive``), so that these
-    policies can run beside another one as shadows.
+    That is little enough for the core to do by itself: in serving (``vmo_observer``), and in
+    shadows that run beside another policy (``vmo_planner_drive``).
 
     Attributes:
+        follows: what scores gain: ``native.SCORES_STAY``, nothing; ``GAIN_BY_VOTES``, the
+            votes; ``GAIN_BY_USES``, one per layer call, however many tokens chose the expert.
         decay: factor on a layer's scores at each of its calls.
     """
 
-    decay: float = 1.0
+    follows: ClassVar[int]
 
-    @abstractmethod
+    def __init__(self, num_layers: int, num_experts: int, decay: float = 1.0) -> None:
+        super().__init__(num_layers, num_experts)
+        self.decay = decay
+        self._votes: FloatArray = np.zeros((num_layers, num_experts), np.float32)
+        self._gains: FloatArray = np.ones(num_layers, np.float32)
+        self._observer = Observer(
+            votes=self._votes.ctypes.data,
+            scores=self.scores.ctypes.data,
+            gains=self._gains.ctypes.data,
+            decay=decay,
+            follows=self.follows,
+        )
+
+    def bind(self, scores: FloatArray) -> None:
+        """See :meth:`Policy.bind`; ``scores`` must be contiguous."""
+        super().bind(scores)
+        self._observer.scores = scores.ctypes.data
+
     def gain(self, votes: FloatArray) -> FloatArray | None:
         """What scores gain by ``votes`` ``[..., num_experts]``; None if they never change."""
+        if self.follows == SCORES_STAY:
+            return None
+        return votes if self.follows == GAIN_BY_VOTES else (votes > 0).astype(np.float32)
+
+    def native_observer(self, num_rows: int, top_k: int) -> int:
+        """See :meth:`Policy.native_observer`."""
+        self._observer.ids_per_layer = num_rows * top_k
+        return ctypes.addressof(self._observer)
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
         """Fades the layer's scores and adds this call's gain."""

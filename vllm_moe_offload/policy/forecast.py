@@ -47,6 +47,9 @@ request's first token says more about it than all other requests."""
 MATCHED_TOKENS = 32
 """Age at which a request is matched for the last time: then its own history says more."""
 
+MATCHING_GROWTH = 4
+"""A request is matched again when it is so many times as old."""
+
 MATCHES_PER_STEP = 2
 """Requests that ask the collection in one step, so that no step waits for many."""
 
@@ -197,7 +200,7 @@ class Forecast:
             if matched == MATCHES_PER_STEP:
                 break  # the others are still due at the next step
             matched += 1
-            state.match_at[row] = max(1, 2 * tokens)
+            state.match_at[row] = max(1, MATCHING_GROWTH * tokens)
             forecast = self.collection.mean()
             activation = self.tracer.get(request)
             if activation is not None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
-from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules
+from vllm_moe_offload.native import GAIN_BY_USES
+from vllm_moe_offload.policy.base import PlainPolicy, PlannerRules
 
 
 class LFU(PlainPolicy):
@@ -17,7 +16,4 @@ class LFU(PlainPolicy):
 
     name: ClassVar[str] = "lfu"
     rules: ClassVar[PlannerRules] = PlannerRules(admission=False)
-
-    def gain(self, votes: FloatArray) -> FloatArray:
-        """One per layer call and expert, however many tokens chose it."""
-        return (votes > 0).astype(np.float32)
+    follows: ClassVar[int] = GAIN_BY_USES

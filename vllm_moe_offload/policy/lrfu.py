@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vllm_moe_offload.policy.base import FloatArray, PlainPolicy, PlannerRules
+from vllm_moe_offload.native import GAIN_BY_VOTES
+from vllm_moe_offload.policy.base import PlainPolicy, PlannerRules
 
 DEFAULT_HALF_LIFE_STEPS = 8.0
 
@@ -19,6 +20,7 @@ class LRFU(PlainPolicy):
 
     name: ClassVar[str] = "lrfu"
     rules: ClassVar[PlannerRules] = PlannerRules(admission=True)
+    follows: ClassVar[int] = GAIN_BY_VOTES
 
     def __init__(
         self,
@@ -27,13 +29,8 @@ class LRFU(PlainPolicy):
         half_life: float = DEFAULT_HALF_LIFE_STEPS,
     ) -> None:
         """``half_life`` in steps, positive."""
-        super().__init__(num_layers, num_experts)
         if not half_life > 0:
             raise ValueError(
                 f"lrfu:half_life must be a positive number of steps, got {half_life}"
             )
-        self.decay = 2.0 ** (-1.0 / half_life)
-
-    def gain(self, votes: FloatArray) -> FloatArray:
-        """This call's votes."""
-        return votes
+        super().__init__(num_layers, num_experts, decay=2.0 ** (-1.0 / half_life))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from vllm_moe_offload.native import SCORES_STAY
 from vllm_moe_offload.policy.base import (
     ORDER_RECENCY,
     SCOPE_PER_LAYER,
-    FloatArray,
     PlainPolicy,
     PlannerRules,
 )
@@ -23,9 +23,7 @@ class LRU(PlainPolicy):
 
     name: ClassVar[str] = "lru"
     rules: ClassVar[PlannerRules] = PlannerRules(order=ORDER_RECENCY, admission=False)
-
-    def gain(self, votes: FloatArray) -> None:
-        """Nothing: the core's clock is the state."""
+    follows: ClassVar[int] = SCORES_STAY  # the core's clock is the state
 
 
 class LayerLRU(LRU):

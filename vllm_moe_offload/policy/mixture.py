@@ -68,7 +68,7 @@ class Mixture:
             used: ``[size]``, share of the requests that used each expert in this step.
         """
         self._steps += 1
-        parts = self.parts[:, :: self._stride]
+        parts = np.ascontiguousarray(self.parts[:, :: self._stride])
         self._gram *= self._keep
         self._gram += self.mixing @ (parts @ parts.T) @ self.mixing.T
         self._trace *= np.float32(self._discount)

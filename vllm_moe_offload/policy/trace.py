@@ -65,6 +65,7 @@ class TracePolicy(Policy):
             gains=self._vote_gain.ctypes.data,
             decay=self._decay,
         )
+        self._place_step()
         self._is_behind = False  # scores are not refreshed since the step began
         self._layers_followed = 0  # of this step, whose routing the other layers' scores know
         self._has_past = False  # the step before was not learned from
@@ -168,20 +169,24 @@ class TracePolicy(Policy):
         return self._fallback is not None and self._fallback.winner is not None
 
     def _make_room(self, num_rows: int, top_k: int) -> None:
-        """For the ids of a step."""
+        """For the ids of a step, of which ``observer`` is to know."""
         if self._ids.shape[1:] != (num_rows, top_k):
             self._ids = np.zeros((self.num_layers, num_rows, top_k), np.int32)
+            self._place_step()
+
+    def _place_step(self) -> None:
+        """Tells the observer where the step's ids and votes lie."""
+        observer = self._observer
+        observer.ids, observer.votes = self._ids.ctypes.data, self._votes.ctypes.data
+        observer.ids_per_layer = self._ids[0].size
 
     def native_observer(self, num_rows: int, top_k: int) -> int:
         """See :meth:`Policy.native_observer`; there is none while a plain policy rules."""
         if self._is_led:
             return 0
         self._make_room(num_rows, top_k)
-        observer = self._observer
-        observer.ids, observer.votes = self._ids.ctypes.data, self._votes.ctypes.data
-        observer.ids_per_layer = num_rows * top_k
-        observer.follows = self.is_scoring
-        return ctypes.addressof(observer)
+        self._observer.follows = self.is_scoring
+        return ctypes.addressof(self._observer)
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
         """Updates the scores of this layer."""
@@ -194,10 +199,11 @@ class TracePolicy(Policy):
         if self._fallback is not None and self._fallback.winner is not None:
             self._fallback.lead(layer, self._ids, votes, self.scores)
             return
+        observer, row_bytes = self._observer, layer * self.num_experts * 4
         core.vmo_follow(
-            self.scores[layer].ctypes.data,
-            self._votes[layer].ctypes.data,
-            self._fade[layer].ctypes.data,
+            observer.scores + row_bytes,
+            observer.votes + row_bytes,
+            observer.fade + row_bytes,
             self._vote_gain[layer, 0],
             self._decay,
             self.num_experts,
@@ -213,6 +219,7 @@ class TracePolicy(Policy):
         self._votes, self._past_votes = self._past_votes, self._votes
         self._past_rows = self.rows
         self._has_past = True
+        self._place_step()
 
     def _take_in(self) -> None:
         if not self._has_past:

@@ -76,7 +76,8 @@ class ActivationTracer:
         counts_per_request = np.bincount(rows.request_of_row, minlength=len(rows.requests))
         start = 0
         for index, request in enumerate(rows.requests):
-            end = start + int(counts_per_request[index])
+            new = int(counts_per_request[index])
+            end = start + new
             activation = self._running.get(request)
             if activation is None:
                 first = int(rows.positions[start]) if end > start else 0
@@ -88,12 +89,12 @@ class ActivationTracer:
                     num_cached=first,
                 )
                 self._running[request] = activation
-            positions = rows.positions[start:end]
-            if end > start and positions[0] < activation.high_water:
-                fresh[start:end] = positions >= activation.high_water
-            new = int(np.count_nonzero(fresh[start:end]))
+            if new and rows.positions[start] < activation.high_water:
+                fresh[start:end] = rows.positions[start:end] >= activation.high_water
+                new = int(np.count_nonzero(fresh[start:end]))
             if new:
-                activation.high_water = max(activation.high_water, int(positions[-1]) + 1)
+                last = int(rows.positions[end - 1])
+                activation.high_water = max(activation.high_water, last + 1)
             # A preempted request reads its own output again: that is no prompt.
             if rows.is_prefill[index] and not activation.num_decode:
                 activation.num_prefill += new
@@ -133,7 +134,10 @@ class ActivationTracer:
             mine = keys[:, begin:end]
             if not self._all_fresh:
                 mine = mine[:, self._fresh[begin:end]]
-            np.add.at(counts.reshape(-1), mine.reshape(-1), np.float32(1.0))
+            if mine.shape[1] == 1:  # one token names no expert twice
+                counts.reshape(-1)[mine.reshape(-1)] += 1.0
+            else:
+                np.add.at(counts.reshape(-1), mine.reshape(-1), np.float32(1.0))
 
     def end_request(self, request: str) -> Activation | None:
         """The request ended: its matrices leave and are returned."""

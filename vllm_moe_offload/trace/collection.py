@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,15 @@ class SparseMatrix:
     Attributes:
         keys: int32 ``[nonzero]``, ascending.
         counts: float32 ``[nonzero]``, tokens.
+        norm: Euclidean length of ``counts``.
     """
 
     keys: npt.NDArray[np.int32]
     counts: FloatArray
+    norm: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", float(np.linalg.norm(self.counts)))
 
 
 class ActivationCollection:
@@ -222,12 +227,9 @@ class ActivationCollection:
         if not self._exact:
             dense = np.zeros(self._bucket.size, np.float32)
             dense[keys] = counts / np.float32(np.linalg.norm(counts))
+            entries = [self._entries[index] for index in best.tolist()]
             values = np.array(
-                [
-                    dense[entry.keys] @ entry.counts / np.linalg.norm(entry.counts)
-                    for entry in (self._entries[int(index)] for index in best)
-                ],
-                np.float32,
+                [dense[entry.keys] @ entry.counts / entry.norm for entry in entries], np.float32
             )
         order = np.lexsort((best, -values))[:k]
         return best[order].astype(np.int64), np.clip(values[order], 0.0, 1.0)
