@@ -17,6 +17,8 @@ void require(bool condition, const std::string& message) {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Keys scanned at a time for a victim; small enough that few are looked at one by one.
 constexpr int32_t kBlock = 64;
+// With so many experts per id, sorting ids is faster than looking at a mark for each expert.
+constexpr int64_t kSparse = 16;
 
 // Where the first block of keys from `begin` on starts in which score + barrier is less than
 // `threshold` somewhere; `end` if there is none. Whole blocks without a branch, so that wide
@@ -92,17 +94,22 @@ bool Planner::is_resident(int32_t layer, int32_t expert) const {
 }
 
 void Planner::collect_need(const int32_t* ids, int64_t num_ids) {
-  for (int64_t i = 0; i < num_ids; ++i) {
-    const int32_t id = ids[i];
-    if (id < 0 || id >= config_.num_experts) {
-      std::memset(needed_.data(), 0, needed_.size());
-      throw std::invalid_argument("expert id " + std::to_string(id) + " at position " +
-                                  std::to_string(i) + " is outside [0, " +
-                                  std::to_string(config_.num_experts) + ")");
-    }
-    needed_[static_cast<size_t>(id)] = 1;
+  const auto is_no_expert = [this](int32_t id) { return id < 0 || id >= config_.num_experts; };
+  const int32_t* wrong = std::find_if(ids, ids + num_ids, is_no_expert);
+  if (wrong != ids + num_ids) {
+    throw std::invalid_argument("expert id " + std::to_string(*wrong) + " at position " +
+                                std::to_string(wrong - ids) + " is outside [0, " +
+                                std::to_string(config_.num_experts) + ")");
   }
   plan_.experts.clear();
+  if (num_ids * kSparse < config_.num_experts) {
+    plan_.experts.assign(ids, ids + num_ids);
+    std::sort(plan_.experts.begin(), plan_.experts.end());
+    plan_.experts.erase(std::unique(plan_.experts.begin(), plan_.experts.end()),
+                        plan_.experts.end());
+    return;
+  }
+  for (int64_t i = 0; i < num_ids; ++i) needed_[static_cast<size_t>(ids[i])] = 1;
   for (int32_t e = 0; e < config_.num_experts; ++e) {
     if (needed_[static_cast<size_t>(e)] != 0) plan_.experts.push_back(e);
   }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.policy import StepRows
-from vllm_moe_offload.policy.averages import StepUses, UseAverages
+from vllm_moe_offload.policy.averages import FadingTables, StepUses, UseAverages
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 SIZE = LAYERS * EXPERTS
@@ -30,8 +30,7 @@ def some_step(
 @pytest.mark.parametrize("longest", [1, 9, 3000])
 def test_averages_are_those_of_fading_tables(longest: int) -> None:
     generator = np.random.default_rng(longest)
-    totals = np.zeros((2, SIZE), np.float32)
-    averages = UseAverages(HALF_LIVES, totals)
+    averages = UseAverages(HALF_LIVES, np.zeros((2, SIZE), np.float32))
     decay = 2.0 ** (-1.0 / np.array(HALF_LIVES))
     plain = np.zeros((2, 0, SIZE))
     weight = np.zeros((2, 0))
@@ -62,17 +61,35 @@ def test_averages_are_those_of_fading_tables(longest: int) -> None:
                 kept = (1 - weight[index, row]) * decay[index] ** length
                 weight[index, row] = 1 - kept
         averages.refresh_totals(running)
-        np.testing.assert_allclose(totals, plain.sum(axis=1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            averages.totals.values, plain.sum(axis=1), rtol=1e-4, atol=1e-6
+        )
         np.testing.assert_allclose(averages.weight[:, :running], weight, rtol=1e-6)
 
 
 def test_an_expert_of_every_token_reaches_the_weight() -> None:
-    totals = np.zeros((2, SIZE), np.float32)
-    averages = UseAverages(HALF_LIVES, totals)
+    averages = UseAverages(HALF_LIVES, np.zeros((2, SIZE), np.float32))
     averages.add(0)
     rows = StepRows.of_lengths(["a"], np.array([1]), np.array([0]), np.array([False]))
     ids = np.broadcast_to(np.array([3, 4], np.int32), (LAYERS, 1, TOP_K))
     for _ in range(300):
         averages.take_in(StepUses.of_step(ids, rows, np.array([0]), EXPERTS), 1)
+        totals = averages.totals.values
         np.testing.assert_allclose(totals[:, 3], averages.weight[:, 0], rtol=1e-4)
     assert totals[:, 3] == pytest.approx([1, 1], rel=1e-3)
+
+
+def test_fading_tables_hold_what_plain_tables_would() -> None:
+    generator = np.random.default_rng(0)
+    tables = FadingTables(np.zeros((3, SIZE), np.float32))
+    plain = np.zeros((3, SIZE))
+    keep = np.array([0.5, 0.97, 1.0])
+    for _ in range(200):
+        keys = generator.integers(0, SIZE, 7)  # some of them twice
+        gain = generator.random((3, 1))
+        tables.fade(keep)
+        tables.add(keys, gain)
+        plain *= keep[:, None]
+        np.add.at(plain, (slice(None), keys), gain)
+        np.testing.assert_allclose(tables.values, plain, rtol=1e-4, atol=1e-6)
+    assert (tables.scale > 1e-9).all()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.trace.collection import (
-    EXACT_KEYS,
     ActivationCollection,
     CollectionError,
 )
+from vllm_moe_offload.trace.sketches import COARSE_CANDIDATES, EXACT_KEYS
 
 
 def counts(layers: int = 2, experts: int = 4, **values: int) -> np.ndarray:
@@ -74,20 +74,21 @@ def test_distribution_and_mean() -> None:
     np.testing.assert_allclose(collection.mean(), expected, atol=1e-6)
 
 
-def test_sketches_find_what_an_exact_search_finds() -> None:
+@pytest.mark.parametrize("entries", [50, 2 * COARSE_CANDIDATES])
+def test_sketches_find_what_an_exact_search_finds(entries: int) -> None:
     layers, experts = 4, EXACT_KEYS
     generator = np.random.default_rng(1)
-    collection = ActivationCollection(layers, experts, 50)
+    collection = ActivationCollection(layers, experts, entries)
     kinds = generator.choice(experts, (10, layers, 40))
     tables = []
-    for index in range(50):
+    for index in range(entries):
         table = np.zeros((layers, experts), np.float32)
         for layer in range(layers):
             chosen = generator.choice(kinds[index % 10, layer], 60)
             np.add.at(table[layer], chosen, 1)
         tables.append(table)
         collection.add(table)
-    stacked = np.stack(tables).reshape(50, -1)
+    stacked = np.stack(tables).reshape(entries, -1)
     stacked /= np.linalg.norm(stacked, axis=1, keepdims=True)
     for index in range(50):
         noisy = tables[index].copy()

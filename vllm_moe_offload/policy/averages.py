@@ -1,13 +1,14 @@
 """Exponential averages of what each running request used, and their sums over requests.
 
 Fading a whole table per step would cost as much as everything else together in a large model,
-where a step uses a few experts of many: rows are kept divided by a scale of their own, which
+where a step uses a few experts of many: tables are kept divided by a scale of their own, which
 fades instead of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ import numpy.typing as npt
 from vllm_moe_offload.policy.base import FloatArray, StepRows
 
 SMALLEST_SCALE = 2.0**-60
-"""Scale at which a row is multiplied out, far from where float32 loses digits."""
+"""Scale at which a request's row is multiplied out, far from where float32 loses digits."""
+SMALLEST_TABLE_SCALE = 2.0**-20
+"""The same for a table; products of two are added up in float32 (``policy/mixture.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +75,51 @@ def _add_at(tables: FloatArray, keys: npt.NDArray[np.int64], values: FloatArray)
     np.add.at(tables.reshape(-1), (offsets + keys).reshape(-1), values.reshape(-1))
 
 
+class FadingTables:
+    """Tables that fade by a factor and gain at some places; both cost what the places cost.
+
+    Attributes:
+        stored: float32 ``[tables, size]``, contiguous; what they hold divided by their scale.
+        scale: float64 ``[tables]``.
+    """
+
+    def __init__(self, stored: FloatArray) -> None:
+        self.stored = stored
+        self.scale: npt.NDArray[np.float64] = np.ones(len(stored))
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        """float64 ``[tables, size]``, what the tables hold; a new array."""
+        return self.scale[:, None] * self.stored
+
+    def fade(self, keep: npt.NDArray[np.float64]) -> None:
+        """Multiplies each table by its ``keep``."""
+        self.scale *= keep
+        for index in np.flatnonzero(self.scale < SMALLEST_TABLE_SCALE):
+            self.stored[index] *= np.float32(self.scale[index])
+            self.scale[index] = 1.0
+
+    def add(self, keys: npt.NDArray[np.int64], values: npt.NDArray[np.floating[Any]]) -> None:
+        """Adds ``values`` ``[tables, keys]`` (or what is broadcast to it); keys may repeat."""
+        stored = (values / self.scale[:, None]).astype(np.float32)
+        _add_at(self.stored, keys, np.broadcast_to(stored, (len(self.stored), keys.size)))
+
+
 class UseAverages:
     """Averages of several half-lives at once.
 
     Attributes:
+        totals: tables ``[averages, size]``, the sums over the running requests.
         decay: float64 ``[averages]``, factor per token.
         weight: float64 ``[averages, rows]``, what an expert of every token would have by now:
             an average over few tokens has not reached its level yet.
     """
 
     def __init__(self, half_lives: tuple[float, ...], totals: FloatArray) -> None:
-        """``totals``: ``[averages, size]``, receives the sums over the running requests."""
+        """``totals``: ``[averages, size]``, memory of the attribute of that name."""
         self.decay = 2.0 ** (-1.0 / np.array(half_lives))
         count, size = totals.shape
-        self._totals = totals
+        self.totals = FadingTables(totals)
         self._are_totals_current = True
         self._scaled: FloatArray = np.zeros((count, 8, size), np.float32)
         self._scale: npt.NDArray[np.float64] = np.ones((count, 8))
@@ -124,9 +158,8 @@ class UseAverages:
             gain *= (self.decay[:, None] ** uses.age).astype(np.float32)
         _add_at(self._scaled, uses.owner * self._scaled.shape[2] + uses.keys, gain)
         if single and rows.size == running and self._are_totals_current:
-            self._totals *= self.decay[:, None].astype(np.float32)
-            gain[...] = gained
-            _add_at(self._totals, uses.keys, gain)
+            self.totals.fade(self.decay)
+            self.totals.add(uses.keys, gained)
         else:
             self._are_totals_current = False
         faded = (self._scale[:, rows] < SMALLEST_SCALE).any(axis=0)
@@ -142,5 +175,6 @@ class UseAverages:
         if self._are_totals_current:
             return
         scale = self._scale[:, :running].astype(np.float32)
-        np.einsum("ar,ars->as", scale, self._scaled[:, :running], out=self._totals)
+        np.einsum("ar,ars->as", scale, self._scaled[:, :running], out=self.totals.stored)
+        self.totals.scale[...] = 1.0
         self._are_totals_current = True

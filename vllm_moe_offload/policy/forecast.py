@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.native import ValueStep, check, core
-from vllm_moe_offload.policy.averages import StepUses, UseAverages
+from vllm_moe_offload.policy.averages import FadingTables, StepUses, UseAverages
 from vllm_moe_offload.policy.base import FloatArray, StepRows
 from vllm_moe_offload.policy.mixture import Mixture
 from vllm_moe_offload.policy.requests import RunningRequests
@@ -145,7 +145,8 @@ class Forecast:
         self._factors[PRIOR] = options.prior
         self._factors[VALUE] = options.value if self.model is not None else 0.0
         self._averages = UseAverages(HALF_LIVES, parts[:POPULARITY])
-        self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES)[:, None])
+        self._popularity = FadingTables(parts[POPULARITY:PRIOR])
+        self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES))
         self._popularity_weight = np.zeros_like(self._popularity_keep)
         self.requests = RunningRequests(size, self.model.state_size if self.model else 0)
         self._is_prior_current = True
@@ -232,7 +233,7 @@ class Forecast:
         mixing[PRIOR, PRIOR] = self._top_k / count  # its rows sum to 1, uses to top_k
         if self._popularity_weight.all():
             popular = np.arange(POPULARITY, PRIOR)
-            mixing[popular, popular] = 1.0 / self._popularity_weight[:, 0]
+            mixing[popular, popular] = 1.0 / self._popularity_weight
         stand_in = PRIOR if self.options.prior and len(self.collection) else LASTING
         if stand_in == LASTING and not self.options.popularity:
             stand_in = CONSTANT  # the same for all: nothing is known
@@ -241,6 +242,8 @@ class Forecast:
         history = np.arange(POPULARITY)
         mixing[history, history] = 1.0 / (count * (reached + cold))
         mixing[history, stand_in] = cold / (reached + cold) * mixing[stand_in, stand_in]
+        mixing[:, :POPULARITY] *= averages.totals.scale
+        mixing[:, POPULARITY:PRIOR] *= self._popularity.scale
         self._mixture.fit(self._factors != 0)
         weights = self._mixture.weights * self._factors
         # An average moves towards what this call used by a share that shrinks to 1 - decay.
@@ -318,12 +321,12 @@ class Forecast:
         self.trace(self._rows, ids)
         used = votes.reshape(-1)
         self._mixture.learn(used)
-        gained = 1.0 - self._popularity_keep
-        popularity = self._mixture.parts[POPULARITY:PRIOR]
-        popularity *= self._popularity_keep.astype(np.float32)
-        popularity += gained.astype(np.float32) * used
-        self._popularity_weight += gained * (1.0 - self._popularity_weight)
         uses = StepUses.of_step(ids, self._rows, self._running, self.num_experts)
+        gained = 1.0 - self._popularity_keep
+        keys = np.unique(uses.keys)
+        self._popularity.fade(self._popularity_keep)
+        self._popularity.add(keys, gained[:, None] * used[keys])
+        self._popularity_weight += gained * (1.0 - self._popularity_weight)
         self._averages.take_in(uses, len(self.requests))
         if self.model is not None:
             self._learn_values(self.model, uses)

@@ -5,10 +5,9 @@ experts, so what a finished request activated predicts one that starts like it. 
 the cosine of the flattened matrices; when the collection is full, the entry closest to the
 new one makes room, which keeps it diverse.
 
-Matrices are kept sparse (an expert's key is ``layer * num_experts + expert``). Matching is
-exact up to :data:`EXACT_KEYS` experts. Above, candidates come from count sketches (Charikar,
-Chen & Farach-Colton, 2002; inner products survive in expectation) and the best few are
-compared exactly: a dense scan of 10,000 matrices of 61,440 experts reads 2.4 GB.
+Matrices are kept sparse (an expert's key is ``layer * num_experts + expert``). In large models
+candidates come from sketches (``sketches.py``) and the best few are compared exactly: a dense scan
+of 10,000 matrices of 61,440 experts reads 2.4 GB.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.trace.sketches import Sketches
+
 FloatArray = npt.NDArray[np.float32]
 
 FORMAT = "vllm-moe-offload EAM collection"
 VERSION = 1
-EXACT_KEYS = 1024
-SKETCH_SIZE = 256
 RERANKED = 8
 MAX_NONZERO = 4096
 """Largest counts kept per matrix; the others are too rare to predict anything."""
@@ -76,13 +75,7 @@ class ActivationCollection:
         self.fingerprint = fingerprint
         self._entries: list[SparseMatrix] = []
         size = num_layers * num_experts
-        self._exact = size <= EXACT_KEYS
-        width = size if self._exact else SKETCH_SIZE
-        # Fixed seed: the same matrices match the same way in every process.
-        generator = np.random.default_rng(0x5EED)
-        self._bucket: npt.NDArray[np.int64] = generator.integers(0, width, size)
-        self._sign: FloatArray = generator.choice(np.array([-1, 1], np.float32), size)
-        self._sketches: FloatArray = np.zeros((min(capacity, 16), width), np.float32)
+        self._sketches = Sketches(size, capacity)
         self._sum: FloatArray = np.zeros(size, np.float32)
         self._mean: FloatArray | None = None
 
@@ -97,7 +90,7 @@ class ActivationCollection:
     def nbytes(self) -> int:
         """Bytes of all matrices and sketches."""
         entries = sum(entry.keys.nbytes + entry.counts.nbytes for entry in self._entries)
-        return entries + self._sketches.nbytes + self._bucket.nbytes + self._sign.nbytes
+        return entries + self._sketches.nbytes
 
     def add(self, counts: npt.NDArray[np.floating[Any]]) -> int:
         """Takes in a finished request's ``[layers, experts]`` counts; returns its index.
@@ -114,21 +107,15 @@ class ActivationCollection:
         return self._insert(SparseMatrix(keys.astype(np.int32), flat[keys]))
 
     def _insert(self, entry: SparseMatrix) -> int:
-        sketch = self._sketch(entry.keys, entry.counts)
+        sketch = self._sketches.of(entry.keys, entry.counts)
         if len(self._entries) < self.capacity:
             index = len(self._entries)
             self._entries.append(entry)
-            if index >= self._sketches.shape[0]:
-                grown = np.zeros(
-                    (min(self.capacity, 2 * index), self._sketches.shape[1]), np.float32
-                )
-                grown[:index] = self._sketches
-                self._sketches = grown
         else:
             index = int(self._nearest_of(entry.keys, entry.counts, sketch, 1)[0][0])
             self._add_to_mean(self._entries[index], -1.0)
             self._entries[index] = entry
-        self._sketches[index] = sketch
+        self._sketches.put(index, sketch)
         self._add_to_mean(entry, 1.0)
         return index
 
@@ -145,7 +132,7 @@ class ActivationCollection:
         keys = np.flatnonzero(flat > 0)
         if not keys.size or not self._entries:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return self._nearest_of(keys, flat[keys], self._sketch(keys, flat[keys]), k)
+        return self._nearest_of(keys, flat[keys], self._sketches.of(keys, flat[keys]), k)
 
     def nearest_each(
         self, counts: npt.NDArray[np.floating[Any]]
@@ -159,14 +146,14 @@ class ActivationCollection:
         cosines = np.zeros(len(flat), np.float32)
         if not self._entries:
             return indices, cosines
-        if not self._exact:
+        if not self._sketches.is_exact:
             for row, single in enumerate(flat):
                 found, values = self.nearest(single, 1)
                 if found.size:
                     indices[row], cosines[row] = found[0], values[0]
             return indices, cosines
         norms = np.sqrt(np.einsum("re,re->r", flat, flat))
-        similarity = flat @ self._sketches[: len(self._entries)].T
+        similarity = flat @ self._sketches.vectors.T
         best = similarity.argmax(axis=1)
         known = norms > 0
         indices[known] = best[known]
@@ -201,31 +188,15 @@ class ActivationCollection:
         self._sum[entry.keys] += entry.counts * np.float32(sign / total)
         self._mean = None
 
-    def _sketch(self, keys: npt.NDArray[Any], counts: FloatArray) -> FloatArray:
-        """Unit vector: the matrix itself where matching is exact, else its count sketch."""
-        sketch = np.zeros(self._sketches.shape[1], np.float32)
-        if self._exact:
-            sketch[keys] = counts
-        else:
-            signed = counts * self._sign[keys]
-            sketch += np.bincount(self._bucket[keys], signed, sketch.size).astype(np.float32)
-        norm = float(np.linalg.norm(sketch))
-        return sketch / np.float32(norm) if norm > 0 else sketch
-
     def _nearest_of(
         self, keys: npt.NDArray[Any], counts: FloatArray, sketch: FloatArray, k: int
     ) -> tuple[npt.NDArray[np.int64], FloatArray]:
-        similarity = self._sketches[: len(self._entries)] @ sketch
-        wanted = min(k, similarity.size)
-        if not self._exact:
-            wanted = min(max(k, RERANKED), similarity.size)
-        if wanted < similarity.size:
-            best = np.argpartition(similarity, -wanted)[-wanted:]
+        if self._sketches.is_exact:
+            best = self._sketches.most_similar(sketch, k)
+            values = self._sketches.vectors[best] @ sketch
         else:
-            best = np.arange(similarity.size)
-        values = similarity[best]
-        if not self._exact:
-            dense = np.zeros(self._bucket.size, np.float32)
+            best = self._sketches.most_similar(sketch, max(k, RERANKED))
+            dense = np.zeros(self._sum.size, np.float32)
             dense[keys] = counts / np.float32(np.linalg.norm(counts))
             entries = [self._entries[index] for index in best.tolist()]
             values = np.array(
