@@ -256,7 +256,8 @@ def test_cancelled_prefetch_leaves_its_row_alone(slow_engine):
     with pytest.raises(ValueError, match="row 3 is not in flight"):
         engine.cancel(3)
     dropped = engine.cancel_all()
-    assert set(dropped) in ({1, 2}, {0, 1, 2})  # the first may have begun
+    assert dropped
+    assert set(dropped) <= {0, 1, 2}  # any may have begun before its turn came
     engine.drain()
     assert {ended.row for ended in engine.poll()} == {0, 1, 2} - set(dropped)
     for row in (3, *dropped):
