@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.policy import StepRows, averages
 from vllm_moe_offload.policy.averages import FadingTables, StepUses, UseAverages
+from vllm_moe_offload.policy.trace import TracePolicy
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 SIZE = LAYERS * EXPERTS
@@ -93,3 +94,28 @@ def test_fading_tables_hold_what_plain_tables_would() -> None:
         np.add.at(plain, (slice(None), keys), gain)
         np.testing.assert_allclose(tables.values, plain, rtol=1e-4, atol=1e-6)
     assert (tables.scale > 1e-9).all()
+
+
+def test_scores_do_not_depend_on_when_tables_are_multiplied_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scores_of_a_run() -> np.ndarray:
+        generator = np.random.default_rng(5)
+        policy = TracePolicy(LAYERS, EXPERTS, fallback=0)
+        for step in range(60):
+            rows = StepRows.of_lengths(
+                ["a", "b"], np.ones(2, int), np.full(2, step), np.zeros(2, np.bool_)
+            )
+            policy.begin_step(rows)
+            policy.catch_up()
+            taste = 0.2 * np.roll(np.arange(EXPERTS), step // 10)  # changes now and then
+            order = np.argsort(generator.random((LAYERS, 2, EXPERTS)) + taste, axis=2)
+            for layer, ids in enumerate(order[:, :, :TOP_K].astype(np.int32)):
+                votes = np.bincount(ids.reshape(-1), minlength=EXPERTS) / 2
+                policy.observe(layer, ids, votes.astype(np.float32))
+            policy.end_step()
+        return policy.scores
+
+    late = scores_of_a_run()
+    monkeypatch.setattr(averages, "SMALLEST_TABLE_SCALE", 2.0)  # at every step
+    np.testing.assert_allclose(late, scores_of_a_run(), rtol=1e-3, atol=1e-5)
