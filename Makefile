@@ -32,7 +32,7 @@ $(CUDA_LIBRARY): $(CUDA_SOURCES) scripts/build_cuda.sh requirements/cuda-compile
 demo: setup ## build a demo model, serve it with offload, chat with it, show the figures
 	$(BIN)/python scripts/demo.py
 
-test: setup ## the tests a change must pass (about 10 minutes on 2 cores)
+test: setup ## the tests a change must pass (10 to 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: setup ## everything, every architecture and capacity
