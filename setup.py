@@ -1,14 +1,13 @@
-"""Build of the C++ extension; everything else is declared in pyproject.toml.
+"""Build of the native libraries; everything else is declared in pyproject.toml.
 
-Shared objects come out of ``csrc/``:
+Shared objects come out of ``csrc/``, none of which knows torch or Python:
 
-* ``_core``: planner and file reader behind a plain C ABI. No torch, no Python API;
-  loaded with ctypes (``vllm_moe_offload/native.py``), also by replay and tests.
-* ``_C``: the torch operators of the serving hot path (``csrc/bindings.cpp``).
-* ``_cuda``: copies to CUDA devices (``csrc/cuda``), if nvcc is there. Everything but serving on
+* ``_core.so``: planner, layer calls, lookahead and file reader behind a plain C ABI, loaded with
+  ctypes (``vllm_moe_offload/native.py``).
+* ``_cuda.so``: copies to CUDA devices (``csrc/cuda``), if nvcc is there. Everything but serving on
   a GPU works without it. ``VMO_CUDA=0`` leaves it out, ``VMO_CUDA=1`` makes it a must.
 
-``VMO_SANITIZE=1`` builds ``_core`` with AddressSanitizer and UBSan (``make sanitize``).
+``VMO_SANITIZE=1`` builds ``_core.so`` with AddressSanitizer and UBSan (``make sanitize``).
 """
 
 import os
@@ -17,17 +16,9 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-CORE_SOURCES = [
-    "csrc/planner.cpp",
-    "csrc/lookahead.cpp",
-    "csrc/serving.cpp",
-    "csrc/follow.cpp",
-    "csrc/file_reader.cpp",
-    "csrc/c_api.cpp",
-]
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # No fused multiply-add: scores must round alike on every machine, and as numpy rounds them.
 CXX_FLAGS = [
     "-std=c++17",
@@ -42,24 +33,25 @@ SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g
 
 core = Extension(
     "vllm_moe_offload._core",
-    sources=CORE_SOURCES,
-    depends=HEADERS,
+    sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+    depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
     include_dirs=["csrc"],
     language="c++",
     extra_compile_args=CXX_FLAGS + (SANITIZE_FLAGS if SANITIZE else []),
     extra_link_args=["-pthread"] + (SANITIZE_FLAGS if SANITIZE else []),
 )
-torch_ops = CppExtension(
-    "vllm_moe_offload._C",
-    sources=["csrc/bindings.cpp", *CORE_SOURCES],
-    depends=HEADERS,
-    include_dirs=["csrc"],
-    extra_compile_args=CXX_FLAGS,
-)
 
 
-class BuildWithCuda(BuildExtension.with_options(use_ninja=False)):
-    """The extensions, and the CUDA library beside them."""
+class BuildLibraries(build_ext):
+    """The core as a plain shared library, and the CUDA library beside it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the tag of a Python version, as any can load it."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_libraries(self, ext: Extension) -> list[str]:
+        """Without libpython, also where Python's own extensions are linked with it."""
+        return ext.libraries
 
     def run(self) -> None:
         super().run()
@@ -69,8 +61,7 @@ class BuildWithCuda(BuildExtension.with_options(use_ninja=False)):
         found = os.environ.get("NVCC") or shutil.which("nvcc")
         if SANITIZE or wanted == "0" or (wanted == "auto" and not found):
             return
-        core_path = self.get_ext_fullpath("vllm_moe_offload._core")
-        target = Path(core_path).resolve().with_name("_cuda.so")
+        target = Path(self.get_ext_fullpath(core.name)).resolve().with_name("_cuda.so")
         script = Path(__file__).resolve().parent / "scripts" / "build_cuda.sh"
         built = subprocess.run([script, target], check=False)
         if built.returncode and wanted == "1":
@@ -79,7 +70,15 @@ class BuildWithCuda(BuildExtension.with_options(use_ninja=False)):
             print("warning: no CUDA library; serving on a GPU will ask for `make cuda`")
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 setup(
-    ext_modules=[core] if SANITIZE else [core, torch_ops],
-    cmdclass={"build_ext": BuildWithCuda},
+    ext_modules=[core],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
 )

@@ -17,10 +17,7 @@
 
 struct vmo_planner {
   vmo::Planner core;
-  std::vector<int32_t> narrow_ids;  // int64 ids narrowed for the core
 };
-
-static_assert(sizeof(vmo_observer) == sizeof(vmo::Observer));
 
 struct vmo_lookahead {
   vmo::RouterLookahead core;
@@ -55,23 +52,17 @@ void check_id_bytes(int32_t id_bytes) {
   }
 }
 
-void write_info(const vmo::LayerOutcome& outcome, int64_t info[5]) {
-  info[0] = outcome.num_experts;
-  info[1] = outcome.num_hits;
-  info[2] = outcome.num_misses;
-  info[3] = outcome.num_reads;
-  info[4] = outcome.policy_ns;
-}
-
 }  // namespace
 
 extern "C" {
+
+int32_t vmo_abi_version(void) { return VMO_ABI_VERSION; }
 
 const char* vmo_last_error(void) { return last_error.c_str(); }
 
 vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts, int32_t num_slots,
                                 int32_t num_staging_slots, int32_t order, int32_t scope,
-                                int32_t admission) {
+                                int32_t admission, vmo_planner_view* view) {
   return guarded<vmo_planner*>(nullptr, [&] {
     vmo::PlannerConfig config;
     config.num_layers = num_layers;
@@ -81,7 +72,9 @@ vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts, int32_t
     config.order = static_cast<vmo::Order>(order);
     config.scope = static_cast<vmo::Scope>(scope);
     config.admission = admission != 0;
-    return std::make_unique<vmo_planner>(vmo_planner{vmo::Planner(config), {}}).release();
+    auto planner = std::make_unique<vmo_planner>(vmo_planner{vmo::Planner(config)});
+    *view = planner->core.view();
+    return planner.release();
   });
 }
 
@@ -89,52 +82,13 @@ void vmo_planner_destroy(vmo_planner* planner) {
   const std::unique_ptr<vmo_planner> owner(planner);
 }
 
-int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids, int64_t num_ids,
-                         int32_t id_bytes, uint32_t flags, int64_t info[5]) {
-  return guarded<int32_t>(-1, [&] {
-    check_id_bytes(id_bytes);
-    const auto* narrow = static_cast<const int32_t*>(ids);
-    if (id_bytes == 8) {
-      planner->narrow_ids.resize(static_cast<size_t>(num_ids));
-      vmo::narrow(static_cast<const int64_t*>(ids), num_ids, planner->narrow_ids.data());
-      narrow = planner->narrow_ids.data();
-    }
-    if (!planner->core.plan(layer, narrow, num_ids, flags)) return 0;
-    const vmo::Plan& plan = planner->core.current();
-    vmo::LayerOutcome outcome;
-    outcome.num_experts = static_cast<int32_t>(plan.experts.size());
-    outcome.num_hits = plan.num_hits;
-    outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
-    write_info(outcome, info);
-    return 1;
-  });
-}
-
-int32_t vmo_serve_layer(vmo_planner* planner, vmo_observer* observer, vmo_lookahead* lookahead,
-                        const vmo_layer_call* call, int64_t info[5], int32_t* reads) {
+int32_t vmo_serve_layer(vmo_planner* planner, const vmo_layer_call* call,
+                        vmo_layer_outcome* outcome) {
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(call->id_bytes);
-    vmo::LayerCall inner;
-    inner.layer = call->layer;
-    inner.ids = call->ids;
-    inner.id_bytes = call->id_bytes;
-    inner.top_k = call->top_k;
-    inner.num_rows = call->num_rows;
-    inner.num_padded_rows = call->num_padded_rows;
-    inner.flags = call->flags;
-    inner.weights = call->weights;
-    inner.rows = call->rows;
-    inner.hidden = call->hidden;
-    inner.hidden_type = static_cast<vmo::FloatType>(call->hidden_type);
-    inner.hidden_stride = call->hidden_stride;
-    inner.threshold = call->threshold;
-    inner.value = call->value;
-    inner.max_reads = call->max_reads;
-    const vmo::LayerOutcome outcome =
-        vmo::serve_layer(planner->core, observer,
-                         lookahead != nullptr ? &lookahead->core : nullptr, inner, reads);
-    write_info(outcome, info);
-    return outcome.fits ? 1 : 0;
+    vmo::RouterLookahead* lookahead =
+        call->lookahead != nullptr ? &call->lookahead->core : nullptr;
+    return vmo::serve_layer(planner->core, lookahead, *call, *outcome) ? 1 : 0;
   });
 }
 
@@ -186,43 +140,6 @@ int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void*
     }
     return 0;
   });
-}
-
-const int32_t* vmo_planner_plan_array(const vmo_planner* planner, int32_t which) {
-  const vmo::Plan& plan = planner->core.current();
-  switch (which) {
-    case 0:
-      return plan.experts.data();
-    case 1:
-      return plan.slots.data();
-    case 2:
-      return plan.miss_experts.data();
-    case 3:
-      return plan.miss_slots.data();
-    case 4:
-      return plan.miss_kinds.data();
-    default:
-      return nullptr;
-  }
-}
-
-float* vmo_planner_scores(vmo_planner* planner) { return planner->core.scores(); }
-
-const int32_t* vmo_planner_page_table(const vmo_planner* planner) {
-  return planner->core.page_table();
-}
-
-const uint64_t* vmo_planner_last_use(const vmo_planner* planner) {
-  return planner->core.last_use();
-}
-
-const int64_t* vmo_planner_counters(const vmo_planner* planner) {
-  static_assert(sizeof(vmo::Counters) == 9 * sizeof(int64_t), "plain array of 9 counters");
-  return &planner->core.counters().hits;
-}
-
-int32_t vmo_planner_num_resident(const vmo_planner* planner) {
-  return planner->core.num_resident();
 }
 
 int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer, int32_t expert) {
@@ -279,20 +196,9 @@ int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer, const int
   });
 }
 
-int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner, int32_t layer,
-                              const void* hidden, int32_t hidden_type, int64_t stride,
-                              float threshold, float value, int32_t max_reads, int32_t* reads) {
-  return guarded<int32_t>(-1, [&] {
-    const std::vector<vmo::ReservedRow> reserved = lookahead->core.foresee(
-        planner->core, layer, hidden, static_cast<vmo::FloatType>(hidden_type), stride,
-        threshold, value, max_reads);
-    for (const vmo::ReservedRow& row : reserved) {
-      *reads++ = row.layer;
-      *reads++ = row.expert;
-      *reads++ = row.slot;
-    }
-    return static_cast<int32_t>(reserved.size());
-  });
+int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner,
+                              const vmo_layer_call* call) {
+  return guarded<int32_t>(-1, [&] { return lookahead->core.foresee(planner->core, *call); });
 }
 
 void vmo_follow(float* scores, const float* votes, const float* fade, float gain, float decay,
@@ -302,26 +208,7 @@ void vmo_follow(float* scores, const float* votes, const float* fade, float gain
 
 int32_t vmo_follow_values(const vmo_value_step* step) {
   return guarded<int32_t>(-1, [&] {
-    vmo::ValueStep inner;
-    inner.values = step->values;
-    inner.weights = step->weights;
-    inner.states = step->states;
-    inner.size = static_cast<int64_t>(step->num_layers) * step->num_experts;
-    inner.num_layers = step->num_layers;
-    inner.num_experts = step->num_experts;
-    inner.first_layer = step->first_layer;
-    inner.end_layer = step->end_layer;
-    inner.ids = step->ids;
-    inner.owners = step->owners;
-    inner.num_rows = step->num_rows;
-    inner.top_k = step->top_k;
-    inner.running = step->running;
-    inner.kept = step->kept;
-    inner.num_running = step->num_running;
-    inner.use = step->use;
-    inner.scores = step->scores;
-    inner.factors = step->factors;
-    vmo::follow_values(inner);
+    vmo::follow_values(*step);
     return 0;
   });
 }

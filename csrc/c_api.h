@@ -12,24 +12,53 @@
 extern "C" {
 #endif
 
+// Number of this interface: raised by every change of a function or a struct below. Whoever
+// loads the library compares it with the number that it was written for.
+#define VMO_ABI_VERSION 1
+VMO_API int32_t vmo_abi_version(void);
+
 VMO_API const char* vmo_last_error(void);
 
 // ---- planner -----------------------------------------------------------------------
 typedef struct vmo_planner vmo_planner;
 
+// Totals since the planner was made.
+typedef struct vmo_counters {
+  int64_t hits;
+  int64_t misses;
+  int64_t bypasses;  // misses that were not kept
+  int64_t evictions;
+  int64_t prefetch_issued;
+  int64_t prefetch_useful;  // resident before first use
+  int64_t prefetch_late;    // needed while still in flight
+  int64_t prefetch_wasted;  // evicted, or failed, before any use
+  int64_t calls;            // layer calls that counted
+} vmo_counters;
+
+// Where a planner keeps what it shows; all of it is updated in place.
+typedef struct vmo_planner_view {
+  float* scores;              // [num_layers, num_experts], written by a policy
+  const int32_t* page_table;  // the same: row or -1
+  const uint64_t* last_use;   // the same: clock of the last counted use, 0 if never used
+  const vmo_counters* counters;
+  const int32_t* num_resident;  // experts in slots whose bytes are there
+  // Of the current plan, capacity num_experts each: the first num_experts (misses: num_misses)
+  // of its outcome.
+  const int32_t* experts;  // distinct, ascending
+  const int32_t* slots;    // their rows
+  const int32_t* miss_experts;
+  const int32_t* miss_slots;
+  const int32_t* miss_kinds;  // MissKind (planner.h)
+} vmo_planner_view;
+
 // Fields as in PlannerConfig (planner.h); order 0 score, 1 recency; scope 0 global,
-// 1 per layer.
+// 1 per layer. `view` receives where things are.
 VMO_API vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts,
                                         int32_t num_slots, int32_t num_staging_slots,
-                                        int32_t order, int32_t scope, int32_t admission);
+                                        int32_t order, int32_t scope, int32_t admission,
+                                        vmo_planner_view* view);
 VMO_API void vmo_planner_destroy(vmo_planner* planner);
 
-// 1: planned; 0: does not fit at once, nothing changed; -1: error.
-// `ids` holds int32 (id_bytes 4) or int64 (id_bytes 8). `info` receives
-// {distinct experts, hits, misses, 0, 0}.
-VMO_API int32_t vmo_planner_plan(vmo_planner* planner, int32_t layer, const void* ids,
-                                 int64_t num_ids, int32_t id_bytes, uint32_t flags,
-                                 int64_t info[5]);
 VMO_API int32_t vmo_planner_finish(vmo_planner* planner);
 // A shadow's share of a step: for each of `num_layers` layers from `first_layer` on,
 // scores[layer] = scores[layer] * decay + gain[i] (gain NULL: scores stay), then plan with
@@ -51,16 +80,6 @@ VMO_API int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, con
                                   int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
                                   void* rows);
 
-// Arrays of the current plan, capacity num_experts: 0 experts, 1 slots, 2 miss_experts,
-// 3 miss_slots, 4 miss_kinds.
-VMO_API const int32_t* vmo_planner_plan_array(const vmo_planner* planner, int32_t which);
-// Tables [num_layers, num_experts].
-VMO_API float* vmo_planner_scores(vmo_planner* planner);
-VMO_API const int32_t* vmo_planner_page_table(const vmo_planner* planner);
-VMO_API const uint64_t* vmo_planner_last_use(const vmo_planner* planner);
-// 9 numbers in the order of struct Counters (planner.h), updated in place.
-VMO_API const int64_t* vmo_planner_counters(const vmo_planner* planner);
-VMO_API int32_t vmo_planner_num_resident(const vmo_planner* planner);
 VMO_API int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer,
                                         int32_t expert);
 
@@ -70,31 +89,9 @@ VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t 
                                      int32_t id_bytes, const float* weights,
                                      int32_t num_experts, float* out);
 
-// ---- router lookahead ----------------------------------------------------------------
+// ---- serving -------------------------------------------------------------------------
 typedef struct vmo_lookahead vmo_lookahead;
 
-// Types of floats: 0 float32, 1 bfloat16, 2 float16. The routers' weight
-// [num_layers, num_experts, hidden_size] is float32 or bfloat16, their bias float32 or NULL;
-// the evidence is float32 [depth, 2, 16] (lookahead.h). All of them stay the caller's.
-VMO_API vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
-                                            int32_t hidden_size, int32_t top_k, int32_t depth,
-                                            int32_t max_rows, float memory, const void* weight,
-                                            int32_t weight_type, const float* bias,
-                                            float* tried, float* right, float* trust);
-VMO_API void vmo_lookahead_destroy(vmo_lookahead* lookahead);
-// The layer whose guesses vmo_lookahead_observe judges in this step; -1 on error.
-VMO_API int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_rows);
-// ids int64 [num_rows, top_k]. 0, or -1 on an id out of range.
-VMO_API int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer,
-                                      const int64_t* ids);
-// reads [max_reads, 3] receives layer, expert and slot of each that is to be read ahead;
-// returns how many there are, -1 on error. Rows of `hidden` lie `stride` elements apart.
-VMO_API int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner,
-                                      int32_t layer, const void* hidden, int32_t hidden_type,
-                                      int64_t stride, float threshold, float value,
-                                      int32_t max_reads, int32_t* reads);
-
-// ---- serving -------------------------------------------------------------------------
 // Where a policy keeps what a step routed to, and what its scores gain by it; the memory is the
 // caller's. With follows 0 and no ids there is nothing to do.
 typedef struct vmo_observer {
@@ -109,49 +106,86 @@ typedef struct vmo_observer {
   int32_t layers_seen;
 } vmo_observer;
 
-// Fields as in LayerCall (serving.h).
-typedef struct vmo_layer_call {
-  const void* ids;
-  const float* weights;
-  void* rows;
-  const void* hidden;
-  int64_t num_rows;
-  int64_t num_padded_rows;
-  int64_t hidden_stride;
+// An expert that is to be read ahead, and the row reserved for it.
+typedef struct vmo_reserved_row {
   int32_t layer;
-  int32_t id_bytes;
+  int32_t expert;
+  int32_t slot;
+} vmo_reserved_row;
+
+// One layer call from the routing on. All memory is the caller's.
+typedef struct vmo_layer_call {
+  const void* ids;           // [num_padded_rows, top_k]
+  void* rows;                // like ids, receives every id's row (vmo_planner_remap); or NULL
+  const float* weights;      // [num_rows], the rows' votes; NULL: 1 each
+  vmo_observer* observer;    // or NULL: nobody observes
+  vmo_lookahead* lookahead;  // or NULL: nobody looks ahead
+  const void* hidden;        // what the router was given; NULL: do not look ahead
+  vmo_reserved_row* reads;   // [max_reads], receives what is to be read ahead
+  int64_t num_rows;          // rows that are tokens; the others are padding
+  int64_t num_padded_rows;
+  int64_t hidden_stride;  // elements from one row of `hidden` to the next
+  int32_t layer;
+  int32_t id_bytes;  // 4 or 8, of ids and rows
   int32_t top_k;
-  uint32_t flags;
-  int32_t hidden_type;
+  uint32_t flags;       // PlanFlags (planner.h)
+  int32_t hidden_type;  // 0 float32, 1 bfloat16, 2 float16
   int32_t max_reads;
-  float threshold;
-  float value;
+  float threshold;  // least probability that is worth a read
+  float value;      // score of an expert that is used for certain
 } vmo_layer_call;
 
-// One layer call: observes (observer may be NULL), plans, writes rows and, if nothing is
-// missing, looks ahead (lookahead may be NULL). `info` receives {distinct experts, hits,
-// misses, reads, nanoseconds of observing and looking ahead}; `reads` [max_reads, 3]. 1:
-// planned; 0: does not fit at once, only observed; -1: error.
-VMO_API int32_t vmo_serve_layer(vmo_planner* planner, vmo_observer* observer,
-                                vmo_lookahead* lookahead, const vmo_layer_call* call,
-                                int64_t info[5], int32_t* reads);
+// What one layer call came to.
+typedef struct vmo_layer_outcome {
+  int32_t num_experts;  // distinct experts needed
+  int32_t num_hits;
+  int32_t num_misses;
+  int32_t num_reads;  // to be read ahead
+  int64_t policy_ns;  // spent on observing and looking ahead
+} vmo_layer_outcome;
+
+// Observes, plans, writes rows and, if nothing is missing, looks ahead; each but planning only
+// if the call asks for it. 1: planned; 0: does not fit at once, only observed; -1: error.
+VMO_API int32_t vmo_serve_layer(vmo_planner* planner, const vmo_layer_call* call,
+                                vmo_layer_outcome* outcome);
+
+// ---- router lookahead ----------------------------------------------------------------
+// Types of floats as in vmo_layer_call. The routers' weight
+// [num_layers, num_experts, hidden_size] is float32 or bfloat16, their bias float32 or NULL;
+// the evidence is float32 [depth, 2, 16] (lookahead.h). All of them stay the caller's.
+VMO_API vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
+                                            int32_t hidden_size, int32_t top_k, int32_t depth,
+                                            int32_t max_rows, float memory, const void* weight,
+                                            int32_t weight_type, const float* bias,
+                                            float* tried, float* right, float* trust);
+VMO_API void vmo_lookahead_destroy(vmo_lookahead* lookahead);
+// The layer whose guesses vmo_lookahead_observe judges in this step; -1 on error.
+VMO_API int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_rows);
+// ids int64 [num_rows, top_k]. 0, or -1 on an id out of range.
+VMO_API int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer,
+                                      const int64_t* ids);
+// What a layer call would look ahead for, and nothing else of it. Returns how many of the
+// call's `reads` there are, -1 on error.
+VMO_API int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* planner,
+                                      const vmo_layer_call* call);
 
 // ---- scores -----------------------------------------------------------------------------
 // scores[i] = scores[i] * decay + votes[i] * gain - fade[i], for i < count.
 VMO_API void vmo_follow(float* scores, const float* votes, const float* fade, float gain,
                         float decay, int64_t count);
 
-// Fields as in ValueStep (follow.h).
+// Routing of consecutive layers, and the successor model (policy/value.py) that it changes;
+// size = num_layers * num_experts.
 typedef struct vmo_value_step {
-  float* values;
-  const float* weights;
-  const float* states;
-  const int32_t* ids;
-  const int32_t* owners;
-  const int64_t* running;
-  const float* kept;
-  float* scores;
-  const float* factors;
+  float* values;           // [requests, size], the model's forecasts, brought up to date
+  const float* weights;    // [size, size]
+  const float* states;     // [requests, size], before the step
+  const int32_t* ids;      // [end_layer - first_layer, num_rows, top_k]
+  const int32_t* owners;   // [num_rows], index into running
+  const int64_t* running;  // [num_running], the requests of the step
+  const float* kept;       // [num_running], what the step leaves of a state
+  float* scores;           // [num_layers, num_experts]
+  const float* factors;    // [num_layers], of a forecast's change in the score
   int32_t num_layers;
   int32_t num_experts;
   int32_t first_layer;
@@ -159,7 +193,7 @@ typedef struct vmo_value_step {
   int32_t num_rows;
   int32_t top_k;
   int32_t num_running;
-  float use;
+  float use;  // what a use adds to a state
 } vmo_value_step;
 
 // Lets forecasts and scores follow the routing of consecutive layers. 0, or -1 on an id out of

@@ -22,10 +22,14 @@ VMO_WIDE void add_clipped(float* out, const float* values, float sign, int64_t c
   }
 }
 
+int64_t size_of(const ValueStep& step) {
+  return static_cast<int64_t>(step.num_layers) * step.num_experts;
+}
+
 // What the layers' routing changes the state of a request by, [layers, num_experts].
 void change_of(const ValueStep& step, int32_t request, std::vector<float>& change) {
   const int64_t own = static_cast<int64_t>(step.first_layer) * step.num_experts;
-  const float* state = step.states + step.running[request] * step.size + own;
+  const float* state = step.states + step.running[request] * size_of(step) + own;
   const float fades = step.kept[request] - 1.0F;
   for (size_t i = 0; i < change.size(); ++i) change[i] = fades * state[i];
   for (int32_t layer = 0; layer < step.end_layer - step.first_layer; ++layer) {
@@ -62,19 +66,20 @@ void follow_values(const ValueStep& step) {
   const int64_t own = static_cast<int64_t>(step.first_layer) * step.num_experts;
   const int64_t width =
       static_cast<int64_t>(step.end_layer - step.first_layer) * step.num_experts;
-  std::vector<float> gained(static_cast<size_t>(step.size), 0.0F);
+  const int64_t size = size_of(step);
+  std::vector<float> gained(static_cast<size_t>(size), 0.0F);
   std::vector<float> change(static_cast<size_t>(width));
   for (int32_t request = 0; request < step.num_running; ++request) {
     change_of(step, request, change);
-    float* values = step.values + step.running[request] * step.size;
-    add_clipped(gained.data(), values, -1.0F, step.size);
+    float* values = step.values + step.running[request] * size;
+    add_clipped(gained.data(), values, -1.0F, size);
     for (int64_t i = 0; i < width; ++i) {
       const float factor = change[static_cast<size_t>(i)];
       if (factor != 0.0F) {
-        add_scaled(values, step.weights + (own + i) * step.size, factor, step.size);
+        add_scaled(values, step.weights + (own + i) * size, factor, size);
       }
     }
-    add_clipped(gained.data(), values, 1.0F, step.size);
+    add_clipped(gained.data(), values, 1.0F, size);
   }
   for (int32_t layer = 0; layer < step.num_layers; ++layer) {
     const int64_t begin = static_cast<int64_t>(layer) * step.num_experts;

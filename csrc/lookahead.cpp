@@ -170,11 +170,12 @@ int32_t RouterLookahead::begin_step(int64_t num_rows) {
   return watched_;
 }
 
-void RouterLookahead::observe(int32_t layer, const int64_t* ids) {
+template <typename Id>
+void RouterLookahead::observe(int32_t layer, const Id* ids) {
   if (layer != watched_) return;
   ids_.clear();
   for (int32_t row = 0; row < num_asked_; ++row) {
-    const int64_t* of_row = ids + sampled(row) * config_.top_k;
+    const Id* of_row = ids + sampled(row) * config_.top_k;
     ids_.insert(ids_.end(), of_row, of_row + config_.top_k);
   }
   constexpr size_t kKinds = 2 * kMarginBins;
@@ -192,6 +193,9 @@ void RouterLookahead::observe(int32_t layer, const int64_t* ids) {
   for (size_t i = 0; i < size; ++i)
     evidence_.trust[i] = evidence_.right[i] / evidence_.tried[i];
 }
+
+template void RouterLookahead::observe(int32_t, const int32_t*);
+template void RouterLookahead::observe(int32_t, const int64_t*);
 
 void RouterLookahead::convert(const void* hidden, FloatType type, int64_t stride) {
   const auto width = static_cast<int64_t>(config_.hidden_size);
@@ -230,36 +234,34 @@ void RouterLookahead::ask(int32_t layer) {
   }
 }
 
-std::vector<ReservedRow> RouterLookahead::foresee(Planner& planner, int32_t layer,
-                                                  const void* hidden, FloatType type,
-                                                  int64_t stride, float threshold, float value,
-                                                  int32_t max_reads) {
+int32_t RouterLookahead::foresee(Planner& planner, const LayerCall& call) {
   const int32_t num_experts = config_.num_experts;
   if (planner.config().num_experts != num_experts ||
       planner.config().num_layers != config_.num_layers) {
     throw std::invalid_argument("the planner is one of another model");
   }
-  std::vector<ReservedRow> reserved;
-  const auto is_full = [&] { return reserved.size() >= static_cast<size_t>(max_reads); };
-  const int32_t end = std::min(layer + 1 + config_.depth, config_.num_layers);
-  if (num_asked_ == 0 || layer < 0 || layer + 1 >= end || is_full()) return reserved;
-  convert(hidden, type, stride);
+  const int32_t end = std::min(call.layer + 1 + config_.depth, config_.num_layers);
+  if (num_asked_ == 0 || call.layer < 0 || call.layer + 1 >= end || call.max_reads <= 0) {
+    return 0;
+  }
+  convert(call.hidden, static_cast<FloatType>(call.hidden_type), call.hidden_stride);
   kinds_.resize(static_cast<size_t>(num_asked_) * static_cast<size_t>(num_experts));
-  for (int32_t target = layer + 1; target < end && !is_full(); ++target) {
-    const auto distance = static_cast<size_t>(target - layer - 1);
+  int32_t num_reads = 0;
+  for (int32_t target = call.layer + 1; target < end && num_reads < call.max_reads; ++target) {
+    const auto distance = static_cast<size_t>(target - call.layer - 1);
     ask(target);
     const int32_t* slots = planner.page_table() + static_cast<int64_t>(target) * num_experts;
     const std::vector<Guess> guesses =
         look_ahead(logits_.data(), num_asked_, num_experts, config_.top_k, slots,
-                   evidence_.trust + 2 * kMarginBins * distance, threshold, kinds_.data());
+                   evidence_.trust + 2 * kMarginBins * distance, call.threshold, kinds_.data());
     if (target == watched_) guesses_[distance] = kinds_;
     for (const Guess& guess : guesses) {
-      if (slots[guess.expert] < 0 && is_full()) continue;
-      const int32_t slot = planner.prefetch(target, guess.expert, guess.chance * value);
-      if (slot >= 0) reserved.push_back({target, guess.expert, slot});
+      if (slots[guess.expert] < 0 && num_reads >= call.max_reads) continue;
+      const int32_t slot = planner.prefetch(target, guess.expert, guess.chance * call.value);
+      if (slot >= 0) call.reads[num_reads++] = {target, guess.expert, slot};
     }
   }
-  return reserved;
+  return num_reads;
 }
 
 }  // namespace vmo

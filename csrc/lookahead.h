@@ -13,12 +13,9 @@ namespace vmo {
 inline constexpr int32_t kMarginBins = 16;
 inline constexpr float kBinsPerDeviation = 4.0F;
 
-// A row reserved for an expert that is to be read ahead.
-struct ReservedRow {
-  int32_t layer;
-  int32_t expert;
-  int32_t slot;
-};
+// Part of the C ABI.
+using LayerCall = ::vmo_layer_call;
+using ReservedRow = ::vmo_reserved_row;
 
 enum class FloatType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -59,19 +56,19 @@ class RouterLookahead {
   int32_t begin_step(int64_t num_rows);
 
   // `layer` routed the step's rows, ids [num_rows, top_k]: were the guesses right? Guesses
-  // about one layer per step are judged, which is enough and costs next to nothing.
-  void observe(int32_t layer, const int64_t* ids);
+  // about one layer per step are judged, which is enough and costs next to nothing. `Id` is
+  // int32_t or int64_t.
+  template <typename Id>
+  void observe(int32_t layer, const Id* ids);
 
   // Whether observe() judges guesses about `layer` in this step.
   bool watches(int32_t layer) const { return layer == watched_; }
 
-  // The layers behind `layer`, given what its router was given (`hidden`, rows `stride`
-  // elements apart), nearest first: what is likely and resident becomes expected
-  // (Planner::prefetch), for what is likely and absent rows are reserved, worth chance *
-  // `value`, until there are `max_reads`; the layers behind are not asked any more.
-  std::vector<ReservedRow> foresee(Planner& planner, int32_t layer, const void* hidden,
-                                   FloatType type, int64_t stride, float threshold, float value,
-                                   int32_t max_reads);
+  // The layers behind the call's, given what its router was given, nearest first: what is
+  // likely and resident becomes expected (Planner::prefetch), for what is likely and absent
+  // rows are reserved, worth chance * `value`, and written to `reads`, until there are
+  // `max_reads`; the layers behind are not asked any more. Returns how many were reserved.
+  int32_t foresee(Planner& planner, const LayerCall& call);
 
  private:
   int64_t sampled(int32_t row) const { return row * num_rows_ / num_asked_; }

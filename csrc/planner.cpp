@@ -93,9 +93,25 @@ bool Planner::is_resident(int32_t layer, int32_t expert) const {
   return slot >= 0 && slots_[static_cast<size_t>(slot)].state == SlotState::kResident;
 }
 
-void Planner::collect_need(const int32_t* ids, int64_t num_ids) {
-  const auto is_no_expert = [this](int32_t id) { return id < 0 || id >= config_.num_experts; };
-  const int32_t* wrong = std::find_if(ids, ids + num_ids, is_no_expert);
+PlannerView Planner::view() {
+  PlannerView view{};
+  view.scores = scores_.data();
+  view.page_table = page_table_.data();
+  view.last_use = last_use_.data();
+  view.counters = &counters_;
+  view.num_resident = &num_resident_;
+  view.experts = plan_.experts.data();
+  view.slots = plan_.slots.data();
+  view.miss_experts = plan_.miss_experts.data();
+  view.miss_slots = plan_.miss_slots.data();
+  view.miss_kinds = plan_.miss_kinds.data();
+  return view;
+}
+
+template <typename Id>
+void Planner::collect_need(const Id* ids, int64_t num_ids) {
+  const auto is_no_expert = [this](Id id) { return id < 0 || id >= config_.num_experts; };
+  const Id* wrong = std::find_if(ids, ids + num_ids, is_no_expert);
   if (wrong != ids + num_ids) {
     throw std::invalid_argument("expert id " + std::to_string(*wrong) + " at position " +
                                 std::to_string(wrong - ids) + " is outside [0, " +
@@ -103,7 +119,9 @@ void Planner::collect_need(const int32_t* ids, int64_t num_ids) {
   }
   plan_.experts.clear();
   if (num_ids * kSparse < config_.num_experts) {
-    plan_.experts.assign(ids, ids + num_ids);
+    for (int64_t i = 0; i < num_ids; ++i) {
+      plan_.experts.push_back(static_cast<int32_t>(ids[i]));
+    }
     std::sort(plan_.experts.begin(), plan_.experts.end());
     plan_.experts.erase(std::unique(plan_.experts.begin(), plan_.experts.end()),
                         plan_.experts.end());
@@ -115,6 +133,9 @@ void Planner::collect_need(const int32_t* ids, int64_t num_ids) {
   }
   std::memset(needed_.data(), 0, needed_.size());
 }
+
+template void Planner::collect_need(const int32_t*, int64_t);
+template void Planner::collect_need(const int64_t*, int64_t);
 
 bool Planner::victim_is_less(int32_t a_key, int32_t b_key) const {
   const auto a = static_cast<size_t>(a_key);
@@ -233,7 +254,7 @@ int32_t Planner::take_free() {
   return index;
 }
 
-bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t flags) {
+void Planner::check_plannable(int32_t layer) const {
   if (open_layer_ >= 0) {
     throw std::logic_error("layer " + std::to_string(layer) +
                            " planned while the plan of layer " + std::to_string(open_layer_) +
@@ -242,10 +263,13 @@ bool Planner::plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t 
   require(layer >= 0 && layer < config_.num_layers,
           "layer " + std::to_string(layer) + " is outside [0, " +
               std::to_string(config_.num_layers) + ")");
+}
+
+// Finds or makes rows for plan_.experts, and opens the plan; false if they do not fit.
+bool Planner::place_need(int32_t layer, uint32_t flags) {
   const bool transient = (flags & kPlanTransient) != 0;
   const bool unpinned = (flags & kPlanUnpinned) != 0;
   const bool instant = (flags & kPlanInstant) != 0;
-  collect_need(ids, num_ids);
 
   // Hits first, before any change.
   const size_t num_needed = plan_.experts.size();

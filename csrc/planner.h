@@ -18,6 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "c_api.h"
+
 namespace vmo {
 
 enum class Order : int32_t {
@@ -65,18 +67,9 @@ struct Plan {
   int32_t num_hits = 0;
 };
 
-// Totals since construction. Order is the C ABI's (VMO_COUNTER_*).
-struct Counters {
-  int64_t hits = 0;
-  int64_t misses = 0;
-  int64_t bypasses = 0;  // misses that were not kept
-  int64_t evictions = 0;
-  int64_t prefetch_issued = 0;
-  int64_t prefetch_useful = 0;  // resident before first use
-  int64_t prefetch_late = 0;    // needed while still in flight
-  int64_t prefetch_wasted = 0;  // evicted, or failed, before any use
-  int64_t calls = 0;            // layer calls that counted
-};
+// Part of the C ABI.
+using Counters = ::vmo_counters;
+using PlannerView = ::vmo_planner_view;
 
 class Planner {
  public:
@@ -86,8 +79,14 @@ class Planner {
   // for which there is none evict the least valuable residents at once.
   // Returns false and changes nothing if the distinct experts do not fit at once.
   // Needed experts stay pinned until finish(). Throws std::invalid_argument on an id
-  // outside [0, num_experts) and std::logic_error if a plan is still open.
-  bool plan(int32_t layer, const int32_t* ids, int64_t num_ids, uint32_t flags);
+  // outside [0, num_experts) and std::logic_error if a plan is still open. `Id` is int32_t or
+  // int64_t.
+  template <typename Id>
+  bool plan(int32_t layer, const Id* ids, int64_t num_ids, uint32_t flags) {
+    check_plannable(layer);
+    collect_need(ids, num_ids);
+    return place_need(layer, flags);
+  }
   const Plan& current() const { return plan_; }
 
   // Ends the open plan: unpins, empties transient rows, and decides who stays: while more than
@@ -122,15 +121,9 @@ class Planner {
   bool is_resident(int32_t layer, int32_t expert) const;
 
   const PlannerConfig& config() const { return config_; }
-  const Counters& counters() const { return counters_; }
-  int32_t num_resident() const { return num_resident_; }
-
-  // Tables of num_layers * num_experts, row major.
-  float* scores() { return scores_.data(); }
   const int32_t* page_table() const { return page_table_.data(); }
-  // Clock of the last counted use, 0 if never used.
-  const uint64_t* last_use() const { return last_use_.data(); }
-  uint64_t clock() const { return clock_; }
+  // Where tables, counters and the current plan are; valid while the planner stays in place.
+  PlannerView view();
 
  private:
   enum class SlotState : uint8_t { kFree, kLoading, kResident };
@@ -148,7 +141,10 @@ class Planner {
     return layer * config_.num_experts + expert;
   }
   int32_t pool_of(int32_t layer) const { return config_.scope == Scope::kPerLayer ? layer : 0; }
-  void collect_need(const int32_t* ids, int64_t num_ids);
+  void check_plannable(int32_t layer) const;
+  template <typename Id>
+  void collect_need(const Id* ids, int64_t num_ids);
+  bool place_need(int32_t layer, uint32_t flags);
   void collect_victims(int32_t layer, size_t limit, bool unpinned);
   bool victim_is_less(int32_t a_key, int32_t b_key) const;
   bool outscores(int32_t key, int32_t victim_key) const;
@@ -190,7 +186,7 @@ class Planner {
   uint32_t open_flags_ = 0;
   uint64_t clock_ = 0;
   int32_t num_resident_ = 0;
-  Counters counters_;
+  Counters counters_{};
 };
 
 }  // namespace vmo

@@ -48,49 +48,34 @@ void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t n
 }
 
 template <typename Id>
-LayerOutcome serve(Planner& planner, Observer* observer, RouterLookahead* lookahead,
-                   const LayerCall& call, int32_t* reads) {
+bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
+           LayerOutcome& outcome) {
   const auto* ids = static_cast<const Id*>(call.ids);
   const int64_t num_ids = call.num_rows * call.top_k;
   const Clock::time_point began = Clock::now();
-  LayerOutcome outcome;
-  if (observer != nullptr) observe(*observer, ids, call, planner.config().num_experts);
+  if (call.observer != nullptr) {
+    observe(*call.observer, ids, call, planner.config().num_experts);
+  }
   if (lookahead != nullptr && lookahead->watches(call.layer)) {
-    const std::vector<int64_t> wide(ids, ids + num_ids);
-    lookahead->observe(call.layer, wide.data());
+    lookahead->observe(call.layer, ids);
   }
   outcome.policy_ns = ns_since(began);
 
-  if constexpr (sizeof(Id) == sizeof(int32_t)) {
-    outcome.fits = planner.plan(call.layer, ids, num_ids, call.flags);
-  } else {
-    std::vector<int32_t> narrowed(static_cast<size_t>(num_ids));
-    narrow(ids, num_ids, narrowed.data());
-    outcome.fits = planner.plan(call.layer, narrowed.data(), num_ids, call.flags);
-  }
-  if (!outcome.fits) return outcome;
+  if (!planner.plan(call.layer, ids, num_ids, call.flags)) return false;
   const Plan& plan = planner.current();
   outcome.num_experts = static_cast<int32_t>(plan.experts.size());
   outcome.num_hits = plan.num_hits;
   outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
-  if (num_ids > 0) {
+  if (call.rows != nullptr && num_ids > 0) {
     remap(planner, call.layer, ids, num_ids, call.num_padded_rows * call.top_k,
           static_cast<Id*>(call.rows));
   }
-  if (outcome.num_misses > 0 || lookahead == nullptr || call.hidden == nullptr) return outcome;
+  if (outcome.num_misses > 0 || lookahead == nullptr || call.hidden == nullptr) return true;
 
   const Clock::time_point planned = Clock::now();
-  const std::vector<ReservedRow> reserved =
-      lookahead->foresee(planner, call.layer, call.hidden, call.hidden_type, call.hidden_stride,
-                         call.threshold, call.value, call.max_reads);
-  for (const ReservedRow& row : reserved) {
-    *reads++ = row.layer;
-    *reads++ = row.expert;
-    *reads++ = row.slot;
-  }
-  outcome.num_reads = static_cast<int32_t>(reserved.size());
+  outcome.num_reads = lookahead->foresee(planner, call);
   outcome.policy_ns += ns_since(planned);
-  return outcome;
+  return true;
 }
 
 }  // namespace
@@ -133,25 +118,16 @@ void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids
   }
 }
 
-void narrow(const int64_t* ids, int64_t count, int32_t* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    out[i] = static_cast<int32_t>(ids[i]);
-    if (out[i] != ids[i]) {
-      throw std::invalid_argument("expert id " + std::to_string(ids[i]) +
-                                  " does not fit in 32 bits");
-    }
-  }
-}
-
 template void histogram(const int32_t*, int64_t, int32_t, const float*, int32_t, float*);
 template void histogram(const int64_t*, int64_t, int32_t, const float*, int32_t, float*);
 template void remap(const Planner&, int32_t, const int32_t*, int64_t, int64_t, int32_t*);
 template void remap(const Planner&, int32_t, const int64_t*, int64_t, int64_t, int64_t*);
 
-LayerOutcome serve_layer(Planner& planner, Observer* observer, RouterLookahead* lookahead,
-                         const LayerCall& call, int32_t* reads) {
-  if (call.id_bytes == 8) return serve<int64_t>(planner, observer, lookahead, call, reads);
-  return serve<int32_t>(planner, observer, lookahead, call, reads);
+bool serve_layer(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
+                 LayerOutcome& outcome) {
+  outcome = LayerOutcome{};
+  return call.id_bytes == 8 ? serve<int64_t>(planner, lookahead, call, outcome)
+                            : serve<int32_t>(planner, lookahead, call, outcome);
 }
 
 }  // namespace vmo

@@ -47,8 +47,7 @@ def problems() -> Iterator[str]:
         yield f"Python modules that cannot be imported: {', '.join(missing)}"
     package = ROOT / "vllm_moe_offload"
     for pattern, what in (
-        ("_core*.so", "scripts/gpu_suite.sh builds it with setup.py"),
-        ("_C*.so", "scripts/gpu_suite.sh builds it with setup.py"),
+        ("_core.so", "scripts/gpu_suite.sh builds it with setup.py"),
         (CUDA_LIBRARY, "scripts/build_cuda.sh builds it, or carry it here"),
     ):
         if not list(package.glob(pattern)):

@@ -51,7 +51,7 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$self"; }
 
 describe() {
   case $1 in
-    build) echo "compile csrc (CPU core, torch operators, CUDA copier), check the machine" ;;
+    build) echo "compile csrc (CPU core, CUDA copier), check the machine" ;;
     tests) echo "pytest -m 'gpu and not vllm': kernels, copies, memory" ;;
     smoke) echo "bench_gpu.py --quick: every contestant on tiny models" ;;
     memcheck | racecheck) echo "compute-sanitizer --tool $1 on the kernels' tests" ;;

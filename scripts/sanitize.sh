@@ -6,10 +6,10 @@ python=.venv/bin/python
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 VMO_SANITIZE=1 "$python" setup.py --quiet build_ext --build-lib "$build/lib" --build-temp "$build/tmp"
-library=$(ls "$build"/lib/vllm_moe_offload/_core*.so)
+library=$build/lib/vllm_moe_offload/_core.so
 # Python itself leaks at exit; what matters here are overflows, races on freed memory, UB.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export VMO_STUB_FLAGS="-fsanitize=address,undefined -g"  # the CUDA copier, compiled for the CPU
 VMO_CORE_LIBRARY=$library LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so) \
   "$python" -m pytest -q -p no:cacheprovider tests/test_file_reader.py tests/test_cache.py tests/test_transfer.py \
-  tests/test_lookahead.py tests/policy tests/test_cuda_copier.py
+  tests/test_lookahead.py tests/test_layer_calls.py tests/policy tests/test_cuda_copier.py

@@ -55,10 +55,10 @@ def test_imports_point_down(path, part):
         if top != "vllm_moe_offload" or part in {"__init__", "cli"}:
             continue
         imported = rest[0] if rest else None
-        if imported in {None, part, "_C"}:
+        if imported in {None, part}:
             continue
         assert RANK[imported] <= RANK[part], f"{path} imports {module}: against the direction"
-        private = [name for name in names if name.startswith("_") and name != "_C"]
+        private = [name for name in names if name.startswith("_")]
         assert not private, f"{path} imports {private} of {module}"
 
 

@@ -36,7 +36,7 @@ def ids(*experts: int) -> np.ndarray:
 def serve(cache: ExpertCache, layer: int, *experts: int, flags: int = 0) -> tuple[int, int]:
     """Plans, completes the reads, finishes; returns hits and misses of the call."""
     assert cache.plan(layer, ids(*experts), flags)
-    counted = int(cache.plan_info[1]), int(cache.plan_info[2])
+    counted = cache.outcome.num_hits, cache.outcome.num_misses
     _, rows, kinds = cache.misses
     for row, kind in zip(rows.copy(), kinds.copy(), strict=True):
         if kind in (MISS_READ, MISS_AWAIT) and not flags & PLAN_INSTANT:
@@ -105,7 +105,7 @@ class PlannerMachine(RuleBasedStateMachine):
         assert self.cache.slots.tolist() == expected.rows
         misses = list(zip(*(part.tolist() for part in self.cache.misses), strict=True))
         assert misses == expected.misses
-        assert self.cache.plan_info[1] == expected.hits
+        assert self.cache.outcome.num_hits == expected.hits
         self.pinned = {
             (layer, expert): row
             for expert, row in zip(expected.experts, expected.rows, strict=True)

@@ -202,7 +202,7 @@ class Server:
             self.read_and_finish()
 
     def read_and_finish(self) -> None:
-        if self.cache.plan_info[2]:
+        if self.cache.outcome.num_misses:
             self.policy.catch_up()
         for row in self.cache.misses[1].tolist():
             self.cache.complete(row, True)

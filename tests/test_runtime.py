@@ -265,7 +265,7 @@ def test_serving_observes_scores_and_counts_as_replay_does(store, id_type) -> No
             np.add.at(votes, ids, rows.weights[:, None])
             policy.observe(layer, ids, votes)
             assert cache.plan(layer, ids, PLAN_INSTANT)
-            if cache.plan_info[2]:
+            if cache.outcome.num_misses:
                 policy.catch_up()
             cache.finish()
         policy.end_step()

@@ -7,13 +7,23 @@ counts exactly what a server counted. It never touches the experts' bytes.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.native import check, core, last_error
+from vllm_moe_offload.native import (
+    Counters,
+    LayerCall,
+    LayerOutcome,
+    PlannerView,
+    check,
+    core,
+    last_error,
+)
 from vllm_moe_offload.policy.base import PlannerRules
 
 PLAN_TRANSIENT = 1
@@ -26,17 +36,8 @@ PLAN_INSTANT = 4
 MISS_READ, MISS_AWAIT = 0, 1
 """Kinds of a miss: read it; wait for its prefetch."""
 
-COUNTER_NAMES = (
-    "hits",
-    "misses",
-    "bypasses",
-    "evictions",
-    "prefetch_issued",
-    "prefetch_useful",
-    "prefetch_late",
-    "prefetch_wasted",
-    "calls",
-)
+COUNTER_NAMES = tuple(name for name, _ in Counters._fields_)
+"""What is counted, in the order of :attr:`ExpertCache.counters`."""
 
 
 def _view(address: int, shape: tuple[int, ...], ctype: Any) -> npt.NDArray[Any]:
@@ -81,8 +82,7 @@ class ExpertCache:
         page_table: int32 ``[num_layers, num_experts]``, row or -1 (read only).
         last_use: uint64 ``[num_layers, num_experts]``, clock of the last counted use.
         counters: int64 ``[9]`` in the order of :data:`COUNTER_NAMES`, updated in place.
-        plan_info: int64 ``[5]`` of the last plan: distinct experts, hits, misses; and what
-            serving adds (``csrc/serving.h``).
+        outcome: of the last plan; what serving adds to it is 0 after :meth:`plan`.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class ExpertCache:
             shape = replace(shape, num_staging_slots=shape.num_experts)
         self.shape = shape
         self.rules = rules
+        view = PlannerView()
         self.handle: int = core.vmo_planner_create(
             shape.num_layers,
             shape.num_experts,
@@ -105,41 +106,44 @@ class ExpertCache:
             rules.order,
             rules.scope,
             rules.admission,
+            view,
         )
         if not self.handle:
             raise last_error()
         table = (shape.num_layers, shape.num_experts)
-        self.scores: npt.NDArray[np.float32] = _view(
-            core.vmo_planner_scores(self.handle), table, ctypes.c_float
-        )
-        self.page_table: npt.NDArray[np.int32] = _view(
-            core.vmo_planner_page_table(self.handle), table, ctypes.c_int32
-        )
-        self.last_use: npt.NDArray[np.uint64] = _view(
-            core.vmo_planner_last_use(self.handle), table, ctypes.c_uint64
-        )
+        self.scores: npt.NDArray[np.float32] = _view(view.scores, table, ctypes.c_float)
+        self.page_table: npt.NDArray[np.int32] = _view(view.page_table, table, ctypes.c_int32)
+        self.last_use: npt.NDArray[np.uint64] = _view(view.last_use, table, ctypes.c_uint64)
+        self._counters = view.counters.contents
         self.counters: npt.NDArray[np.int64] = _view(
-            core.vmo_planner_counters(self.handle), (len(COUNTER_NAMES),), ctypes.c_int64
+            ctypes.addressof(self._counters), (len(COUNTER_NAMES),), ctypes.c_int64
         )
         self.page_table.flags.writeable = False
         self.last_use.flags.writeable = False
         self.counters.flags.writeable = False
-        (
-            self._experts,
-            self._slots,
-            self._miss_experts,
-            self._miss_slots,
-            self._miss_kinds,
-        ) = (
-            _view(
-                core.vmo_planner_plan_array(self.handle, which),
-                (shape.num_experts,),
-                ctypes.c_int32,
-            )
-            for which in range(5)
+        self._num_resident = view.num_resident.contents
+        of_plan = (shape.num_experts,)
+        self._experts = _view(view.experts, of_plan, ctypes.c_int32)
+        self._slots = _view(view.slots, of_plan, ctypes.c_int32)
+        self._miss_experts = _view(view.miss_experts, of_plan, ctypes.c_int32)
+        self._miss_slots = _view(view.miss_slots, of_plan, ctypes.c_int32)
+        self._miss_kinds = _view(view.miss_kinds, of_plan, ctypes.c_int32)
+        self.outcome = LayerOutcome()
+        self._call = LayerCall(top_k=1)
+        self._plan = self.server_of(self._call)
+
+    def server_of(self, call: LayerCall) -> Callable[[], int]:
+        """A function that serves ``call`` as its fields are then (``vmo_serve_layer``).
+
+        Made once for many calls: it writes :attr:`outcome` and returns 1 if the need fits, 0 if
+        it does not, -1 on an error. Must not be called once the cache is closed.
+        """
+        return functools.partial(
+            core.vmo_serve_layer,
+            ctypes.c_void_p(self.handle),
+            ctypes.byref(call),
+            ctypes.byref(self.outcome),
         )
-        self.plan_info = np.zeros(5, np.int64)
-        self._info_address = self.plan_info.ctypes.data
 
     def close(self) -> None:
         """Frees the planner; the tables must not be used afterwards."""
@@ -162,36 +166,30 @@ class ExpertCache:
         Raises:
             NativeError: an id or the layer is out of range, or a plan is open.
         """
-        return self.plan_at(layer, ids.ctypes.data, ids.size, ids.itemsize, flags)
-
-    def plan_at(
-        self, layer: int, address: int, num_ids: int, id_bytes: int, flags: int = 0
-    ) -> bool:
-        """:meth:`plan` for ids at an address (a tensor's ``data_ptr()``)."""
-        return bool(
-            check(
-                core.vmo_planner_plan(
-                    self.handle, layer, address, num_ids, id_bytes, flags, self._info_address
-                )
-            )
-        )
+        call = self._call
+        call.ids = ids.ctypes.data
+        call.num_rows = call.num_padded_rows = ids.size
+        call.id_bytes = ids.itemsize
+        call.layer = layer
+        call.flags = flags
+        return bool(check(self._plan()))
 
     @property
     def experts(self) -> npt.NDArray[np.int32]:
         """Distinct experts of the last plan, ascending (a view)."""
-        return self._experts[: self.plan_info[0]]
+        return self._experts[: self.outcome.num_experts]
 
     @property
     def slots(self) -> npt.NDArray[np.int32]:
         """Rows of :attr:`experts` (a view)."""
-        return self._slots[: self.plan_info[0]]
+        return self._slots[: self.outcome.num_experts]
 
     @property
     def misses(
         self,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Missing experts of the last plan, their rows, and what each needs (views)."""
-        count = self.plan_info[2]
+        count = self.outcome.num_misses
         return self._miss_experts[:count], self._miss_slots[:count], self._miss_kinds[:count]
 
     def remap(
@@ -279,8 +277,8 @@ class ExpertCache:
     @property
     def num_resident(self) -> int:
         """Experts in cache slots whose bytes are there."""
-        return int(core.vmo_planner_num_resident(self.handle))
+        return int(self._num_resident.value)
 
     def count(self, name: str) -> int:
         """One counter by its name in :data:`COUNTER_NAMES`."""
-        return int(self.counters[COUNTER_NAMES.index(name)])
+        return int(getattr(self._counters, name))

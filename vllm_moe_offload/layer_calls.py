@@ -1,7 +1,9 @@
 """What a layer call does before anything is read: observe, plan, look ahead.
 
 Most calls find all they need, so this is the hot path: policy, planner and lookahead are asked
-in one native call (``csrc/serving.h``) wherever they are native.
+in one native call (``csrc/serving.h``) wherever they are native. It takes one argument, a struct
+that lives as long as this module's object, and addresses of tensors, of which nothing native
+knows more than that: they are looked at here.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import vllm_moe_offload._C  # noqa: F401  (registers the operators)
 from vllm_moe_offload.cache import PLAN_TRANSIENT, ExpertCache
+from vllm_moe_offload.lookahead import FLOAT_TYPES
+from vllm_moe_offload.native import LayerCall, ReservedRow, check, core, last_error
 from vllm_moe_offload.policy.base import Policy, StepRows
 from vllm_moe_offload.predictor import LIKELY
 from vllm_moe_offload.prefetch import Prefetcher, Read
 
-_serve_layer = torch.ops.vllm_moe_offload.serve_layer.default
-_expert_votes = torch.ops.vllm_moe_offload.expert_votes.default
+_ID_BYTES = {torch.int32: 4, torch.int64: 8}
 
 
 class LayerCalls:
@@ -28,6 +30,7 @@ class LayerCalls:
 
     Attributes:
         rows: of the step that runs; None: no request stands behind what is called.
+        num_tokens: tokens of the step that runs.
         policy_ns: time that tracing, scoring and predicting took while nothing was waited for.
         prefetch_ns: the same of beginning and ending reads ahead.
     """
@@ -36,29 +39,39 @@ class LayerCalls:
         self, cache: ExpertCache, policy: Policy, prefetcher: Prefetcher | None
     ) -> None:
         self.rows: StepRows | None = None
+        self.num_tokens = 0
         self.policy_ns = 0
         self.prefetch_ns = 0
-        self._cache = cache
+        self._outcome = cache.outcome
         self._policy = policy
         self._prefetcher = prefetcher
-        self._row_weights = torch.zeros(0)
-        self._votes = torch.zeros(cache.shape.num_experts, dtype=torch.float32)
-        self._votes_array = self._votes.numpy()
-        self._plan_info = torch.from_numpy(cache.plan_info)
-        self._reads = torch.zeros((8, 3), dtype=torch.int32)
+        self._votes = np.zeros(cache.shape.num_experts, np.float32)
+        self._call = LayerCall(threshold=LIKELY)
+        self._serve_call = cache.server_of(self._call)
+        self._make_room(8)
         self._observer = 0
         self._ready_ns = 0  # when the last layer's rows were; 0: no layer was called yet
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step that runs."""
-        return self._row_weights.numel()
+    def _make_room(self, num_reads: int) -> None:
+        self._reads: npt.NDArray[np.void] = np.zeros(num_reads, ReservedRow)
+        self._call.reads = self._reads.ctypes.data
 
     def begin_step(self, rows: StepRows) -> None:
-        """A forward pass for real requests begins."""
+        """A forward pass for real requests begins.
+
+        Raises:
+            ValueError: its weights are not what :class:`StepRows` says.
+        """
         began = time.perf_counter_ns()
-        self.rows = rows
-        self._row_weights = torch.from_numpy(rows.weights)
+        weights = rows.weights
+        if weights.dtype != np.float32 or weights.ndim != 1 or not weights.flags.c_contiguous:
+            raise ValueError(
+                "weights of a step must be contiguous float32 [tokens], got "
+                f"{weights.dtype} {list(weights.shape)}, strides {list(weights.strides)}"
+            )
+        self.rows = rows  # keeps the weights
+        self.num_tokens = weights.size
+        self._call.weights = weights.ctypes.data
         self._ready_ns = 0
         self._policy.begin_step(rows)
         if self._prefetcher is not None:
@@ -97,6 +110,10 @@ class LayerCalls:
 
         Returns:
             Whether the need fits at once; if not, it was observed all the same.
+
+        Raises:
+            ValueError: a tensor is not what is said above.
+            NativeError: an id is no expert, or the step has another number of ids.
         """
         if self.rows is None:
             return self.plan_again(layer, topk_ids, slot_ids)
@@ -104,64 +121,119 @@ class LayerCalls:
         if prefetcher is not None:
             self._collect(prefetcher)
         began = time.perf_counter_ns()
+        call = self._point_at(layer, topk_ids, slot_ids)
         if layer == 0:
-            top_k = topk_ids.shape[1]
-            self._observer = self._policy.native_observer(self.num_tokens, top_k)
+            self._observer = self._policy.native_observer(self.num_tokens, call.top_k)
+        call.observer = self._observer
         if not self._observer:
-            _expert_votes(topk_ids, self._row_weights, self._votes)
-            self._policy.observe(layer, self._routing(topk_ids), self._votes_array)
-        lookahead = most = 0
-        if prefetcher is not None:
-            lookahead, most = prefetcher.predictor.native_handle, prefetcher.room
-            if not lookahead:
-                prefetcher.observe(layer, self._routing(topk_ids))
-            if most > len(self._reads):
-                self._reads = torch.zeros((most, 3), dtype=torch.int32)
+            self._count_votes(call)
+            self._policy.observe(layer, self._routing(topk_ids), self._votes)
+        if prefetcher is None:
+            call.lookahead = call.hidden = None
+        else:
+            self._point_ahead(call, prefetcher, topk_ids, hidden)
         self.policy_ns += time.perf_counter_ns() - began
-        planned = self._serve(
-            layer,
-            topk_ids,
-            slot_ids,
-            native=(self._observer, lookahead),
-            hidden=hidden,
-            max_reads=most,
-        )
-        self.policy_ns += int(self._cache.plan_info[4])
-        return planned
+        planned = self._serve_call()
+        if planned < 0:
+            raise last_error()
+        self.policy_ns += self._outcome.policy_ns
+        return planned == 1
 
     def plan_again(self, layer: int, topk_ids: torch.Tensor, slot_ids: torch.Tensor) -> bool:
         """Plans what was observed already, or stands for no request."""
-        return self._serve(layer, topk_ids, slot_ids)
+        call = self._point_at(layer, topk_ids, slot_ids)
+        call.observer = call.lookahead = call.hidden = None
+        return bool(check(self._serve_call()))
 
-    def _serve(
-        self,
-        layer: int,
-        topk_ids: torch.Tensor,
-        slot_ids: torch.Tensor,
-        *,
-        native: tuple[int, int] = (0, 0),
-        hidden: torch.Tensor | None = None,
-        max_reads: int = 0,
-    ) -> bool:
-        """The call in C++; ``native``: observer and lookahead, each 0 if there is none."""
+    def _point_at(
+        self, layer: int, topk_ids: torch.Tensor, slot_ids: torch.Tensor
+    ) -> LayerCall:
+        """The call's struct, told of these tensors."""
         num_tokens, flags = self.extent(topk_ids)
-        planned: bool = _serve_layer(
-            self._cache.handle,
-            *native,
-            layer,
-            topk_ids,
-            num_tokens,
-            flags,
-            self._row_weights,
-            hidden,
-            LIKELY,
-            self._policy.full_score if max_reads else 0.0,
-            max_reads,
-            slot_ids,
-            self._plan_info,
-            self._reads,
+        dtype, shape = topk_ids.dtype, topk_ids.shape
+        id_bytes = _ID_BYTES.get(dtype)
+        if (
+            id_bytes is None
+            or len(shape) != 2
+            or not topk_ids.is_contiguous()
+            or not topk_ids.is_cpu
+        ):
+            raise ValueError(
+                "topk_ids must be a contiguous CPU tensor [tokens, top_k] of int32 or int64, got "
+                f"{_form(topk_ids)}"
+            )
+        if (
+            slot_ids.dtype != dtype
+            or slot_ids.shape != shape
+            or not slot_ids.is_contiguous()
+            or not slot_ids.is_cpu
+        ):
+            raise ValueError(
+                f"slot_ids must be like topk_ids, {_form(topk_ids)}, got {_form(slot_ids)}"
+            )
+        num_padded, top_k = shape
+        if num_tokens > num_padded:
+            raise ValueError(
+                f"topk_ids has {num_padded} rows, fewer than the step's {num_tokens} tokens"
+            )
+        call = self._call
+        call.layer = layer
+        call.ids = topk_ids.data_ptr()
+        call.rows = slot_ids.data_ptr()
+        call.num_rows = num_tokens
+        call.num_padded_rows = num_padded
+        call.id_bytes = id_bytes
+        call.top_k = top_k
+        call.flags = flags
+        return call
+
+    def _point_ahead(
+        self,
+        call: LayerCall,
+        prefetcher: Prefetcher,
+        topk_ids: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> None:
+        """Tells the call's struct what to look ahead with, or asks a predictor that is not native."""
+        call.lookahead = prefetcher.predictor.native_handle
+        if not call.lookahead:
+            prefetcher.observe(call.layer, self._routing(topk_ids))
+        most = prefetcher.room
+        if hidden is None or not most:
+            call.hidden = None
+            return
+        if most > len(self._reads):
+            self._make_room(most)
+        hidden_type = FLOAT_TYPES.get(hidden.dtype)
+        if (
+            hidden_type is None
+            or hidden.dim() != 2
+            or hidden.shape[0] < self.num_tokens
+            or hidden.stride(1) != 1
+            or not hidden.is_cpu
+        ):
+            raise ValueError(
+                f"hidden must be a CPU tensor [{self.num_tokens} tokens or more, hidden] of "
+                f"float32, bfloat16 or float16 whose rows are contiguous, got {_form(hidden)}"
+            )
+        call.hidden = hidden.data_ptr()
+        call.hidden_type = hidden_type
+        call.hidden_stride = hidden.stride(0)
+        call.max_reads = most
+        call.value = self._policy.full_score
+
+    def _count_votes(self, call: LayerCall) -> None:
+        check(
+            core.vmo_expert_histogram(
+                call.ids,
+                call.num_rows,
+                call.top_k,
+                call.id_bytes,
+                call.weights,
+                self._votes.size,
+                self._votes.ctypes.data,
+            )
         )
-        return planned
 
     def _routing(self, topk_ids: torch.Tensor) -> npt.NDArray[Any]:
         """Of the step's tokens, without padding."""
@@ -192,13 +264,21 @@ class LayerCalls:
         self.prefetch_ns += time.perf_counter_ns() - foreseen
 
     def _foreseen(self) -> list[Read]:
-        count = int(self._cache.plan_info[3])
+        count = self._outcome.num_reads
         if not count:
             return []
-        reads: npt.NDArray[np.int32] = self._reads[:count].numpy()
-        return [(layer, expert, row) for layer, expert, row in reads.tolist()]
+        reads: list[Read] = self._reads[:count].tolist()
+        return reads
 
     def rows_are_ready(self, *, in_ns: int) -> None:
         """The kernel begins in so many nanoseconds: from then on computing hides reads."""
         if self._prefetcher is not None and self.rows is not None:
             self._ready_ns = time.perf_counter_ns() + in_ns
+
+
+def _form(tensor: torch.Tensor) -> str:
+    """What an error says of a tensor."""
+    return (
+        f"{tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}, "
+        f"on {tensor.device}"
+    )

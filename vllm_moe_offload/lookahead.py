@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_moe_offload.cache import ExpertCache
-from vllm_moe_offload.native import check, core, last_error
+from vllm_moe_offload.native import LayerCall, check, core, last_error
 from vllm_moe_offload.policy.base import IdArray, StepRows
 from vllm_moe_offload.predictor import LIKELY, Predictor
 
@@ -45,7 +45,8 @@ above 0 right in 3 of 4 cases, the others never."""
 MEMORY = 0.995
 """Share of the older evidence that a step keeps: a few hundred steps count."""
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""``LayerCall.hidden_type``."""
 
 
 def sampled_rows(num_rows: int) -> npt.NDArray[np.int64]:
@@ -102,6 +103,7 @@ class RouterLookahead(Predictor):
         self.trust: FloatArray = self._right / self._tried
         self._reads: npt.NDArray[np.int32] = np.zeros((8, 3), np.int32)
         self._routers = routers
+        self._call = LayerCall(threshold=LIKELY)
         self._is_active = False
         self._watched = -1
         self.native_handle = core.vmo_lookahead_create(
@@ -113,7 +115,7 @@ class RouterLookahead(Predictor):
             MAX_ROWS,
             MEMORY,
             routers.weight.data_ptr(),
-            _TYPES[routers.weight.dtype],
+            FLOAT_TYPES[routers.weight.dtype],
             None if routers.bias is None else routers.bias.data_ptr(),
             self._tried.ctypes.data,
             self._right.ctypes.data,
@@ -150,20 +152,15 @@ class RouterLookahead(Predictor):
             self._reads = np.zeros((max_reads, 3), np.int32)
         if not self._is_active or hidden is None:
             return self._reads[:0]
-        count = check(
-            core.vmo_lookahead_foresee(
-                self.native_handle,
-                cache.handle,
-                layer,
-                hidden.data_ptr(),
-                _TYPES[hidden.dtype],
-                hidden.stride(0),
-                LIKELY,
-                value,
-                max_reads,
-                self._reads.ctypes.data,
-            )
-        )
+        call = self._call
+        call.layer = layer
+        call.hidden = hidden.data_ptr()
+        call.hidden_type = FLOAT_TYPES[hidden.dtype]
+        call.hidden_stride = hidden.stride(0)
+        call.value = value
+        call.max_reads = max_reads
+        call.reads = self._reads.ctypes.data
+        count = check(core.vmo_lookahead_foresee(self.native_handle, cache.handle, call))
         return self._reads[:count]
 
     def end_step(self) -> None:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+ABI_VERSION = 1
+"""``VMO_ABI_VERSION``: the interface of the core that this module declares."""
+
+_REMEDY = "run `pip install -e .` (or `make setup`)"
 
 
 class NativeError(RuntimeError):
@@ -44,6 +48,39 @@ class Completion(ctypes.Structure):
     _fields_ = (("tag", c_int64), ("error", c_int32), ("padding", c_int32), ("bytes", c_uint64))
 
 
+class Counters(ctypes.Structure):
+    """``vmo_counters``: totals since a planner was made."""
+
+    _fields_ = (
+        ("hits", c_int64),
+        ("misses", c_int64),
+        ("bypasses", c_int64),
+        ("evictions", c_int64),
+        ("prefetch_issued", c_int64),
+        ("prefetch_useful", c_int64),
+        ("prefetch_late", c_int64),
+        ("prefetch_wasted", c_int64),
+        ("calls", c_int64),
+    )
+
+
+class PlannerView(ctypes.Structure):
+    """``vmo_planner_view``: where a planner keeps what it shows."""
+
+    _fields_ = (
+        ("scores", c_void_p),
+        ("page_table", c_void_p),
+        ("last_use", c_void_p),
+        ("counters", POINTER(Counters)),
+        ("num_resident", POINTER(c_int32)),
+        ("experts", c_void_p),
+        ("slots", c_void_p),
+        ("miss_experts", c_void_p),
+        ("miss_slots", c_void_p),
+        ("miss_kinds", c_void_p),
+    )
+
+
 class Observer(ctypes.Structure):
     """``vmo_observer``: where a policy keeps what a step routed to, and what scores gain by it."""
 
@@ -57,6 +94,53 @@ class Observer(ctypes.Structure):
         ("ids_per_layer", c_int32),
         ("follows", c_int32),
         ("layers_seen", c_int32),
+    )
+
+
+class ReservedRow(ctypes.Structure):
+    """``vmo_reserved_row``: an expert to be read ahead, and the row reserved for it."""
+
+    _fields_ = (("layer", c_int32), ("expert", c_int32), ("slot", c_int32))
+
+
+class LayerCall(ctypes.Structure):
+    """``vmo_layer_call``: one layer call from the routing on."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        ("rows", c_void_p),
+        ("weights", c_void_p),
+        ("observer", c_void_p),
+        ("lookahead", c_void_p),
+        ("hidden", c_void_p),
+        ("reads", c_void_p),
+        ("num_rows", c_int64),
+        ("num_padded_rows", c_int64),
+        ("hidden_stride", c_int64),
+        ("layer", c_int32),
+        ("id_bytes", c_int32),
+        ("top_k", c_int32),
+        ("flags", c_uint32),
+        ("hidden_type", c_int32),
+        ("max_reads", c_int32),
+        ("threshold", c_float),
+        ("value", c_float),
+    )
+
+
+class LayerOutcome(ctypes.Structure):
+    """``vmo_layer_outcome``: what one layer call came to.
+
+    Distinct experts needed; how many of them were resident and how many were not; how many
+    others are to be read ahead; nanoseconds of observing and looking ahead.
+    """
+
+    _fields_ = (
+        ("num_experts", c_int32),
+        ("num_hits", c_int32),
+        ("num_misses", c_int32),
+        ("num_reads", c_int32),
+        ("policy_ns", c_int64),
     )
 
 
@@ -85,13 +169,10 @@ class ValueStep(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "vmo_abi_version": (c_int32, []),
     "vmo_last_error": (c_char_p, []),
-    "vmo_planner_create": (c_void_p, [c_int32] * 7),
+    "vmo_planner_create": (c_void_p, [c_int32] * 7 + [POINTER(PlannerView)]),
     "vmo_planner_destroy": (None, [c_void_p]),
-    "vmo_planner_plan": (
-        c_int32,
-        [c_void_p, c_int32, c_void_p, c_int64, c_int32, c_uint32, c_void_p],
-    ),
     "vmo_planner_finish": (c_int32, [c_void_p]),
     "vmo_planner_drive": (
         c_int32,
@@ -104,17 +185,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         c_int32,
         [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p],
     ),
-    "vmo_planner_plan_array": (c_void_p, [c_void_p, c_int32]),
-    "vmo_planner_scores": (c_void_p, [c_void_p]),
-    "vmo_planner_page_table": (c_void_p, [c_void_p]),
-    "vmo_planner_last_use": (c_void_p, [c_void_p]),
-    "vmo_planner_counters": (c_void_p, [c_void_p]),
-    "vmo_planner_num_resident": (c_int32, [c_void_p]),
     "vmo_planner_is_resident": (c_int32, [c_void_p, c_int32, c_int32]),
     "vmo_expert_histogram": (
         c_int32,
-        [c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32, POINTER(c_float)],
+        [c_void_p, c_int64, c_int32, c_int32, c_void_p, c_int32, c_void_p],
     ),
+    "vmo_serve_layer": (c_int32, [c_void_p, POINTER(LayerCall), POINTER(LayerOutcome)]),
     "vmo_lookahead_create": (
         c_void_p,
         [c_int32] * 6 + [c_float, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p],
@@ -122,21 +198,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_lookahead_destroy": (None, [c_void_p]),
     "vmo_lookahead_begin_step": (c_int32, [c_void_p, c_int64]),
     "vmo_lookahead_observe": (c_int32, [c_void_p, c_int32, c_void_p]),
-    "vmo_lookahead_foresee": (
-        c_int32,
-        [
-            c_void_p,
-            c_void_p,
-            c_int32,
-            c_void_p,
-            c_int32,
-            c_int64,
-            c_float,
-            c_float,
-            c_int32,
-            c_void_p,
-        ],
-    ),
+    "vmo_lookahead_foresee": (c_int32, [c_void_p, c_void_p, POINTER(LayerCall)]),
     "vmo_follow_values": (c_int32, [POINTER(ValueStep)]),
     "vmo_follow": (None, [c_void_p, c_void_p, c_void_p, c_float, c_float, c_int64]),
     "vmo_reader_open": (c_void_p, [c_char_p, c_int32, c_int32, c_void_p, c_int32]),
@@ -159,19 +221,30 @@ def _library_path() -> Path:
     override = os.environ.get("VMO_CORE_LIBRARY")
     if override:
         return Path(override)
-    here = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        path = here / f"_core{suffix}"
-        if path.exists():
-            return path
-    raise ImportError(
-        f"the C++ core of vllm-moe-offload is not built: no _core{EXTENSION_SUFFIXES[0]} in "
-        f"{here}; run `pip install --no-build-isolation -e .` (or `make setup`)"
-    )
+    path = Path(__file__).with_name("_core.so")
+    if not path.exists():
+        raise ImportError(
+            f"the C++ core of vllm-moe-offload is not built: no {path.name} in {path.parent}; "
+            f"{_REMEDY}"
+        )
+    return path
 
 
-def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_library_path()))
+def load_core(path: Path) -> ctypes.CDLL:
+    """The core at ``path``, its functions declared.
+
+    Raises:
+        ImportError: it has another interface than this module declares; names both and the
+            remedy.
+    """
+    library = ctypes.CDLL(str(path))
+    # One from before there was a number does not tell it.
+    version = library.vmo_abi_version() if hasattr(library, "vmo_abi_version") else 0
+    if version != ABI_VERSION:
+        raise ImportError(
+            f"the C++ core {path} has interface {version}, this code needs {ABI_VERSION}; build "
+            f"it again: {_REMEDY}"
+        )
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype = result
@@ -179,7 +252,7 @@ def _load() -> ctypes.CDLL:
     return library
 
 
-core = _load()
+core = load_core(_library_path())
 
 
 def last_error() -> NativeError:

@@ -11,7 +11,6 @@ its slots and staging slots.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +26,6 @@ from vllm_moe_offload.policy.belady import Belady
 from vllm_moe_offload.predictor import CrossLayerPredictor
 from vllm_moe_offload.shadow import bind_policy
 from vllm_moe_offload.trace.routing import RoutingTrace
-
-_FLOAT_POINTER = ctypes.POINTER(ctypes.c_float)
 
 Progress = Callable[[int], object]
 
@@ -341,7 +338,7 @@ def plan_waves(
 
 
 def _finish(cache: ExpertCache, policy: Policy) -> None:
-    if cache.plan_info[2]:
+    if cache.outcome.num_misses:
         policy.catch_up()
     cache.finish()
 
@@ -412,7 +409,7 @@ def _count_votes(
             ids.itemsize,
             rows.weights.ctypes.data,
             num_experts,
-            votes.ctypes.data_as(_FLOAT_POINTER),
+            votes.ctypes.data,
         )
     )
 

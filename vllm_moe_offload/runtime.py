@@ -246,7 +246,7 @@ class OffloadRuntime:
     def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Reads what the open plan misses, and begins prefetches meanwhile."""
         self._copies_ns = 0
-        if self.cache.plan_info[2]:
+        if self.cache.outcome.num_misses:
             prefetcher = self.prefetcher if self._calls.rows is not None else None
             self._read_misses(layer, prefetcher, hidden)
         else:

@@ -37,7 +37,7 @@ class ShadowCache:
     @property
     def hits(self) -> int:
         """Hits so far."""
-        return int(self._cache.counters[0])
+        return self._cache.count("hits")
 
     @property
     def resident(self) -> npt.NDArray[np.bool_]:
