@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*)
 CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 
-.PHONY: help setup cuda demo test test-all lint format sanitize bench docs clean
+.PHONY: help setup cuda gpu-kit gpu-rehearsal demo test test-all lint format sanitize bench docs clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
@@ -28,6 +28,14 @@ $(CUDA_LIBRARY): $(CUDA_SOURCES) scripts/build_cuda.sh requirements/cuda-compile
 	command -v "$${NVCC:-nvcc}" >/dev/null || { \
 	  $(MAKE) setup && $(BIN)/pip install --quiet --no-deps -r requirements/cuda-compiler.lock; }
 	PYTHON=$$(command -v $(BIN)/python || echo $(PYTHON)) scripts/build_cuda.sh $@
+
+gpu-kit: setup ## everything of ours for a CUDA machine without network (docs/cuda.md)
+	command -v "$${NVCC:-nvcc}" >/dev/null || \
+	  $(BIN)/pip install --quiet --no-deps -r requirements/cuda-compiler.lock
+	PYTHON=$$PWD/$(BIN)/python $(BIN)/python scripts/gpu_kit.py $(if $(PIECES),--pieces $(PIECES))
+
+gpu-rehearsal: gpu-kit ## what the kit is for, on this CPU with a simulated device
+	$(BIN)/python scripts/gpu_first.py --rehearse
 
 demo: setup ## build a demo model, serve it with offload, chat with it, show the figures
 	$(BIN)/python scripts/demo.py

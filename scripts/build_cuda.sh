@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Compiles csrc/cuda into one shared object, for all supported GPUs. No GPU is needed.
-#   scripts/build_cuda.sh [OUT]     default: vllm_moe_offload/_cuda.so
+# Compiles csrc/cuda into one shared object, for all supported GPUs or for one (90: sm_90). No
+# GPU is needed.
+#   scripts/build_cuda.sh [OUT [ARCH]]     default: vllm_moe_offload/_cuda.so, all of them
 # NVCC names the compiler; without it nvcc on the path, or that of the wheels in
 # requirements/cuda-compiler.lock if they are installed for PYTHON (default python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-vllm_moe_offload/_cuda.so}
+only=${2:-}
 
 wheels=$("${PYTHON:-python3}" -c 'import importlib.util as u; s = u.find_spec("nvidia"); print(next(iter(s.submodule_search_locations)) + "/cu13" if s else "")')
 nvcc=${NVCC:-$(command -v nvcc || true)}
@@ -20,10 +22,10 @@ if [[ -z $nvcc ]]; then
   exit 1
 fi
 
-for arch in 80 86 89 90 120; do
+for arch in ${only:-80 86 89 90 120}; do
   flags+=(-gencode "arch=compute_$arch,code=sm_$arch")
 done
-flags+=(-gencode "arch=compute_120,code=compute_120") # what comes after sm_120
+[[ -n $only ]] || flags+=(-gencode "arch=compute_120,code=compute_120") # what comes after sm_120
 # The runtime is linked in and its symbols are hidden: whichever torch brings does not matter.
 "$nvcc" -std=c++17 -O3 --shared -cudart static --threads 2 "${flags[@]}" \
   -Xcompiler -fPIC,-Wall,-Wextra,-fvisibility=hidden -Xlinker --exclude-libs,ALL \

@@ -107,13 +107,18 @@ def _machine(job: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
     return simulated_gpu(share)
 
 
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """One engine on the machine that it is to believe in."""
+    with _machine(job):
+        return run(job)
+
+
 def main() -> None:
     """See the module's docstring."""
     jobs = json.loads(Path(sys.argv[1]).read_text())
     results = []
     for job in jobs:
-        with _machine(job):
-            results.append(run(job))
+        results.append(run_job(job))
         Path(sys.argv[2]).write_text(json.dumps(results))
 
 
