@@ -19,6 +19,10 @@ VMO_API int32_t vmo_abi_version(void);
 
 VMO_API const char* vmo_last_error(void);
 
+// An id that stands for no expert, as of tokens that are padding: no vote, no need, no row of
+// its own. Any other id outside [0, num_experts) is an error.
+#define VMO_NO_EXPERT (-1)
+
 // ---- planner -----------------------------------------------------------------------
 typedef struct vmo_planner vmo_planner;
 
@@ -74,8 +78,9 @@ VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_
                                      float value);
 VMO_API int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot);
 
-// rows[i] = row of ids[i] for i < num_ids; rows[i] = row of ids[0] for the padding
-// i in [num_ids, num_padded_ids). Same integer type in and out. Ids must be planned.
+// rows[i] = row of ids[i] for i < num_ids. VMO_NO_EXPERT and the padding, i in
+// [num_ids, num_padded_ids), get a row that is needed anyway: that of the first id that is an
+// expert; 0 if there is none. Same integer type in and out. Ids must be planned.
 VMO_API int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void* ids,
                                   int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
                                   void* rows);
@@ -84,7 +89,8 @@ VMO_API int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t laye
                                         int32_t expert);
 
 // out[e] = sum over rows of weight * (times the row chose e); weights NULL means 1 each.
-// ids [num_rows, top_k]; out [num_experts] is overwritten. -1 on an id out of range.
+// ids [num_rows, top_k], VMO_NO_EXPERT counts nowhere; out [num_experts] is overwritten. -1 on
+// an id out of range.
 VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k,
                                      int32_t id_bytes, const float* weights,
                                      int32_t num_experts, float* out);
@@ -115,7 +121,7 @@ typedef struct vmo_reserved_row {
 
 // One layer call from the routing on. All memory is the caller's.
 typedef struct vmo_layer_call {
-  const void* ids;           // [num_padded_rows, top_k]
+  const void* ids;           // [num_padded_rows, top_k], VMO_NO_EXPERT among them
   void* rows;                // like ids, receives every id's row (vmo_planner_remap); or NULL
   const float* weights;      // [num_rows], the rows' votes; NULL: 1 each
   vmo_observer* observer;    // or NULL: nobody observes

@@ -38,6 +38,7 @@ void change_of(const ValueStep& step, int32_t request, std::vector<float>& chang
       const int32_t* ids =
           step.ids + (static_cast<int64_t>(layer) * step.num_rows + row) * step.top_k;
       for (int32_t k = 0; k < step.top_k; ++k) {
+        if (ids[k] == VMO_NO_EXPERT) continue;
         if (ids[k] < 0 || ids[k] >= step.num_experts) {
           throw std::invalid_argument("expert id " + std::to_string(ids[k]) +
                                       " is outside [0, " + std::to_string(step.num_experts) +

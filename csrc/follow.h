@@ -15,7 +15,8 @@ void follow(float* scores, const float* votes, const float* fade, float gain, fl
 using ValueStep = ::vmo_value_step;
 
 // Adds to the scores what the forecasts, clipped to [0, 1] and summed over the requests, change
-// by. Throws std::invalid_argument on an id that is no expert.
+// by. VMO_NO_EXPERT counts nowhere; throws std::invalid_argument on any other
+// id that is no expert.
 void follow_values(const ValueStep& step);
 
 }  // namespace vmo

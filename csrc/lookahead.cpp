@@ -127,14 +127,18 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num
 }
 
 // What became of guesses: of their `kinds` [num_rows, num_experts], all are added to `tried`
-// and those in `ids` [num_rows, top_k] to `right`, both [2, kMarginBins].
+// and those in `ids` [num_rows, top_k] to `right`, both [2, kMarginBins]. About rows that chose
+// no expert nothing was guessed.
 void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
            int32_t top_k, float* tried, float* right) {
   for (int64_t row = 0; row < num_rows; ++row) {
     const uint8_t* of_row = kinds + row * num_experts;
+    const int64_t* chosen = ids + row * top_k;
+    if (std::count(chosen, chosen + top_k, VMO_NO_EXPERT) == top_k) continue;
     for (int32_t e = 0; e < num_experts; ++e) tried[of_row[e]] += 1.0F;
     for (int32_t k = 0; k < top_k; ++k) {
-      const int64_t id = ids[row * top_k + k];
+      const int64_t id = chosen[k];
+      if (id == VMO_NO_EXPERT) continue;
       if (id < 0 || id >= num_experts) {
         throw std::invalid_argument("expert id " + std::to_string(id) + " is outside [0, " +
                                     std::to_string(num_experts) + ")");

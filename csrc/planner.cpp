@@ -110,8 +110,10 @@ PlannerView Planner::view() {
 
 template <typename Id>
 void Planner::collect_need(const Id* ids, int64_t num_ids) {
-  const auto is_no_expert = [this](Id id) { return id < 0 || id >= config_.num_experts; };
-  const Id* wrong = std::find_if(ids, ids + num_ids, is_no_expert);
+  const auto is_wrong = [this](Id id) {
+    return (id < 0 && id != VMO_NO_EXPERT) || id >= config_.num_experts;
+  };
+  const Id* wrong = std::find_if(ids, ids + num_ids, is_wrong);
   if (wrong != ids + num_ids) {
     throw std::invalid_argument("expert id " + std::to_string(*wrong) + " at position " +
                                 std::to_string(wrong - ids) + " is outside [0, " +
@@ -120,6 +122,7 @@ void Planner::collect_need(const Id* ids, int64_t num_ids) {
   plan_.experts.clear();
   if (num_ids * kSparse < config_.num_experts) {
     for (int64_t i = 0; i < num_ids; ++i) {
+      if (ids[i] == VMO_NO_EXPERT) continue;
       plan_.experts.push_back(static_cast<int32_t>(ids[i]));
     }
     std::sort(plan_.experts.begin(), plan_.experts.end());
@@ -127,7 +130,9 @@ void Planner::collect_need(const Id* ids, int64_t num_ids) {
                         plan_.experts.end());
     return;
   }
-  for (int64_t i = 0; i < num_ids; ++i) needed_[static_cast<size_t>(ids[i])] = 1;
+  for (int64_t i = 0; i < num_ids; ++i) {
+    if (ids[i] != VMO_NO_EXPERT) needed_[static_cast<size_t>(ids[i])] = 1;
+  }
   for (int32_t e = 0; e < config_.num_experts; ++e) {
     if (needed_[static_cast<size_t>(e)] != 0) plan_.experts.push_back(e);
   }

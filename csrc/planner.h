@@ -75,8 +75,8 @@ class Planner {
  public:
   explicit Planner(const PlannerConfig& config);
 
-  // Plans one layer call for `ids` (any order, repeats allowed). Misses get free rows; those
-  // for which there is none evict the least valuable residents at once.
+  // Plans one layer call for `ids` (any order, repeats and VMO_NO_EXPERT allowed). Misses get
+  // free rows; those for which there is none evict the least valuable residents at once.
   // Returns false and changes nothing if the distinct experts do not fit at once.
   // Needed experts stay pinned until finish(). Throws std::invalid_argument on an id
   // outside [0, num_experts) and std::logic_error if a plan is still open. `Id` is int32_t or

@@ -66,7 +66,7 @@ bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
   outcome.num_experts = static_cast<int32_t>(plan.experts.size());
   outcome.num_hits = plan.num_hits;
   outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
-  if (call.rows != nullptr && num_ids > 0) {
+  if (call.rows != nullptr) {
     remap(planner, call.layer, ids, num_ids, call.num_padded_rows * call.top_k,
           static_cast<Id*>(call.rows));
   }
@@ -88,6 +88,7 @@ void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weig
     const float weight = weights != nullptr ? weights[row] : 1.0F;
     for (int32_t j = 0; j < top_k; ++j) {
       const Id id = ids[row * top_k + j];
+      if (id == VMO_NO_EXPERT) continue;
       if (id < 0 || id >= num_experts) {
         throw std::invalid_argument("expert id " + std::to_string(id) + " of row " +
                                     std::to_string(row) + " is outside [0, " +
@@ -102,8 +103,7 @@ template <typename Id>
 void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
            int64_t num_padded_ids, Id* rows) {
   const int32_t num_experts = planner.config().num_experts;
-  const auto row_of = [&](int64_t i) {
-    const Id id = ids[i];
+  const auto row_of = [&](Id id) {
     const bool valid = id >= 0 && id < num_experts;
     const int32_t row = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
     if (row < 0) {
@@ -112,10 +112,11 @@ void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids
     }
     return static_cast<Id>(row);
   };
-  for (int64_t i = 0; i < num_ids; ++i) rows[i] = row_of(i);
-  if (num_padded_ids > num_ids) {
-    std::fill(rows + num_ids, rows + num_padded_ids, row_of(0));
-  }
+  const auto is_expert = [](Id id) { return id != VMO_NO_EXPERT; };
+  const Id* needed = std::find_if(ids, ids + num_ids, is_expert);
+  const Id any_row = needed != ids + num_ids ? row_of(*needed) : Id{0};
+  for (int64_t i = 0; i < num_ids; ++i) rows[i] = is_expert(ids[i]) ? row_of(ids[i]) : any_row;
+  std::fill(rows + num_ids, rows + num_padded_ids, any_row);
 }
 
 template void histogram(const int32_t*, int64_t, int32_t, const float*, int32_t, float*);

@@ -15,13 +15,14 @@ namespace vmo {
 using Observer = ::vmo_observer;
 using LayerOutcome = ::vmo_layer_outcome;
 
-// out[e] = sum over rows of weight * (times the row chose e); weights null means 1 each. Throws
-// std::invalid_argument on an id that is no expert.
+// out[e] = sum over rows of weight * (times the row chose e); weights null means 1 each.
+// VMO_NO_EXPERT counts nowhere. Throws std::invalid_argument on any other id that is no expert.
 template <typename Id>
 void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,
                int32_t num_experts, float* out);
 
-// Writes the row of every planned id; ids from num_ids on are padding and get the first one's.
+// Writes the row of every planned id. VMO_NO_EXPERT, and ids from num_ids on, which are
+// padding, get that of the first expert; row 0 if there is none.
 template <typename Id>
 void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
            int64_t num_padded_ids, Id* rows);

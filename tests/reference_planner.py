@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 FREE, LOADING, RESIDENT = "free", "loading", "resident"
 READ, AWAIT = 0, 1
+NO_EXPERT = -1
 
 COUNTERS = (
     "hits",
@@ -126,7 +127,7 @@ class ReferencePlanner:
     def plan(
         self, layer: int, ids: list[int], *, transient: bool = False, instant: bool = False
     ) -> Plan | None:
-        needed = sorted(set(ids))
+        needed = sorted(set(ids) - {NO_EXPERT})
         rows = [self.row_of((layer, expert)) for expert in needed]
         missing = [i for i, row in enumerate(rows) if row < 0]
         awaited = [i for i, row in enumerate(rows) if row >= 0 and self.is_loading(row)]

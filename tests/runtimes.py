@@ -7,6 +7,7 @@ import torch
 
 from tests.stores import layer_tensors
 from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy import StepRows, make_policy
 from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.predictor import RoutingPredictor
@@ -85,6 +86,7 @@ def decode_rows(requests: list[str], position: int = 1) -> StepRows:
 
 def assert_rows_hold(runtime: OffloadRuntime, store, layer: int, ids, rows) -> None:
     wanted = layer_tensors(store.layout, store.num_experts, layer)
+    ids, rows = ids[ids != NO_EXPERT], rows[ids != NO_EXPERT]
     for name, tensor in wanted.items():
         have = runtime.pool.bytes_of(name)
         for expert, row in zip(ids.reshape(-1), rows.reshape(-1), strict=True):
@@ -95,7 +97,7 @@ def run_layer(runtime: OffloadRuntime, store, layer: int, ids: torch.Tensor) -> 
     """One layer call as the integration makes it; checks every byte the kernel would read."""
     rows = runtime.begin_layer(layer, ids)
     if rows is not None:
-        if runtime.cache.shape.holds_everything:
+        if runtime.cache.shape.holds_everything:  # ids pass through, of no expert too
             rows = rows + layer * EXPERTS  # the layer sees only its own rows
         assert_rows_hold(runtime, store, layer, ids, rows)
         runtime.end_layer(layer)
@@ -105,7 +107,8 @@ def run_layer(runtime: OffloadRuntime, store, layer: int, ids: torch.Tensor) -> 
         assert not bool((covered & in_wave).any())
         assert_rows_hold(runtime, store, layer, ids[in_wave], wave_rows[in_wave])
         covered |= in_wave
-    assert bool(covered.all())
+        assert bool((wave_rows >= 0).all())
+    assert torch.equal(covered, ids != NO_EXPERT)
 
 
 def ids_of(*experts: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from vllm_moe_offload.cache import (
     CacheShape,
     ExpertCache,
 )
-from vllm_moe_offload.native import NativeError
+from vllm_moe_offload.native import NO_EXPERT, NativeError
 from vllm_moe_offload.policy.base import (
     ORDER_RECENCY,
     SCOPE_PER_LAYER,
@@ -91,7 +91,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), transient=st.booleans(), instant=st.booleans())
     def plan(self, data: st.DataObject, transient: bool, instant: bool) -> None:
         layer, _ = self.key(data)
-        expert = st.integers(0, self.shape.num_experts - 1)
+        expert = st.integers(NO_EXPERT, self.shape.num_experts - 1)
         needed = data.draw(st.lists(expert, min_size=1, max_size=8))
         flags = PLAN_TRANSIENT * transient + PLAN_INSTANT * instant
         before = self.observed()
@@ -402,6 +402,55 @@ def test_remap_gives_rows_and_pads_with_a_needed_one() -> None:
     by_expert = dict(zip(cache.experts.tolist(), cache.slots.tolist(), strict=True))
     assert rows[:2].tolist() == [[by_expert[2], by_expert[1]], [by_expert[1], by_expert[2]]]
     assert rows[2].tolist() == [by_expert[2]] * 2
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("num_experts", [4, 400], ids=["marked", "sorted"])
+def test_an_id_of_no_expert_needs_nothing(num_experts: int, dtype: type) -> None:
+    cache = ExpertCache(CacheShape(1, num_experts, 3, 1), SCORED)
+    needed = np.array([[-1, -1], [2, -1], [1, 2], [7, 7]], dtype)
+    assert cache.plan(0, needed[:3])
+    assert cache.experts.tolist() == [1, 2]
+    assert (cache.outcome.num_experts, cache.outcome.num_misses) == (2, 2)
+    rows = np.full_like(needed, 9)
+    cache.remap(0, needed, rows, num_ids=6)
+    one, two = cache.slots.tolist()
+    assert rows.tolist() == [[two, two], [two, two], [one, two], [two, two]]
+
+
+def test_a_call_of_no_expert_touches_no_record() -> None:
+    cache = ExpertCache(CacheShape(1, 4, 2, 2), SCORED)
+    serve(cache, 0, 3)
+    before = cache.page_table.copy(), cache.last_use.copy(), cache.count("hits")
+    assert serve(cache, 0, -1, -1) == (0, 0)
+    assert cache.experts.size == cache.slots.size == cache.misses[0].size == 0
+    np.testing.assert_array_equal(cache.page_table, before[0])
+    np.testing.assert_array_equal(cache.last_use, before[1])
+    assert cache.count("hits") == before[2]
+    rows = np.full(3, 9, np.int32)
+    cache.remap(0, ids(-1, -1, 5), rows, num_ids=2)
+    assert rows.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [-2, 4, 2**40, -(2**40)])
+def test_other_ids_that_are_no_expert_are_errors(wrong: int) -> None:
+    cache = ExpertCache(CacheShape(1, 4, 2, 2), SCORED)
+    with pytest.raises(NativeError, match=rf"id {wrong} at position 1 is outside \[0, 4\)"):
+        cache.plan(0, np.array([-1, wrong], np.int64))
+    assert cache.plan(0, ids(1))
+    with pytest.raises(NativeError, match=rf"expert {wrong} of layer 0 has no row"):
+        cache.remap(0, np.array([-1, wrong], np.int64), np.zeros(2, np.int64))
+
+
+def test_driving_passes_over_ids_of_no_expert() -> None:
+    with_them, without = (
+        ExpertCache(CacheShape(2, 4, 2), SCORED, unbounded_staging=True) for _ in range(2)
+    )
+    with_them.drive(0, np.array([[3, -1, 1], [-1, -1, -1]], np.int32))
+    without.drive(0, np.array([[3, 1]], np.int32))
+    without.drive(1, np.zeros((1, 0), np.int32))
+    np.testing.assert_array_equal(with_them.page_table, without.page_table)
+    np.testing.assert_array_equal(with_them.counters, without.counters)
 
 
 def test_errors_name_what_is_wrong() -> None:

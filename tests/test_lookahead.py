@@ -9,7 +9,7 @@ import torch
 from vllm_moe_offload import lookahead
 from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache
 from vllm_moe_offload.lookahead import MAX_ROWS, NUM_BINS, RouterLookahead, Routers
-from vllm_moe_offload.native import NativeError
+from vllm_moe_offload.native import NO_EXPERT, NativeError
 from vllm_moe_offload.policy import StepRows, TracePolicy
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 12, 2, 37
@@ -179,6 +179,34 @@ def test_the_nearest_and_most_likely_are_named_if_not_all_can_be(max_reads: int)
     for layer, expert, row in reads.tolist():
         assert cache.page_table[layer, expert] == row
     assert cache.count("prefetch_issued") == max_reads
+
+
+def test_rows_of_no_expert_say_nothing_about_guesses() -> None:
+    """What two rows teach, of which the second is padding, is what the first teaches."""
+    model = Model(alike=True)
+    hidden = torch.randn((2, HIDDEN), generator=torch.Generator().manual_seed(5))
+    trusts = []
+    for count in (1, 2):
+        ahead = model.lookahead(depth=1)
+        for _ in range(2 * LAYERS):
+            ahead.begin_step(decode_rows(count))
+            for layer in range(LAYERS):
+                chosen = model.ids(layer, hidden[:count])
+                chosen[1:] = NO_EXPERT
+                ahead.observe(layer, chosen)
+                named(ahead, layer, hidden[:count])
+            ahead.end_step()
+        trusts.append(ahead.trust)
+    np.testing.assert_array_equal(*trusts)
+
+
+def test_one_choice_of_no_expert_is_right_about_none() -> None:
+    ahead = Model(alike=True).lookahead()
+    ahead.begin_step(decode_rows(1))
+    named(ahead, 0, torch.ones((1, HIDDEN)))
+    before = ahead._right.sum()
+    ahead.observe(1, np.array([[3, NO_EXPERT]]))
+    assert ahead._right.sum() == pytest.approx(before * 0.995 + 1)
 
 
 def test_an_id_that_is_no_expert_is_an_error() -> None:

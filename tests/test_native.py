@@ -103,6 +103,10 @@ def test_the_loaded_core_has_the_number_of_the_header() -> None:
     assert native.core.vmo_abi_version() == int(number[1]) == native.ABI_VERSION
 
 
+def test_no_expert_is_the_headers() -> None:
+    assert f"#define VMO_NO_EXPERT ({native.NO_EXPERT})" in HEADER.read_text()
+
+
 @pytest.mark.parametrize(
     ("source", "found"),
     [

@@ -45,6 +45,16 @@ def test_it_learns_what_follows_in_the_next_layers() -> None:
     assert np.delete(one, 4).max() < 0.3
 
 
+def test_ids_of_no_expert_say_nothing() -> None:
+    predictor = taught()
+    predictor.begin_step(rows_of(2))
+    predictor.observe(0, np.array([[3, -1], [-1, -1]]))
+    with_them = predictor.probabilities(0, 1)
+    predictor.begin_step(rows_of(2))
+    predictor._used[0, 0, 3] = 1.0
+    np.testing.assert_array_equal(with_them, predictor.probabilities(0, 1))
+
+
 def test_every_request_of_a_step_counts() -> None:
     predictor = taught()
     predictor.begin_step(rows_of(2))

@@ -192,6 +192,37 @@ def test_prefetching_changes_no_byte_and_no_need(store) -> None:
     ahead.close()
 
 
+@pytest.mark.parametrize("slots", [2, 3, 12, LAYERS * EXPERTS])
+@pytest.mark.parametrize("with_request", [True, False])
+def test_ids_of_no_expert_need_no_rows(store, slots: int, with_request: bool) -> None:
+    """In one call, in waves and where ids pass through; the last expert is one of the needed."""
+    runtime = runtime_of(store, slots, 0)
+    ids = torch.tensor([[-1, -1], [2, EXPERTS - 1], [-1, 0], [3, 1]], dtype=torch.int32)
+    if with_request:
+        runtime.begin_step(decode_rows(["a", "b", "c", "d"]))
+    for layer in range(LAYERS):
+        run_layer(runtime, store, layer, ids)
+    needed = runtime.cache.count("hits") + runtime.cache.count("misses")
+    assert needed == (5 * LAYERS if with_request else 0)
+    runtime.close()
+
+
+@pytest.mark.parametrize("slots", [2, 12])
+def test_a_call_that_needs_nothing_gets_row_0(store, slots: int) -> None:
+    runtime = runtime_of(store, slots, 1)
+    rows = runtime.begin_layer(0, torch.full((3, TOP_K), -1))
+    assert rows is not None
+    assert not rows.any()
+    runtime.end_layer(0)
+    runtime.begin_step(decode_rows([]))
+    rows = runtime.begin_layer(0, torch.full((3, TOP_K), 5))  # padding alone
+    assert rows is not None
+    assert not rows.any()
+    runtime.end_layer(0)
+    assert runtime.cache.count("misses") == 0
+    runtime.close()
+
+
 def test_prefill_is_not_predicted() -> None:
     predictor = CrossLayerPredictor(LAYERS, EXPERTS, depth=2)
     for position in range(200):

@@ -159,7 +159,7 @@ class ExpertCache:
     def plan(self, layer: int, ids: npt.NDArray[np.integer[Any]], flags: int = 0) -> bool:
         """Plans one layer call for the experts in ``ids`` (any shape, repeats allowed).
 
-        ``ids`` must be a C-contiguous int32 or int64 array.
+        ``ids`` must be a C-contiguous int32 or int64 array; ``native.NO_EXPERT`` needs nothing.
         Returns False, and changes nothing, if the distinct experts do not fit at once.
         Needed experts stay pinned until :meth:`finish`.
 
@@ -199,7 +199,10 @@ class ExpertCache:
         rows: npt.NDArray[np.integer[Any]],
         num_ids: int | None = None,
     ) -> None:
-        """Writes the pool row of every planned id; ids from ``num_ids`` on are padding."""
+        """Writes the pool row of every planned id; ids from ``num_ids`` on are padding.
+
+        Padding and ``native.NO_EXPERT`` get a row that is needed anyway, or 0 if none is.
+        """
         count = ids.size if num_ids is None else num_ids
         check(
             core.vmo_planner_remap(

@@ -104,8 +104,10 @@ class LayerCalls:
 
         Args:
             layer: index among the MoE layers.
-            topk_ids: contiguous int32 or int64 ``[tokens or more, top_k]`` in RAM.
-            slot_ids: like ``topk_ids``, receives their rows.
+            topk_ids: contiguous int32 or int64 ``[tokens or more, top_k]`` in RAM; rows beyond
+                the tokens and ids of -1 are padding, which needs nothing and counts nowhere.
+            slot_ids: like ``topk_ids``, receives their rows; padding gets a row that is needed
+                anyway, or 0 if none is.
             hidden: what the router was given; for prediction only.
 
         Returns:

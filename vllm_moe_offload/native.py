@@ -16,6 +16,10 @@ ABI_VERSION = 1
 _REMEDY = "run `pip install -e .` (or `make setup`)"
 
 
+NO_EXPERT = -1
+"""``VMO_NO_EXPERT``: the id of a token that is padding, which needs nothing and counts nowhere."""
+
+
 class NativeError(RuntimeError):
     """A failure reported by the C++ core."""
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.cache import ExpertCache
+from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy.base import IdArray, StepRows
 
 FloatArray = npt.NDArray[np.float32]
@@ -200,12 +201,12 @@ class CrossLayerPredictor(RoutingPredictor):
         empty = np.zeros(shape, np.float32)
         self._lately = np.stack([self._history.get(name, empty) for name in self._requests])
         self._used = np.zeros((count, self.num_layers, self.num_experts), np.float32)
-        self._rows_index = np.arange(count)[:, None]
 
     def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
         """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
         if self._active:
-            self._used[self._rows_index, layer, ids] = 1.0
+            row, choice = np.nonzero(ids != NO_EXPERT)
+            self._used[row, layer, ids[row, choice]] = 1.0
 
     def predict(
         self, layer: int, ahead: int, threshold: float

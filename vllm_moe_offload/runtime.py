@@ -18,6 +18,7 @@ import torch
 from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
 from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.metrics import CounterFile
+from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
 from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.prefetch import Prefetcher
@@ -151,8 +152,8 @@ class OffloadRuntime:
 
         Args:
             layer: index among the MoE layers.
-            topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's rows are
-                padding, for which nothing is fetched or counted.
+            topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's rows and
+                ids of -1 are padding, for which nothing is fetched or counted.
             hidden: what the router was given, ``[tokens, hidden]``; for prediction only.
 
         Returns:
@@ -206,6 +207,7 @@ class OffloadRuntime:
         ids = topk_ids.contiguous().numpy()
         num_tokens, flags = self._calls.extent(ids)
         needed = np.unique(ids[:num_tokens]).astype(np.int32)
+        needed = needed[needed != NO_EXPERT]
         # What is resident first, so that no wave evicts what a later one would have hit.
         resident = self.cache.page_table[layer, needed] >= 0
         order = np.concatenate([needed[resident], needed[~resident]])
@@ -217,9 +219,10 @@ class OffloadRuntime:
                     f"{wave.size} experts of layer {layer} do not fit in {self.cache.shape}"
                 )
             self._read_misses(layer)
-            rows = np.full(self.cache.shape.num_experts, self.cache.slots[0], ids.dtype)
+            # One more entry than experts, the last: NO_EXPERT is in no wave.
+            rows = np.full(self.cache.shape.num_experts + 1, self.cache.slots[0], ids.dtype)
             rows[self.cache.experts] = self.cache.slots
-            in_wave = np.zeros(self.cache.shape.num_experts, np.bool_)
+            in_wave = np.zeros(self.cache.shape.num_experts + 1, np.bool_)
             in_wave[self.cache.experts] = True
             yield torch.from_numpy(rows[ids]), torch.from_numpy(in_wave[ids])
             self.cache.finish()

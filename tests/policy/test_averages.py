@@ -28,6 +28,16 @@ def some_step(
     return StepUses.of_step(ids, rows, np.array(requests), EXPERTS)
 
 
+def test_ids_of_no_expert_are_no_uses() -> None:
+    one = np.ones(2, np.int64)
+    rows = StepRows.of_lengths(["a", "b"], one, 0 * one, one < 0)
+    ids = np.array([[[1, -1], [-1, -1]], [[-1, 0], [7, 2]]], np.int32)
+    uses = StepUses.of_step(ids, rows, np.array([4, 6]), EXPERTS)
+    assert uses.keys.tolist() == [1, EXPERTS, EXPERTS + 7, EXPERTS + 2]
+    assert uses.owner.tolist() == [4, 4, 6, 6]
+    assert uses.age.tolist() == [0] * 4
+
+
 @pytest.mark.parametrize("longest", [1, 9, 3000])
 def test_averages_are_those_of_fading_tables(longest: int) -> None:
     generator = np.random.default_rng(longest)

@@ -58,6 +58,20 @@ def test_forecasts_follow_as_if_the_states_had_moved(lengths: list[int]) -> None
     np.testing.assert_allclose(scores, given + weight * factors[:, None] * gain, atol=1e-4)
 
 
+def test_ids_of_no_expert_change_nothing() -> None:
+    factors = np.ones(LAYERS, np.float32)
+    followed = []
+    for rows in ([[1, 3]], [[-1, -1]], [[3, -1]]):
+        forecast = learned(1, np.random.default_rng(0))
+        scores = np.zeros((LAYERS, EXPERTS), np.float32)
+        forecast.follow(0, np.array([rows], np.int32), scores, factors)
+        followed.append(scores)
+    both, none, one = followed
+    assert np.abs(both - none).max() > 0.01
+    assert np.abs(one - none).max() > 0.01
+    assert np.abs(both - one).max() > 0.01
+
+
 def test_an_id_that_is_no_expert_is_an_error() -> None:
     forecast = learned(1, np.random.default_rng(0))
     ids = np.full((1, 1, TOP_K), EXPERTS, np.int32)

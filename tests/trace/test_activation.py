@@ -67,6 +67,18 @@ def test_what_is_computed_again_is_not_counted_again(run) -> None:
     assert (activation.num_prefill, activation.num_decode) == (2, 2)
 
 
+def test_ids_of_no_expert_count_nowhere(run) -> None:
+    tracer = ActivationTracer(LAYERS, EXPERTS)
+    run(
+        tracer,
+        rows_of(("a", 0, 2, True), ("b", 0, 1, False)),
+        [[[-1, 1], [0, 1], [-1, -1]]] * 2,
+    )
+    run(tracer, rows_of(("a", 1, 2, True)), [[[2, 2], [-1, 3]]] * 2)  # the first one again
+    assert tracer.get("a").prefill.tolist() == [[1, 2, 0, 1, 0]] * 2
+    assert not tracer.get("b").counts.any()
+
+
 def test_positions_from_the_prefix_cache_are_absent_and_known(run) -> None:
     tracer = ActivationTracer(LAYERS, EXPERTS)
     run(tracer, rows_of(("a", 48, 1, True)), [[[0]]] * 2)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy.base import FloatArray, StepRows
 
 SMALLEST_SCALE = 2.0**-60
@@ -47,7 +48,8 @@ class StepUses:
         running: npt.NDArray[np.int64],
         num_experts: int,
     ) -> StepUses:
-        """Uses in ``ids`` ``[layers, rows, top_k]``; ``running`` are the requests' rows."""
+        """Uses in ``ids`` ``[layers, rows, top_k]``, which ``native.NO_EXPERT`` is none of;
+        ``running`` are the requests' rows."""
         layers, count, top_k = ids.shape
         lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
         offsets = np.arange(layers, dtype=np.int64) * num_experts
@@ -56,6 +58,9 @@ class StepUses:
         of_row[0] = running[rows.request_of_row][:, None]
         of_row[1] = (np.cumsum(lengths)[rows.request_of_row] - 1 - np.arange(count))[:, None]
         owner, age = of_row.reshape(2, -1)
+        is_use = (ids != NO_EXPERT).reshape(-1)
+        if not is_use.all():
+            keys, owner, age = keys[is_use], owner[is_use], age[is_use]
         return cls(keys, owner, age, running, lengths)
 
     @property

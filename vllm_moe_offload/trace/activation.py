@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy.base import StepRows
 
 Counts = npt.NDArray[np.float32]
@@ -111,8 +112,10 @@ class ActivationTracer:
     def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
         """Counts one layer call; ids ``[rows, top_k]`` in the rows of :meth:`begin_step`."""
         keys = self._keys[:, None] + ids
+        is_counted = ids != NO_EXPERT
         if not self._all_fresh:
-            keys = keys[self._fresh]
+            is_counted &= self._fresh[:, None]
+        keys = keys[is_counted]
         size = len(self._counts) * self.num_experts
         counted = np.bincount(keys.reshape(-1), minlength=size)
         for counts, row in zip(
@@ -128,10 +131,16 @@ class ActivationTracer:
         """
         num_layers = ids.shape[0]
         keys = ids + (np.arange(num_layers) * self.num_experts)[:, None, None]
+        is_use = ids != NO_EXPERT
+        are_all_uses = bool(is_use.all())
         owners = self._keys // self.num_experts
         bounds = np.searchsorted(owners, np.arange(len(self._counts) + 1))
         for counts, begin, end in zip(self._counts, bounds[:-1], bounds[1:], strict=True):
             mine = keys[:, begin:end]
+            if not are_all_uses:
+                is_counted = is_use[:, begin:end] & self._fresh[begin:end, None]
+                np.add.at(counts.reshape(-1), mine[is_counted], np.float32(1.0))
+                continue
             if not self._all_fresh:
                 mine = mine[:, self._fresh[begin:end]]
             if mine.shape[1] == 1:  # one token names no expert twice
