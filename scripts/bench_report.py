@@ -227,7 +227,7 @@ def disk(directory: Path) -> dict[str, Any]:
     )
     number = existing.stat().st_dev
     wanted = f"{os.major(number)}:{os.minor(number)}"
-    found: dict[str, Any] = {"directory": existing, "device_number": wanted}
+    found: dict[str, Any] = {"directory": directory.absolute(), "device_number": wanted}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if left.split()[2] == wanted:
