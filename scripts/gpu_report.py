@@ -431,6 +431,13 @@ def show(report: Mapping[str, Any]) -> None:
                 console.print(f"{name}: {contestant['status']}: {contestant['reason']}")
             for workload, repeats in contestant.get("short", {}).items():
                 console.print(f"{name}: {workload}: time was over after {repeats} repeats")
+            for workload, samples in contestant.get("workloads", {}).items():
+                compiled = sum(bool(sample.get("compiled")) for sample in samples)
+                if compiled:
+                    console.print(
+                        f"{name}: {workload}: kernels were compiled in {compiled} of "
+                        f"{len(samples)} repeats that count"
+                    )
 
 
 def main() -> int:
