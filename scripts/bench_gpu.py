@@ -2,6 +2,7 @@
 
     python scripts/bench_gpu.py --list
     python scripts/bench_gpu.py --parts qwen3-30b-a3b-25 mixtral-8x7b-25
+    python scripts/bench_gpu.py --parts qwen3-30b-a3b-25 --workloads decode-1 prefill-4096
     python scripts/bench_gpu.py --quick                  # tiny models: does everything work?
     python scripts/bench_gpu.py --device cpu --quick     # the harness alone, without a GPU
 
@@ -19,19 +20,21 @@ fewer of them where disk and memory ask for it, and generated weights: routers a
 that requests keep to topics (scripts/make_demo_model.py), experts are random. Hit rates are
 those models', not those of released weights; what a miss costs is real.
 
-Greedy tokens are compared with the resident contestant's of the same part.
+Greedy tokens are compared with the resident contestant's of the same part. The report is written
+after each contestant: what was measured stays if the run is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,9 @@ from scripts.bench_report import (  # noqa: E402
     end_on_sigterm,
     results_of,
 )
+from scripts.engine_environment import LOOPBACK, OFFLINE, engine_environment  # noqa: E402
 from scripts.gpu_plan import (  # noqa: E402
+    BACKENDS,
     CONTESTANTS,
     FULL,
     MODELS,
@@ -54,6 +59,7 @@ from scripts.gpu_plan import (  # noqa: E402
     QUICK,
     RESIDENT_AUTO,
     TINY_MODELS,
+    EngineChoices,
     Model,
     Part,
     Sizes,
@@ -62,6 +68,7 @@ from scripts.gpu_plan import (  # noqa: E402
     parts_of,
     select_parts,
     with_layers,
+    with_workloads,
 )
 from scripts.gpu_report import (  # noqa: E402
     crossing_bytes,
@@ -71,18 +78,14 @@ from scripts.gpu_report import (  # noqa: E402
     where_and_what,
 )
 from scripts.make_demo_model import write_demo_model  # noqa: E402
+from vllm_moe_offload.config import parse_cache_size  # noqa: E402
 
 GRACE_S = 20.0
 """What a contestant gets beyond its limit, to end by itself."""
+LINK_LIMIT_S = 120
 DISK_FACTOR = 1.06
 """Bytes on disk per byte of experts: dense weights, and a store's rounding."""
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 
 NOTES = (
@@ -170,13 +173,7 @@ def run_contestant(
     limit_s: float,
 ) -> dict[str, Any]:
     """One contestant from start to end; whatever happens is in what is returned."""
-    options = engine_options(
-        part,
-        contestant,
-        sizes,
-        device=args.device,
-        attention_backend=args.attention_backend,
-    )
+    options = engine_options(part, contestant, sizes, choices_of(args))
     if isinstance(options, str):
         return {"status": "not run", "reason": options}
     logs = args.work_dir / "logs"
@@ -188,6 +185,7 @@ def run_contestant(
             contestant,
             _store(args.work_dir, part.model),
             logs / f"gpu-{part.name}-{contestant}-{os.getpid()}.msgpack",
+            args.host_gb,
         )
     spec_path, out, log = (
         logs / f"gpu-{part.name}-{contestant}.{kind}" for kind in ("spec.json", "jsonl", "log")
@@ -203,8 +201,7 @@ def run_contestant(
     }
     spec_path.write_text(json.dumps(spec))
     environment = {
-        **os.environ,
-        **ENVIRONMENT,
+        **engine_environment(os.environ, args.work_dir / "caches"),
         **(CPU_ENVIRONMENT if args.device == "cpu" else {}),
         "VLLM_CACHE_ROOT": str(args.work_dir.absolute() / "vllm-cache"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -243,12 +240,13 @@ def collect(findings: Sequence[Mapping[str, Any]], record_bytes: int) -> dict[st
     """A contestant's result from the lines that it wrote.
 
     ``status`` is ``measured`` if it came to its end, even if time was short: ``short`` then
-    says of which workloads.
+    says of which workloads. ``warm_ups`` has, per workload, the repeats that do not count.
     """
     result: dict[str, Any] = {
         "status": "measured",
         "reason": "",
         "workloads": {},
+        "warm_ups": {},
         "short": {},
         "ended": False,
     }
@@ -256,10 +254,15 @@ def collect(findings: Sequence[Mapping[str, Any]], record_bytes: int) -> dict[st
         kind = finding["kind"]
         if kind == "ready":
             result["start_s"], result["memory_at_start"] = finding["start_s"], finding["memory"]
+            result["counts_compilations"] = finding["counts_compilations"]
         elif kind == "sample":
             sample = {**finding["sample"]}
             sample["crossing_bytes"] = crossing_bytes(sample, record_bytes)
             result["workloads"].setdefault(finding["workload"], []).append(sample)
+        elif kind == "warm-up":
+            result["warm_ups"].setdefault(finding["workload"], []).append(
+                {name: finding[name] for name in ("repeat", "compiled")}
+            )
         elif kind == "short":
             result["short"][finding["workload"]] = finding["measured"]
         elif kind == "memory":
@@ -274,13 +277,17 @@ def measure_link(part: Part, args: argparse.Namespace) -> dict[str, Any] | None:
     if args.device == "cpu":
         return None
     command = [sys.executable, str(ROOT / "scripts" / "gpu_link.py")]
-    done = subprocess.run(
-        [*command, "--record-bytes", str(part.model.record_bytes)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    try:
+        done = subprocess.run(
+            [*command, "--record-bytes", str(part.model.record_bytes)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LINK_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired as error:  # the contestants can be measured without it
+        print(f"The link could not be measured: {error}", file=sys.stderr)
+        return {"error": f"not done within {LINK_LIMIT_S} s"}
     if done.returncode != 0:
         print(f"The link could not be measured:\n{done.stderr[-2000:]}", file=sys.stderr)
         return {"error": done.stderr[-2000:]}
@@ -300,7 +307,8 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
             "kv_cache_bytes": sizes.kv_cache_bytes,
             "chunk_tokens": sizes.chunk_tokens,
             "time_limit_s": args.time_limit_s,
-            "environment": ENVIRONMENT,
+            **asdict(choices_of(args)),
+            "environment": OFFLINE | LOOPBACK,
         },
         "notes": NOTES,
         "link": None,
@@ -309,16 +317,42 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
     }
 
 
+def choices_of(args: argparse.Namespace) -> EngineChoices:
+    """What the command line says about all engines."""
+    return EngineChoices(
+        device=args.device,
+        attention_backend=args.attention_backend,
+        backend=args.backend,
+        enforce_eager=args.enforce_eager,
+        host_gb=args.host_gb,
+    )
+
+
 def run_part(
-    part: Part, sizes: Sizes, args: argparse.Namespace, measured: dict[str, Any]
+    part: Part,
+    sizes: Sizes,
+    args: argparse.Namespace,
+    measured: dict[str, Any],
+    *,
+    max_positions: int,
+    keep: Callable[[], object],
 ) -> None:
-    """Measures all contestants of a part, as far as the time allows, into ``measured``."""
+    """Measures all contestants of a part, as far as the time allows, into ``measured``.
+
+    Args:
+        part: which.
+        sizes: with the workloads to run.
+        args: of the command line.
+        measured: see :func:`new_part`.
+        max_positions: of the model's config, whatever the workloads.
+        keep: called after each contestant: what is in ``measured`` by then has to last.
+    """
     began = time.perf_counter()
     chosen = [name for name in part.contestants if name in args.contestants]
     contestants = measured["contestants"]
     for name in chosen:  # what is cut short says so
         contestants[name] = {"status": "not run", "reason": "the part ended before its turn"}
-    model_dir = ensure_model(args.work_dir, part.model, positions_of(sizes))
+    model_dir = ensure_model(args.work_dir, part.model, max_positions)
     measured["link"] = measure_link(part, args)
     for number, name in enumerate(chosen):
         left = args.time_limit_s - (time.perf_counter() - began)
@@ -336,6 +370,23 @@ def run_part(
             f" ({time.perf_counter() - began:.0f} s of {args.time_limit_s:.0f} s)",
             flush=True,
         )
+        keep()
+
+
+def check_choices(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that contradict each other, or a size that is none."""
+    if args.backend is not None and args.enforce_eager:
+        raise ValueError(
+            f"--backend {args.backend} and --enforce-eager: the latter compiles nothing; give one"
+        )
+    if args.host_gb is None:
+        return
+    if args.device != "cuda":
+        raise ValueError(f"--host-gb {args.host_gb}: only with --device cuda; see cache_gb")
+    try:
+        parse_cache_size(args.host_gb)
+    except ValueError as error:
+        raise ValueError(f"--host-gb {args.host_gb}: {error}") from error
 
 
 def is_complete(part: Mapping[str, Any]) -> bool:
@@ -369,6 +420,28 @@ def main() -> int:
         "--attention-backend", help="of all contestants (default: vLLM's choice)"
     )
     parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="of the compilation, for all contestants; eager: no Inductor (default: vLLM's choice)",
+    )
+    parser.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="no compilation and no graphs, for all contestants (always without a GPU, "
+        "unless --backend is given)",
+    )
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        metavar="NAME",
+        help=f"default: all of {', '.join(w.name for w in FULL.workloads)}; with --quick, of "
+        f"{', '.join(w.name for w in QUICK.workloads)}",
+    )
+    parser.add_argument(
+        "--host-gb",
+        help='the plugin\'s host_gb: GiB, a share such as "100%%", or auto (default: auto)',
+    )
+    parser.add_argument(
         "--time-limit-s", type=float, default=450, help="per part (default: %(default)s)"
     )
     parser.add_argument(
@@ -379,13 +452,18 @@ def main() -> int:
     )
     add_common_options(parser)
     args = parser.parse_args()
-    models = TINY_MODELS if args.quick or args.device == "cpu" else MODELS
+    args.work_dir = args.work_dir.absolute()
+    is_tiny = args.quick or args.device == "cpu"
+    models, all_sizes = (TINY_MODELS, QUICK) if is_tiny else (MODELS, FULL)
     try:
         parts = select_parts(
             args.parts, parts_of([with_layers(model, args.layers) for model in models])
         )
+        sizes = with_workloads(all_sizes, args.workloads)
+        check_choices(args)
     except ValueError as error:
         parser.error(str(error))
+    max_positions = positions_of(all_sizes)  # a model serves any choice of workloads
     if args.list:
         for part in parts:
             print(
@@ -394,10 +472,9 @@ def main() -> int:
                 f"{', '.join(part.contestants)}"
             )
         return 0
-    sizes = QUICK if args.quick or args.device == "cpu" else FULL
     if args.prepare:
         for model in dict.fromkeys(part.model for part in parts):
-            print(ensure_model(args.work_dir, model, positions_of(sizes)))
+            print(ensure_model(args.work_dir, model, max_positions))
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(
@@ -410,10 +487,25 @@ def main() -> int:
     complete = True
     for part in parts:
         measured = new_part(part, sizes, args)
+
+        keep = functools.partial(
+            save,
+            {"parts": {part.name: measured}},
+            results=results,
+            work_dir=args.work_dir,
+        )
+
         try:
-            run_part(part, sizes, args, measured)
+            run_part(
+                part,
+                sizes,
+                args,
+                measured,
+                max_positions=max_positions,
+                keep=functools.partial(keep, quiet=True),
+            )
         finally:  # what was measured before an error or a signal is kept
-            save({"parts": {part.name: measured}}, results=results, work_dir=args.work_dir)
+            keep()
         complete = complete and is_complete(measured)
     show(load(results))
     return int(not complete)

@@ -121,8 +121,11 @@ def write_report(
     bars: Sequence[Bar] = (),
     work_dir: Path = WORK,
     results: Path = RESULTS,
+    quiet: bool = False,
 ) -> Path:
     """Writes ``<results>/<name>.json`` and prints the bars.
+
+    Folders of this machine appear by what they are (see :func:`without_folders`).
 
     Args:
         name: of the benchmark; an older report of that name is replaced.
@@ -130,6 +133,7 @@ def write_report(
         bars: what the figures were to reach.
         work_dir: names the disk that was measured.
         results: directory, created if it is missing.
+        quiet: print nothing.
     """
     report = {
         "benchmark": name,
@@ -145,15 +149,41 @@ def write_report(
     path = results / f"{name}.json"
     temporary = path.with_suffix(".tmp")
     text = json.dumps(report, indent=1, default=_plain)
-    # Where the project lies on this machine is nobody's business, and no result.
-    text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    text = without_folders(text, {work_dir: "<work-dir>", results: "<results>"})
     temporary.write_text(_NUMBERS.sub(_on_one_line, text) + "\n")
     temporary.rename(path)
+    if quiet:
+        return path
     console = Console()
     if bars:
         console.print(bars_table([(name, bar.to_json()) for bar in bars]))
     console.print(f"Report: {path}")
     return path
+
+
+def without_folders(text: str, folders: Mapping[Path, str]) -> str:
+    """``text`` without the folders of this machine: they are nobody's business, and no result.
+
+    Paths below the project's root become relative to it. Other ``folders``, those that Python
+    and its modules come from, and the home directory are replaced by what they are. What is
+    the same everywhere, such as ``/usr``, stays.
+    """
+    names = {
+        **dict.fromkeys(map(Path, sys.path), "<modules>"),
+        **dict.fromkeys(map(Path, (sys.prefix, sys.base_prefix)), "<python>"),
+        Path(os.path.expanduser("~")): "~",
+        **{folder.absolute(): name for folder, name in folders.items()},
+        ROOT: ".",
+    }
+    for folder in sorted(names, key=lambda folder: -len(str(folder))):
+        is_common = len(folder.parts) < 2 or folder.is_relative_to("/usr")
+        if not folder.is_absolute() or is_common or ROOT in folder.parents:
+            continue
+        itself = rf"(?<![\w.-]){re.escape(str(folder))}(?![\w.-])"
+        if folder == ROOT:
+            text = re.sub(itself + "/", "", text)
+        text = re.sub(itself, names[folder], text)
+    return text
 
 
 _NUMBERS = re.compile(r"\[\s+(-?[0-9][-+0-9.eE,\s]*?)\s+\]")
@@ -197,7 +227,7 @@ def disk(directory: Path) -> dict[str, Any]:
     )
     number = existing.stat().st_dev
     wanted = f"{os.major(number)}:{os.minor(number)}"
-    found: dict[str, Any] = {"directory": existing, "device_number": wanted}
+    found: dict[str, Any] = {"directory": directory.absolute(), "device_number": wanted}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if left.split()[2] == wanted:
@@ -243,19 +273,38 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit that was measured, and whether files differed from it."""
+    """The commit that was measured, and whether files differed from it.
+
+    The environment variable ``VMO_COMMIT`` names it where the project was brought without its
+    repository: a commit, with ``-dirty`` behind it if files differ. Git is not asked then.
+    Where neither knows, ``commit`` and ``dirty`` are None, and ``reason`` says why.
+    """
+    given = os.environ.get("VMO_COMMIT")
+    if given:
+        name = given.removesuffix("-dirty")
+        return {"commit": name, "dirty": name != given, "changed": []}
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
-    # Reports of this very run are no change of the code.
-    changed = git(
-        "status", "--porcelain", "--", ":/", ":(exclude)benchmarks/results"
-    ).splitlines()
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed), "changed": changed}
+    unknown: dict[str, Any] = {"commit": None, "dirty": None, "changed": []}
+    try:
+        # Unpacked inside another project's repository, that one's commit says nothing.
+        if Path(git("rev-parse", "--show-toplevel")) != ROOT:
+            return unknown | {"reason": "not a clone, and VMO_COMMIT is not set"}
+        # Reports of this very run are no change of the code.
+        files = git("status", "--porcelain", "--", ":/", ":(exclude)benchmarks/results")
+        head = git("rev-parse", "HEAD")
+    except FileNotFoundError:
+        return unknown | {"reason": "no git program, and VMO_COMMIT is not set"}
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines()[:1]
+        return unknown | {"reason": f"VMO_COMMIT is not set, and git says: {' '.join(said)}"}
+    changed = files.splitlines()
+    return {"commit": head, "dirty": bool(changed), "changed": changed}
 
 
 # ---- the table -------------------------------------------------------------------------

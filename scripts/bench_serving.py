@@ -728,10 +728,9 @@ def raw_write_seconds(path: Path, nbytes: int) -> float:
 
 def _random_block() -> memoryview:
     """8 MiB, page-aligned; random, lest something below compresses it."""
-    import mmap
+    from vllm_moe_offload.host_memory import anonymous_region
 
-    region = mmap.mmap(-1, _BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    region = anonymous_region(_BLOCK_BYTES)
     region[:] = os.urandom(_BLOCK_BYTES)
     return memoryview(region)
 

@@ -5,6 +5,9 @@
 Called by scripts/bench_gpu.py. Writes a line of JSON per finding, so that what was measured
 before a crash or a time limit is not lost. The engine runs in this process: device memory and
 the plugin's counters can be read, and no contestant pays for messages between processes.
+
+Kernels that Triton compiles when they are first needed belong into the warm-up. They are counted,
+and a repeat in which one was compiled becomes a warm-up and is done again with other prompts.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from scripts.make_demo_model import TOPICS  # noqa: E402
 
 WORDS_PER_TOPIC = 64
 """A long prompt goes through all topics, as a long document does; a short one keeps to one."""
+WARM_UPS = 1
+"""Repeats of each workload before those that count."""
+MOST_EXTRA_WARM_UPS = 3
+"""Repeats that are done again because something compiled; then they count, and say so."""
 
 
 def prompt_text(words: int, topic: int, seed: int) -> str:
@@ -74,6 +81,33 @@ class Counters:
             "stall_s": runtime.stall_ns / 1e9,
             "policy_s": runtime.policy_ns / 1e9,
         }
+
+
+class Compilations:
+    """How many kernels Triton compiled in this process; without Triton there are none.
+
+    Attributes:
+        count: since this was made.
+        is_counted: whether this Triton (3.4 or later) says so.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.is_counted = True
+        try:
+            import triton
+        except ImportError:
+            return
+        runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+        self.is_counted = hasattr(runtime, "jit_post_compile_hook")
+        if self.is_counted:
+            self._before = runtime.jit_post_compile_hook
+            runtime.jit_post_compile_hook = self._compiled
+
+    def _compiled(self, **event: Any) -> Any:
+        """Triton's hook. vLLM's monitor puts its own before it and calls this one."""
+        self.count += 1
+        return self._before(**event) if self._before is not None else None
 
 
 def measure(llm: Any, workload: Workload, repeat: int, counters: Counters) -> dict[str, Any]:
@@ -196,33 +230,58 @@ def contest(spec: Mapping[str, Any], out: Path) -> None:
             engine[name] = set(engine[name])
     if spec["offload"] is not None:
         engine["additional_config"] = {"moe_offload": spec["offload"]}
+    compilations = Compilations()
     llm = LLM(spec["model"], **engine)
     counters = Counters(llm)
     if (counters.runtime is not None) != (spec["offload"] is not None):
         raise RuntimeError("the plugin runs where it should not, or does not where it should")
-    note("ready", start_s=time.perf_counter() - began, memory=memory())
+    note(
+        "ready",
+        start_s=time.perf_counter() - began,
+        memory=memory(),
+        counts_compilations=compilations.is_counted,
+    )
     for fields in spec["workloads"]:
-        run_workload(llm, Workload(**fields), counters, deadline, note)
+        run_workload(
+            llm, Workload(**fields), counters, compilations, deadline=deadline, note=note
+        )
     note("memory", memory=memory() | (host_tier(counters) or {}))
     note("end", seconds=time.perf_counter() - began)
 
 
 def run_workload(
-    llm: Any, workload: Workload, counters: Counters, deadline: float, note: Any
+    llm: Any,
+    workload: Workload,
+    counters: Counters,
+    compilations: Compilations,
+    *,
+    deadline: float,
+    note: Any,
 ) -> None:
-    """All repeats of one workload; the first one warms up and does not count."""
+    """All repeats of one workload, after those that warm up.
+
+    Repeats are numbered through, warm-ups included: each has prompts of its own.
+    """
     took = 0.0
-    for repeat in range(workload.repeats + 1):
+    repeat = measured = extra = 0
+    while measured < workload.repeats:
         began = time.perf_counter()
         if began + took > deadline:
-            note(
-                "short", workload=workload.name, measured=max(0, repeat - 1), **_asked(workload)
-            )
+            note("short", workload=workload.name, measured=measured, **_asked(workload))
             return
+        before = compilations.count
         sample = measure(llm, workload, repeat, counters)
         took = time.perf_counter() - began
-        if repeat:
-            note("sample", workload=workload.name, sample=sample)
+        compiled = compilations.count - before
+        if repeat < WARM_UPS:
+            note("warm-up", workload=workload.name, repeat=repeat, compiled=compiled)
+        elif compiled and extra < MOST_EXTRA_WARM_UPS:
+            extra += 1
+            note("warm-up", workload=workload.name, repeat=repeat, compiled=compiled)
+        else:
+            measured += 1
+            note("sample", workload=workload.name, sample=sample | {"compiled": compiled})
+        repeat += 1
 
 
 def _asked(workload: Workload) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from scripts.make_demo_model import Shape, expert_bytes
 
 GIB = 1 << 30
+BACKENDS = ("eager", "inductor")
+"""Of vLLM's compilation: Dynamo alone, or Inductor behind it."""
 LONG_PROMPT_TOKENS = 32768
 PLUGIN = ("trace", "lru")
 VLLM_OFFLOADERS = ("cpu-offload-gb", "vllm-prefetch")
@@ -28,7 +30,7 @@ class Workload:
         batch: requests at once.
         prompt_tokens: of each of them.
         new_tokens: generated for each of them.
-        repeats: times that count; one more before them does not.
+        repeats: times that count; those before them that warm up do not.
     """
 
     name: str
@@ -175,6 +177,55 @@ QUICK = Sizes(
 )
 
 
+def with_workloads(sizes: Sizes, names: Sequence[str] | None) -> Sizes:
+    """``sizes`` with these of its workloads, in the order asked for; all if none is named.
+
+    Raises:
+        ValueError: a name that is no workload; says which there are.
+    """
+    if not names:
+        return sizes
+    by_name = {workload.name: workload for workload in sizes.workloads}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(
+            f"no such workload: {', '.join(unknown)}; workloads are {', '.join(by_name)}"
+        )
+    return replace(sizes, workloads=tuple(by_name[name] for name in dict.fromkeys(names)))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoices:
+    """What the user chose for the engines of all contestants alike.
+
+    Attributes:
+        device: ``cuda`` or ``cpu``.
+        attention_backend: None: vLLM's choice.
+        backend: of the compilation, one of :data:`BACKENDS`; None: vLLM's choice.
+        enforce_eager: neither compilation nor graphs. Without a device that is the default.
+        host_gb: of the plugin, as its option takes it; None: its default.
+    """
+
+    device: str = "cuda"
+    attention_backend: str | None = None
+    backend: str | None = None
+    enforce_eager: bool = False
+    host_gb: str | None = None
+
+    def compilation(self, sizes: Sizes) -> dict[str, Any]:
+        """Arguments of vLLM's ``LLM`` about compilation and graphs."""
+        if self.enforce_eager or (self.device == "cpu" and self.backend is None):
+            return {"enforce_eager": True}
+        config: dict[str, Any] = {} if self.backend is None else {"backend": self.backend}
+        if self.device == "cpu":
+            # Of the mode that is the default, vLLM's CPU platform replaces the backend.
+            config["mode"] = "DYNAMO_TRACE_ONCE"
+        else:
+            batches = sorted({workload.batch for workload in sizes.workloads})
+            config["cudagraph_capture_sizes"] = batches
+        return {"compilation_config": config}
+
+
 def prefetch_groups(
     num_layers: int, share: float, prefetch_step: int = 1
 ) -> tuple[int, int] | None:
@@ -206,9 +257,7 @@ def engine_options(
     part: Part,
     contestant: str,
     sizes: Sizes,
-    *,
-    device: str = "cuda",
-    attention_backend: str | None = None,
+    choices: EngineChoices = EngineChoices(),
 ) -> dict[str, Any] | str:
     """Arguments of vLLM's ``LLM`` (JSON), or why the contestant cannot run."""
     options: dict[str, Any] = {
@@ -219,18 +268,15 @@ def engine_options(
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "seed": 0,
+        **choices.compilation(sizes),
     }
-    if device == "cpu":
-        options["enforce_eager"] = True
-    else:
-        batches = sorted({workload.batch for workload in sizes.workloads})
-        options["compilation_config"] = {"cudagraph_capture_sizes": batches}
+    if choices.device != "cpu":
         if contestant != RESIDENT_AUTO:
             options["kernel_config"] = {"moe_backend": "triton"}
-        if attention_backend is not None:
-            options["attention_backend"] = attention_backend
+        if choices.attention_backend is not None:
+            options["attention_backend"] = choices.attention_backend
     share = part.share / 100
-    if contestant in (RESIDENT_AUTO, *VLLM_OFFLOADERS) and device == "cpu":
+    if contestant in (RESIDENT_AUTO, *VLLM_OFFLOADERS) and choices.device == "cpu":
         return "not on this platform"
     if contestant == "cpu-offload-gb":
         options["cpu_offload_gb"] = (1 - share) * part.model.expert_bytes / GIB
@@ -245,14 +291,20 @@ def engine_options(
     return options
 
 
-def offload_options(part: Part, mode: str, store: Path, trace: Path) -> dict[str, Any]:
-    """The plugin's options: ``share`` of the experts on the device, the rest in host memory."""
-    return {
+def offload_options(
+    part: Part, mode: str, store: Path, trace: Path, host_gb: str | None = None
+) -> dict[str, Any]:
+    """The plugin's options: ``share`` of the experts on the device, the rest in host memory.
+
+    ``host_gb``: as the option takes it; None: its default.
+    """
+    options = {
         "mode": mode,
         "cache_gb": f"{part.share:g}%",
         "store_dir": str(store),
         "trace_path": str(trace),
     }
+    return options if host_gb is None else options | {"host_gb": host_gb}
 
 
 def with_layers(model: Model, layers: int | None) -> Model:

@@ -133,8 +133,13 @@ def merge(report: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {key: {**report.get(key, {}), **new.get(key, {})} for key in ("steps", "parts")}
 
 
-def save(new: Mapping[str, Any], *, results: Path, work_dir: Path) -> dict[str, Any]:
-    """Merges ``new`` into the report on disk, with summary and bars made anew."""
+def save(
+    new: Mapping[str, Any], *, results: Path, work_dir: Path, quiet: bool = False
+) -> dict[str, Any]:
+    """Merges ``new`` into the report on disk, with summary and bars made anew.
+
+    ``quiet``: without printing the bars.
+    """
     report = merge(load(results), new)
     rows = [row for part in report["parts"].values() for row in summary_rows(part)]
     write_report(
@@ -143,6 +148,7 @@ def save(new: Mapping[str, Any], *, results: Path, work_dir: Path) -> dict[str, 
         bars=bars_of(report),
         work_dir=work_dir,
         results=results,
+        quiet=quiet,
     )
     return report
 
@@ -425,6 +431,13 @@ def show(report: Mapping[str, Any]) -> None:
                 console.print(f"{name}: {contestant['status']}: {contestant['reason']}")
             for workload, repeats in contestant.get("short", {}).items():
                 console.print(f"{name}: {workload}: time was over after {repeats} repeats")
+            for workload, samples in contestant.get("workloads", {}).items():
+                compiled = sum(bool(sample.get("compiled")) for sample in samples)
+                if compiled:
+                    console.print(
+                        f"{name}: {workload}: kernels were compiled in {compiled} of "
+                        f"{len(samples)} repeats that count"
+                    )
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_moe_offload"
 LAYERS = [
-    {"config", "layout", "native"},
+    {"config", "layout", "native", "host_memory"},
     {"policy", "trace", "reference"},
     {
         "cache",
@@ -26,7 +26,10 @@ LAYERS = [
     {"integration", "cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-NO_TORCH = {"policy", "trace", "cache", "store", "config", "layout", "native", "replay"}
+NO_TORCH = {
+    *("policy", "trace", "cache", "store", "config", "layout", "native", "replay"),
+    "host_memory",
+}
 
 
 def modules():

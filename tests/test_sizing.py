@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.config import GIB, OptionError
+from vllm_moe_offload.host_memory import Headroom
 from vllm_moe_offload.policy import POLICIES
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER
 from vllm_moe_offload.sizing import (
@@ -89,10 +90,13 @@ def test_host_rows_of_each_kind_of_size():
 
 
 def test_host_auto_leaves_the_system_its_share():
-    assert auto_host_bytes(100 * GIB, 128 * GIB, 1) == 100 * GIB - 128 * GIB // 10
-    assert auto_host_bytes(20 * GIB, 24 * GIB, 1) == 16 * GIB
-    assert auto_host_bytes(20 * GIB, 24 * GIB, 2) == 8 * GIB
-    assert auto_host_bytes(3 * GIB, 24 * GIB, 1) == 0
+    def auto(available_bytes, total_bytes, num_ranks):
+        return auto_host_bytes(Headroom(available_bytes, total_bytes, ""), num_ranks)
+
+    assert auto(100 * GIB, 128 * GIB, 1) == 100 * GIB - 128 * GIB // 10
+    assert auto(20 * GIB, 24 * GIB, 1) == 16 * GIB
+    assert auto(20 * GIB, 24 * GIB, 2) == 8 * GIB
+    assert auto(3 * GIB, 24 * GIB, 1) == 0
 
 
 def test_what_a_device_has_for_experts_and_kv_cache():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_moe_offload.host_memory import anonymous_region, populate
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec
 
 
@@ -91,31 +90,15 @@ class SlotPool:
         return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
 
 
-def _rows_in_ram(spec: TensorSpec, num_rows: int, populate: bool) -> npt.NDArray[np.uint8]:
+def _rows_in_ram(spec: TensorSpec, num_rows: int, touch: bool) -> npt.NDArray[np.uint8]:
     nbytes = num_rows * spec.nbytes
     try:
-        region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        region = anonymous_region(nbytes)
     except OSError as error:
         raise MemoryError(
             f"cannot allocate {nbytes} bytes for {num_rows} rows of {spec.name}: {error}; "
             "lower cache_gb"
         ) from error
-    region.madvise(mmap.MADV_HUGEPAGE)
-    rows = np.frombuffer(region, np.uint8).reshape(num_rows, spec.nbytes)
-    if populate and not _populate(region):
-        rows.fill(0)
-    return rows
-
-
-_MADV_POPULATE_WRITE = 23  # linux/mman.h; not in Python's mmap yet
-
-
-def _populate(region: mmap.mmap) -> bool:
-    """Brings all pages of ``region`` in; False where the kernel (before 5.14) cannot."""
-    try:
-        region.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise MemoryError(f"cannot populate {len(region)} bytes: {error}") from error
-    return True
+    if touch:
+        populate(region)
+    return np.frombuffer(region, np.uint8).reshape(num_rows, spec.nbytes)

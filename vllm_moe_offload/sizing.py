@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_moe_offload.cache import CacheShape
 from vllm_moe_offload.config import GIB, OptionError, parse_cache_size
+from vllm_moe_offload.host_memory import Headroom
 from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, PlannerRules
 
 OVERLAPPED_LAYER_BYTES = 1 << 30
@@ -188,14 +189,11 @@ def host_rows(
     return min(rows, total)
 
 
-def auto_host_bytes(available_bytes: int, total_bytes: int, num_ranks: int) -> int:
-    """What ``host_gb="auto"`` has for one rank: what is available, less a tenth of the RAM.
-
-    Page-locked memory is never given back to the system, so something has to stay for it: a
-    tenth of the RAM, 4 GiB at least.
+def auto_host_bytes(headroom: Headroom, num_ranks: int) -> int:
+    """What ``host_gb="auto"`` has for one rank: what can be spared, divided by the ranks.
 
     Args:
-        available_bytes, total_bytes: of the host's memory.
+        headroom: of the host's memory.
         num_ranks: of this server on this host; they share it.
     """
-    return max(0, available_bytes - max(total_bytes // 10, 4 * GIB)) // num_ranks
+    return max(0, headroom.spare_bytes) // num_ranks

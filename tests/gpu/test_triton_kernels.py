@@ -111,7 +111,9 @@ def layers(dtype):
         rows[places] = weight
         pool.append(rows)
     experts = triton_experts(dtype)
-    return Layer(experts, w13, w2), Layer(experts, *pool), places.int()
+    slot_map = torch.full((EXPERTS + 1,), -1, dtype=torch.int32, device="cuda")
+    slot_map[:-1] = places
+    return Layer(experts, w13, w2), Layer(experts, *pool), slot_map
 
 
 def a_call(tokens, dtype):
@@ -138,10 +140,25 @@ def test_absent_experts_are_zeros_and_are_not_read(tokens):
     total = torch.zeros_like(x, dtype=torch.float32)
     for wave in range(4):
         absent = slot_map.clone()
-        absent[torch.arange(EXPERTS, device="cuda") % 4 != wave] = -1
+        absent[:-1][torch.arange(EXPERTS, device="cuda") % 4 != wave] = -1
         total += triton_slots.apply_on_slots(pooled, x, weights, ids, absent)
     expected = triton_slots.apply(plain, x, weights, ids).float()
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 33, 512])
+def test_padding_reads_no_record(tokens):
+    """Rows whose ids are -1, as VLLM_MOE_SKIP_PADDING has them; the last expert is absent."""
+    _, pooled, slot_map = layers(torch.bfloat16)
+    x, weights, ids = a_call(tokens, torch.bfloat16)
+    real = tokens - 1
+    ids[:real] = torch.where(ids[:real] == EXPERTS - 1, 0, ids[:real])
+    ids[real:] = -1
+    slot_map[EXPERTS - 1] = int(torch.randint(ROWS, ()))  # NaN, or another expert
+    found = triton_slots.apply_on_slots(pooled, x, weights, ids, slot_map)
+    assert bool(torch.isfinite(found[:real]).all())
+    if tokens * TOP_K * 4 <= EXPERTS:  # not aligned: every row is written
+        assert not bool(found[real:].any())
 
 
 def test_rows_that_change_later_do_not_reach_a_queued_kernel():
@@ -149,7 +166,8 @@ def test_rows_that_change_later_do_not_reach_a_queued_kernel():
     plain, pooled, slot_map = layers(torch.bfloat16)
     x, weights, ids = a_call(33, torch.bfloat16)
     expected = triton_slots.apply(plain, x, weights, ids)
-    cache = SimpleNamespace(experts=torch.arange(EXPERTS).numpy(), slots=slot_map.cpu().numpy())
+    slots = slot_map[:-1].cpu().numpy()
+    cache = SimpleNamespace(experts=torch.arange(EXPERTS).numpy(), slots=slots)
     runtime = SimpleNamespace(cache=cache)
     calls = DeviceCalls(runtime, torch.device("cuda", 0), EXPERTS)
     results = []
@@ -159,7 +177,7 @@ def test_rows_that_change_later_do_not_reach_a_queued_kernel():
         )
         cache.slots = torch.zeros(EXPERTS, dtype=torch.int32).numpy()
         calls._upload_plan()
-        cache.slots = slot_map.cpu().numpy()
+        cache.slots = slots
     assert all(torch.equal(result, expected) for result in results)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from scripts.engine_environment import engine_environment
 from scripts.make_demo_model import write_demo_model
 
 DRIVER = Path(__file__).with_name("engine_driver.py")
@@ -27,12 +28,6 @@ SHAPE = {
     "top_k": TOP_K,
     "hidden": 128,
     "intermediate": 128,
-}
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 
 Job = dict[str, Any]
@@ -73,7 +68,7 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 str(directory / "jobs.json"),
                 str(directory / "out.json"),
             ],
-            env={**os.environ, **ENVIRONMENT},
+            env={**engine_environment(os.environ), "VLLM_LOGGING_LEVEL": "WARNING"},
             capture_output=True,
             text=True,
             timeout=1200,

@@ -38,6 +38,9 @@ class Experts:
     def apply(self, *, layer, x, topk_weights, topk_ids, **_):
         slots = triton_slots._slots
         self.maps.append(None if slots is None else slots[1].clone())
+        if slots is not None:
+            assert slots[1].shape == (EXPERTS + 1,)
+            assert slots[1][-1] == -1, "the index -1 is no expert's"
         self.check()
         if slots is None:
             return x * topk_weights.sum(1, keepdim=True)
@@ -108,6 +111,24 @@ def test_padding_of_a_graph_is_neither_planned_nor_mapped(store):
     assert model.runtime.num_tokens == 1
 
 
+def test_padding_without_an_expert_stays_on_the_device(store):
+    model = Model(store, slots=10, staging=2)
+    model.runtime.begin_step(decode_rows(["a"]))
+    for layer in model.layers:
+        out, x = model.call(layer, ids_of([1, 5], [-1, -1], [-1, -1]))
+        torch.testing.assert_close(out[0], x[0])
+        assert not out[1:].any()  # the double sums what has a row
+        assert (layer.maps[0] >= 0).nonzero().reshape(-1).tolist() == [1, 5]
+    assert model.runtime.num_tokens == 1
+
+
+def test_dummy_runs_take_padding_without_an_expert(store):
+    model = Model(store, slots=10, staging=2)
+    with model.runtime.dummy_run():
+        out, _ = model.call(model.layers[0], ids_of([-1, -1], [-1, -1]))
+    assert not out.any()
+
+
 def test_waves_cover_every_expert_once(store, monkeypatch):
     monkeypatch.setattr(device_calls, "UPLOADS", 2)  # more waves than maps under way
     model = Model(store, slots=2, staging=0, mode="lru")
@@ -116,7 +137,7 @@ def test_waves_cover_every_expert_once(store, monkeypatch):
     for layer in model.layers:
         out, x = model.call(layer, ids)
         torch.testing.assert_close(out, x)
-        maps = torch.stack(layer.maps)
+        maps = torch.stack(layer.maps)[:, :-1]
         assert len(maps) == EXPERTS // 2
         assert ((maps >= 0).sum(0) == 1).all()
     assert model.runtime.num_step_rows is None  # the step ended with its last layer
@@ -161,7 +182,7 @@ def test_dummy_runs_read_the_first_row_and_count_nothing(store):
             pass  # a dummy run of the warm-up; the warm-up is still on
         model.step(ids_of([1, 5], [6, 7]))
         model.runtime.end_request("r0")
-    assert all(layer.maps[0].tolist() == [0] * EXPERTS for layer in model.layers)
+    assert all(layer.maps[0].tolist() == [0] * EXPERTS + [-1] for layer in model.layers)
     assert model.runtime.read_bytes == before
     assert model.runtime.num_tokens == 0
     assert model.runtime.num_step_rows is None

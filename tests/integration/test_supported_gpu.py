@@ -111,6 +111,21 @@ def test_host_gb_is_refused_without_a_gpu(monkeypatch):
     assert "cache_gb" in problem
 
 
+def test_memory_that_can_be_put_to_sleep_is_refused():
+    def problems_of(**fields):
+        model = SimpleNamespace(is_moe=True, quantization=None, **fields)
+        other = SimpleNamespace(lora_config=None, speculative_config=None)
+        return list(
+            supported._model_problems(SimpleNamespace(model_config=model, **vars(other)))
+        )
+
+    assert problems_of() == []
+    (problem,) = problems_of(enable_cumem_allocator=True)
+    assert "enable_cumem_allocator=True" in problem
+    (problem,) = problems_of(enable_cumem_allocator=True, enable_sleep_mode=True)
+    assert "enable_sleep_mode=True" in problem
+
+
 class FlashInferExperts:
     """Takes [up; gate] weights: another order."""
 

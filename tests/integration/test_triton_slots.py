@@ -1,7 +1,7 @@
 """Triton experts on pool rows: tokens are put in blocks by logical ids, then renamed.
 
 vLLM's Python is the real one; its CUDA operators and its kernel are doubles that do what theirs
-do, block by block. ``tests/gpu/test_kernels.py`` has the real kernels.
+do, block by block. ``tests/gpu/test_triton_kernels.py`` has the real kernels.
 """
 
 from types import SimpleNamespace
@@ -18,18 +18,21 @@ pytestmark = pytest.mark.vllm
 EXPERTS, TOP_K, HIDDEN, BLOCK, ROWS = 16, 2, 4, 8, 50
 
 
-@pytest.fixture(autouse=True)
-def operators(monkeypatch):
-    """``moe_align_block_size`` as vLLM's CUDA kernel fills its outputs."""
+@pytest.fixture(autouse=True, params=[-1, 0], ids=["unused:-1", "unused:0"])
+def operators(monkeypatch, request):
+    """``moe_align_block_size`` as vLLM's CUDA kernel fills its outputs.
+
+    The expert of blocks that are not used depends on vLLM's version.
+    """
 
     def align(ids, num_experts, block, token_ids, expert_ids, *rest):
         num_padded, expert_map, _ = rest
         assert expert_map is None
         flat = ids.reshape(-1)
-        assert int(flat.min()) >= 0
+        assert int(flat.min()) >= -1
         assert int(flat.max()) < num_experts, "the kernel counts in an array of num_experts"
         token_ids.fill_(flat.numel())
-        expert_ids.fill_(0)
+        expert_ids.fill_(request.param)
         begin = 0
         for expert in range(num_experts):
             tokens = (flat == expert).nonzero().reshape(-1)
@@ -81,11 +84,11 @@ def a_call(tokens, seed=0):
 
 
 def in_a_pool(weight, seed=0):
-    """The weight's experts anywhere among NaN, and where."""
+    """The weight's experts anywhere among NaN, and the slot map that says where."""
     places = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))[:EXPERTS]
     pool = torch.full((ROWS, weight.shape[1]), float("nan"))
     pool[places] = weight
-    return pool, places.int()
+    return pool, torch.cat([places, torch.tensor([-1])]).int()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 40])  # up to 2: vLLM aligns nothing
@@ -112,11 +115,33 @@ def test_waves_add_up_and_read_nothing_that_is_absent(tokens):
     total = torch.zeros_like(x)
     for wave in range(3):
         absent = slot_map.clone()
-        absent[torch.arange(EXPERTS) % 3 != wave] = -1
+        absent[:-1][torch.arange(EXPERTS) % 3 != wave] = -1
         with triton_slots.slots(EXPERTS, absent):
             total += kernel(x, pool, assign(ids, ROWS), ids)
     expected = kernel(x, weight, assign(ids, EXPERTS), ids)
     torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 40])  # the first without alignment
+def test_padding_reads_no_record(tokens):
+    """Padding has the id -1 (VLLM_MOE_SKIP_PADDING): no expert's, and not the last one's."""
+    x, ids = a_call(tokens)
+    real = tokens - 1
+    ids[real:] = -1
+    pool, slot_map = in_a_pool(torch.rand(EXPERTS, HIDDEN))
+    used = set(slot_map[ids[:real].unique().long()].tolist())
+    with triton_slots.slots(EXPERTS, slot_map):
+        ours = assign(ids, ROWS)
+    assert (ours[0] is None) == (tokens == 2)
+    assert set(ours[1].tolist()) <= used | {-1, int(slot_map[0])}  # 0: of unused blocks
+    blocks = ours[1][: int(ours[2]) // BLOCK]
+    assert set(blocks.tolist()) <= used | {-1}
+    out = kernel(x, pool, ours, ids)
+    with triton_slots.slots(EXPERTS, slot_map):
+        alone = kernel(x[:real], pool, assign(ids[:real].contiguous(), ROWS), ids[:real])
+    torch.testing.assert_close(out[:real], alone)
+    if ours[0] is None:
+        assert not out[real:].any()
 
 
 def test_outside_of_a_call_vllm_is_left_alone():
@@ -130,7 +155,7 @@ def test_outside_of_a_call_vllm_is_left_alone():
 
 def test_a_second_renaming_is_refused():
     _, ids = a_call(4)
-    slot_map = torch.zeros(EXPERTS, dtype=torch.int32)
+    slot_map = torch.zeros(EXPERTS + 1, dtype=torch.int32)
     with triton_slots.slots(EXPERTS, slot_map), pytest.raises(RuntimeError, match="both"):
         triton_slots.prepare_expert_assignment(
             fused_moe._prepare_expert_assignment, ids, {}, 4, TOP_K, EXPERTS, slot_map
@@ -162,7 +187,7 @@ class Layer:
 def choose(rows, tokens):
     layer = Layer(rows)
     x, ids = a_call(tokens)
-    slot_map = torch.zeros(EXPERTS, dtype=torch.int32)
+    slot_map = torch.zeros(EXPERTS + 1, dtype=torch.int32)
     triton_slots.apply_on_slots(layer, x, torch.ones(tokens, TOP_K), ids, slot_map)
     return layer.chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,8 @@ def test_one_contestant_has_the_kernels_that_vllm_chooses() -> None:
 
 def test_what_a_platform_or_a_size_does_not_allow_says_why() -> None:
     part = part_named("qwen3-30b-a3b-25")
-    assert plan.engine_options(part, "cpu-offload-gb", plan.FULL, device="cpu") == (
+    on_cpu = plan.EngineChoices(device="cpu")
+    assert plan.engine_options(part, "cpu-offload-gb", plan.FULL, on_cpu) == (
         "not on this platform"
     )
     tight = plan.Part(plan.with_layers(part.model, 3), 25.0)
@@ -181,18 +183,182 @@ def test_requests_fit_the_engine() -> None:
             assert workload.batch * workload.prompt_tokens <= options["max_num_batched_tokens"]
 
 
+def test_workloads_are_chosen_in_the_order_asked_for() -> None:
+    chosen = plan.with_workloads(
+        plan.FULL, ["prefill-4096", "decode-1", "decode-8", "decode-1"]
+    )
+    assert [w.name for w in chosen.workloads] == ["prefill-4096", "decode-1", "decode-8"]
+    assert chosen.max_batch == 8
+    assert chosen.max_tokens == 4096 + 2
+    assert plan.with_workloads(plan.FULL, None) == plan.FULL
+    options = plan.engine_options(part_named("qwen3-30b-a3b-25"), "resident", chosen)
+    assert isinstance(options, dict)
+    assert options["compilation_config"] == {"cudagraph_capture_sizes": [1, 8]}
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        (plan.EngineChoices(backend="eager"), {"backend": "eager"}),
+        (plan.EngineChoices(), {}),
+        (plan.EngineChoices(enforce_eager=True), None),
+        (plan.EngineChoices("cpu"), None),
+        (
+            plan.EngineChoices("cpu", backend="eager"),
+            {"backend": "eager", "mode": "DYNAMO_TRACE_ONCE"},
+        ),
+    ],
+)
+def test_all_contestants_are_compiled_alike(
+    choices: plan.EngineChoices, expected: dict[str, str] | None
+) -> None:
+    part = part_named("qwen3-30b-a3b-25")
+    for name in (*plan.CONTESTANTS, plan.RESIDENT_AUTO):
+        options = plan.engine_options(part, name, plan.FULL, choices)
+        if isinstance(options, str):
+            assert choices.device == "cpu"
+            continue
+        if expected is None:
+            assert options["enforce_eager"] is True
+            assert "compilation_config" not in options
+            continue
+        assert "enforce_eager" not in options
+        graphs = {"cudagraph_capture_sizes": [1, 8, 32]} if choices.device == "cuda" else {}
+        assert options["compilation_config"] == expected | graphs
+
+
+def test_host_gb_goes_to_the_plugin(tmp_path: Path) -> None:
+    part = part_named("qwen3-30b-a3b-25")
+    plain = plan.offload_options(part, "trace", tmp_path, tmp_path)
+    assert "host_gb" not in plain
+    given = plan.offload_options(part, "trace", tmp_path, tmp_path, "100%")
+    assert given == plain | {"host_gb": "100%"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "decode-2"], "no such workload: decode-2; workloads are decode-1, "),
+        (["--workloads", "decode-1", "x"], "no such workload: x; workloads are decode-1, "),
+        (
+            ["--quick", "--workloads", "decode-8"],
+            "workloads are decode-1, prefill-512, decode-4",
+        ),
+        (
+            ["--backend", "eager", "--enforce-eager"],
+            "--enforce-eager: the latter compiles nothing",
+        ),
+        (["--backend", "cudagraphs"], "invalid choice: 'cudagraphs'"),
+        (["--host-gb", "lots"], "--host-gb lots: allowed: a positive number of GiB"),
+        (["--host-gb", "200%"], "--host-gb 200%: allowed: "),
+        (["--device", "cpu", "--host-gb", "4"], "--host-gb 4: only with --device cuda"),
+        (["--parts", "x"], "no such part: x; parts are "),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_line(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments, "--list"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
 # ---- results ---------------------------------------------------------------------------
 
 
 def test_a_contestant_that_died_keeps_its_samples() -> None:
     sample = {"repeat": 1, "counters": {"misses": 2, "prefetch_useful": 1}}
     findings = [
-        {"kind": "ready", "start_s": 9.0, "memory": {}},
+        {"kind": "ready", "start_s": 9.0, "memory": {}, "counts_compilations": True},
         {"kind": "sample", "workload": "decode-1", "sample": sample},
     ]
     result = bench.collect(findings, record_bytes=10)
     assert not result["ended"]
     assert [s["crossing_bytes"] for s in result["workloads"]["decode-1"]] == [30]
+
+
+class Killed(BaseException):
+    """The run ends here, with nothing done afterwards."""
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> list[str]:
+    """``bench_gpu.py`` on tiny models in another folder; nothing is written or measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "ensure_model", lambda *_: tmp_path / "model")
+    monkeypatch.setattr(bench, "end_on_sigterm", lambda: None)
+    arguments = ["--device", "cpu", "--parts", "tiny-qwen3-25", "--work-dir", "work", *more]
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
+    return arguments
+
+
+def test_each_contestant_is_on_disk_before_the_next_one_begins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_cpu(monkeypatch, tmp_path, "--results", "out")
+    on_disk = []
+
+    def run_contestant(part: plan.Part, name: str, *_: Any, **__: Any) -> dict[str, Any]:
+        if (tmp_path / "out" / "gpu.json").exists():
+            report = json.loads((tmp_path / "out" / "gpu.json").read_text())
+            found = report["parts"]["tiny-qwen3-25"]["contestants"]
+            on_disk.append({name: entry["status"] for name, entry in found.items()})
+        if len(on_disk) == 2:
+            monkeypatch.setattr(bench, "save", lambda *_, **__: None)  # as after SIGKILL
+            raise Killed
+        return {"status": "measured", "reason": "", "short": {}, "workloads": {}}
+
+    monkeypatch.setattr(bench, "run_contestant", run_contestant)
+    with pytest.raises(Killed):
+        bench.main()
+    rest = dict.fromkeys(plan.CONTESTANTS, "not run")
+    first, second, *_ = plan.CONTESTANTS
+    assert on_disk == [
+        rest | {first: "measured"},
+        rest | dict.fromkeys((first, second), "measured"),
+    ]
+
+
+def test_what_was_chosen_is_in_the_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_cpu(
+        monkeypatch,
+        tmp_path,
+        *("--results", str(tmp_path / "out"), "--contestants", "resident"),
+        *("--backend", "eager", "--workloads", "decode-1"),
+    )
+    asked = {}
+
+    def run_contestant(*given: Any, model_dir: Path, limit_s: float) -> dict[str, Any]:
+        asked["sizes"] = given[2]
+        return {"status": "failed", "reason": f"see {tmp_path}/work/logs", "short": {}}
+
+    monkeypatch.setattr(bench, "run_contestant", run_contestant)
+    assert bench.main() == 1
+    assert [workload.name for workload in asked["sizes"].workloads] == ["decode-1"]
+    written = (tmp_path / "out" / "gpu.json").read_text()
+    parameters = json.loads(written)["parts"]["tiny-qwen3-25"]["parameters"]
+    assert parameters["backend"] == "eager"
+    assert parameters["enforce_eager"] is False
+    assert parameters["host_gb"] is None
+    assert [workload["name"] for workload in parameters["workloads"]] == ["decode-1"]
+    assert str(tmp_path) not in written
+
+
+def test_warm_ups_are_in_the_report() -> None:
+    findings = [
+        {"kind": "warm-up", "workload": "decode-1", "repeat": 0, "compiled": 9},
+        {"kind": "warm-up", "workload": "decode-1", "repeat": 1, "compiled": 1},
+        {"kind": "end"},
+    ]
+    assert bench.collect(findings, record_bytes=10)["warm_ups"] == {
+        "decode-1": [{"repeat": 0, "compiled": 9}, {"repeat": 1, "compiled": 1}]
+    }
 
 
 def contestant(status: str, reason: str = "", **short: int) -> dict[str, Any]:

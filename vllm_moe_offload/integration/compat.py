@@ -208,4 +208,4 @@ def install_runner_patches() -> None:
         wrap(runner, "execute_model", requests.execute_model)
         wrap(runner, "_dummy_run", requests.dummy_run)
         wrap(runner, "shutdown", requests.shutdown)
-    wrap(v1.GPUModelRunner, "reload_weights", requests.refuse_reload)
+        wrap(runner, "reload_weights", requests.refuse_reload)

@@ -33,13 +33,14 @@ class DeviceCalls:
         self._staged: dict[str, torch.Tensor] = {}
         self._spread = torch.empty(0, device="cpu")
         self._maps = torch.empty(
-            (UPLOADS, num_experts), dtype=torch.int32, device="cpu", pin_memory=self._pins
+            (UPLOADS, num_experts + 1), dtype=torch.int32, device="cpu", pin_memory=self._pins
         )
         self._map_arrays: npt.NDArray[np.int32] = self._maps.numpy()
         self._num_uploads = 0
-        self._slot_map = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        self._slot_map = torch.full((num_experts + 1,), -1, dtype=torch.int32, device=device)
         # Dummy runs: any row is within bounds, and there is always one.
-        self._first_row = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        self._first_row = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
+        self._first_row[-1] = -1
 
     def forward(
         self,
@@ -53,7 +54,8 @@ class DeviceCalls:
         Args:
             layer: the RoutedExperts.
             x: ``[tokens, hidden]`` on the device.
-            topk_weights, topk_ids: ``[tokens, top_k]`` on the device, ids int32 or int64.
+            topk_weights, topk_ids: ``[tokens, top_k]`` on the device, ids int32 or int64;
+                -1 in rows beyond the step's.
 
         Raises:
             TransferError: an expert could not be read.
@@ -152,7 +154,7 @@ class DeviceCalls:
         self._num_uploads = 0
 
     def _upload_plan(self) -> torch.Tensor:
-        """The open plan's experts and their rows as a slot map on the device.
+        """The open plan's experts and their rows as a slot map (:func:`triton_slots.slots`).
 
         Only theirs: other residents are not pinned and may be overwritten while the kernel
         runs. One device tensor is enough, because kernels run in order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import psutil
@@ -10,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from vllm_moe_offload.cache import CacheShape
-from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.host_memory import Headroom, cgroup_headrooms, probe
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.graphs import StableOutputs
@@ -135,10 +137,10 @@ class GpuMemory:
         if shape.holds_everything:
             # A way through for the start only: nothing is ever evicted.
             return min(total, store.num_experts)
-        memory = psutil.virtual_memory()
-        ranks = self._vllm_config.parallel_config.tensor_parallel_size
-        auto_bytes = auto_host_bytes(memory.available, memory.total, ranks)
         record_bytes = store.layout.record_bytes
+        ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        is_auto = parse_cache_size(options.host_gb)[0] == "auto"
+        auto_bytes = spare_host_bytes(total * record_bytes, ranks) if is_auto else 0
         rows = host_rows(
             options.host_gb,
             record_bytes=record_bytes,
@@ -146,6 +148,9 @@ class GpuMemory:
             num_experts=store.num_experts,
             auto_bytes=auto_bytes,
         )
+        if not is_auto and rows * record_bytes > host_headroom().available_bytes:
+            # RAM that grows has to before: Linux refuses a mapping of more than there is.
+            spare_host_bytes(rows * record_bytes, ranks, floor_bytes=EXPLICIT_FLOOR_BYTES)
         logger.info(
             "MoE offload: host_gb=%s -> %.2f GiB: %d of %d experts page-locked in host memory%s",
             options.host_gb,
@@ -155,3 +160,55 @@ class GpuMemory:
             "" if rows == total else "; the others are read from the store when they are used",
         )
         return rows
+
+
+EXPLICIT_FLOOR_BYTES = GIB // 2
+"""Stays available while RAM is made to grow for a size that the user gave."""
+PROBE_WAIT_S = 0.1
+"""A moment for a virtual machine to be given more memory."""
+
+
+def host_headroom() -> Headroom:
+    """What the system, and the cgroups that this process is in, leave at most now."""
+    memory = psutil.virtual_memory()
+    system = Headroom(memory.available, memory.total, "the system")
+    return min((system, *cgroup_headrooms()), key=lambda headroom: headroom.spare_bytes)
+
+
+def spare_host_bytes(
+    wanted_bytes: int, num_ranks: int, *, floor_bytes: int | None = None
+) -> int:
+    """What host memory has for the experts of one rank; the log says how that came about.
+
+    Memory is touched to find out only if too little of it is said to be available. Ranks would
+    take each other's probes for memory in use, so several of them believe what is said.
+
+    Args:
+        wanted_bytes: by a rank.
+        num_ranks: of this server on this host.
+        floor_bytes: see :func:`~vllm_moe_offload.host_memory.probe`.
+    """
+    headroom = host_headroom()
+    spare_bytes = auto_host_bytes(headroom, num_ranks)
+    how = ""
+    if spare_bytes < wanted_bytes and num_ranks == 1:
+        probed = probe(wanted_bytes, host_headroom, _wait, floor_bytes=floor_bytes)
+        headroom = probed.headroom
+        spare_bytes = max(0, probed.spare_bytes)
+        how = f" after {probed.touched_bytes / GIB:.2f} GiB were touched, to see if it grows"
+    logger.info(
+        "MoE offload: host memory: %.2f GiB of %.2f GiB available, says %s%s; %.2f GiB stay "
+        "for the system: %.2f GiB for experts at most, %.2f GiB wanted",
+        headroom.available_bytes / GIB,
+        headroom.total_bytes / GIB,
+        headroom.source,
+        how,
+        headroom.reserve_bytes / GIB,
+        spare_bytes / GIB,
+        wanted_bytes / GIB,
+    )
+    return spare_bytes
+
+
+def _wait() -> None:
+    time.sleep(PROBE_WAIT_S)

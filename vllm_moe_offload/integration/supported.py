@@ -68,6 +68,10 @@ def _model_problems(config: Any) -> Iterator[str]:
         yield f"speculative_config (method {config.speculative_config.method!r}) is not supported"
     if getattr(model, "enable_sleep_mode", False):
         yield "enable_sleep_mode=True is not supported"
+    elif getattr(model, "enable_cumem_allocator", False):
+        # Its memory can be put to sleep, by RPC, without sleep mode: rows would be lost that
+        # the page table still names.
+        yield "enable_cumem_allocator=True is not supported"
 
 
 def _parallel_problems(parallel: Any) -> Iterator[str]:

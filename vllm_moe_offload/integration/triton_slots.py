@@ -28,8 +28,10 @@ def slots(num_experts: int, slot_map: torch.Tensor) -> Iterator[None]:
 
     Args:
         num_experts: E, of the model's layer.
-        slot_map: int32 ``[E]`` on the device, row of each expert; blocks of one with -1 are
-            zeros in the output, and nothing is read for them.
+        slot_map: int32 ``[E + 1]`` on the device, row of each expert; blocks of one with -1
+            are zeros in the output, and nothing is read for them. The last entry is always
+            -1: it is what the index -1 finds, the expert of padding
+            (``VLLM_MOE_SKIP_PADDING``) and of blocks that no token is in.
     """
     global _slots
     before = _slots
@@ -52,8 +54,9 @@ def prepare_expert_assignment(  # noqa: PLR0917 (vLLM's signature)
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """``_prepare_expert_assignment`` of vLLM: blocks of tokens, and the expert of each.
 
-    Behind the last block that is used vLLM's kernel leaves expert 0, never garbage, so that
-    the gather stays inside the map.
+    Without alignment blocks are the ids themselves, -1 for padding; with it, padding is in no
+    block, and behind the last block that is used vLLM's kernel leaves -1 (0 in some versions),
+    never garbage: the gather stays inside the map.
     """
     if _slots is None:
         return original(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.host_memory import anonymous_region
 from vllm_moe_offload.layout import ALIGNMENT
 
 Bytes = npt.NDArray[np.uint8]
@@ -26,9 +26,7 @@ _WRITER_THREADS = 2
 
 def aligned_buffer(nbytes: int) -> Bytes:
     """Zeroed page-aligned memory, in huge pages where possible, uint8 ``[nbytes]``."""
-    region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(region, np.uint8)
+    return np.frombuffer(anonymous_region(nbytes), np.uint8)
 
 
 def io_threads(count: int, name: str, cpus: Sequence[int] = ()) -> ThreadPoolExecutor:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vllm_moe_offload.host_memory import anonymous_region
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer.engine import DEFAULT_THREADS, TransferEngine
@@ -140,8 +141,7 @@ def _memory(nbytes: int) -> Bytes:
     A child must not share them: where the kernel then gives the parent a fresh page for what it
     writes, a device would go on reading the old one.
     """
-    region = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    region.madvise(mmap.MADV_HUGEPAGE)
+    region = anonymous_region(nbytes)
     region.madvise(mmap.MADV_DONTFORK)
     return np.frombuffer(region, np.uint8)
 
