@@ -39,6 +39,8 @@ COREUTILS = (
     *("rm", "rmdir", "seq", "sleep", "sort", "stat", "tail", "tee", "test", "timeout", "touch"),
     *("tr", "true", "uname", "wc", "whoami"),
 )
+VLLM_CPU_TOOLS = ("lscpu",)
+"""vLLM's CPU platform cannot do without; its CUDA platform does not ask for it."""
 KEPT_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
 """Of this process; whatever else was set may be what makes it work here."""
 
@@ -46,7 +48,7 @@ KEPT_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH")
 def bare_path(folder: Path) -> Path:
     """A folder with coreutils and this Python, for PATH."""
     folder.mkdir()
-    for name in COREUTILS:
+    for name in (*COREUTILS, *VLLM_CPU_TOOLS):
         found = shutil.which(name)
         if found is not None:
             (folder / name).symlink_to(found)
@@ -107,19 +109,20 @@ def rehearse(packed: Path | None = None, results: Path | None = None) -> int:
         with tarfile.open(packed) as archive:
             archive.extractall(folder, filter="data")
         (kit,) = (path for path in folder.iterdir() if path.is_dir())
-        log, empty = folder / "offences.txt", folder / "empty"
+        log, empty, written = folder / "offences.txt", folder / "empty", folder / "results"
         empty.mkdir()
         subprocess.run(
             [
                 *(sys.executable, str(kit / "scripts" / "gpu_first.py"), "--device", "cpu"),
-                *("--results", str(results), "--work-dir", str(folder / "work")),
+                *("--results", str(written), "--work-dir", str(folder / "work")),
             ],
             cwd=empty,
             env=environment(folder, kit, log),
             stdin=subprocess.DEVNULL,
             check=False,
         )
-        found = problems(results, log)
+        found = problems(written, log)
+        shutil.copytree(written, results)
     for problem in found:
         print(f"rehearsal: {problem}", file=sys.stderr)
     print(

@@ -9,7 +9,10 @@ from vllm_moe_offload.integration import compat, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.experts import OffloadedExperts
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 4, 256, 128
 ROWS = 1500
