@@ -49,7 +49,12 @@ from scripts.bench_report import (  # noqa: E402
     end_on_sigterm,
     results_of,
 )
-from scripts.engine_environment import LOOPBACK, OFFLINE, engine_environment  # noqa: E402
+from scripts.engine_environment import (  # noqa: E402
+    LOOPBACK,
+    NO_COMPILER,
+    OFFLINE,
+    engine_environment,
+)
 from scripts.gpu_plan import (  # noqa: E402
     BACKENDS,
     CONTESTANTS,
@@ -308,7 +313,7 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
             "chunk_tokens": sizes.chunk_tokens,
             "time_limit_s": args.time_limit_s,
             **asdict(choices_of(args)),
-            "environment": OFFLINE | LOOPBACK,
+            "environment": OFFLINE | LOOPBACK | NO_COMPILER,
         },
         "notes": NOTES,
         "link": None,

@@ -18,6 +18,8 @@ LOOPBACK = {
 }
 """An engine talks to itself only. On a machine whose one interface is loopback, vLLM and its
 libraries would look for another one."""
+NO_COMPILER = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""That sampler compiles itself with nvcc when it is first used. Here sampling is greedy."""
 CACHES = {
     "XDG_CACHE_HOME": "cache",
     "XDG_CONFIG_HOME": "config",
@@ -34,7 +36,7 @@ def engine_environment(
 ) -> dict[str, str]:
     """``environ`` with what an engine needs on a machine without network.
 
-    What is offline stays so; interfaces and folders that the user chose stay the user's.
+    What is offline stays so; what the user chose of the rest stays the user's.
 
     Args:
         environ: of the process that starts the engine.
@@ -43,4 +45,4 @@ def engine_environment(
     folders = {}
     if caches is not None:
         folders = {name: str(caches.absolute() / folder) for name, folder in CACHES.items()}
-    return {**LOOPBACK, **folders, **environ, **OFFLINE}
+    return {**LOOPBACK, **NO_COMPILER, **folders, **environ, **OFFLINE}

@@ -174,23 +174,30 @@ def difference(
     return {name: after[name] - before[name] for name in after}
 
 
-def memory() -> dict[str, int]:
-    """Bytes that this process holds on the host, and the device's if there is one.
+def host_memory(status: str) -> dict[str, int | None]:
+    """Bytes that a process holds on the host, from its ``/proc/PID/status``.
 
-    ``host_anonymous_bytes`` leaves out files that are mapped, such as checkpoints.
+    ``host_anonymous_bytes`` leaves out files that are mapped, such as checkpoints. None: a
+    system that does not tell (gVisor has the whole resident set alone).
     """
-    import torch
-
-    status = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
+    sizes = {}
+    for line in status.splitlines():
         name, _, value = line.partition(":")
         if value.endswith("kB"):
-            status[name] = int(value.split()[0]) * 1024
-    found = {
-        "host_anonymous_bytes": status["RssAnon"],
-        "host_shared_bytes": status["RssShmem"],
-        "host_peak_bytes": status["VmHWM"],
+            sizes[name] = int(value.split()[0]) * 1024
+    return {
+        "host_anonymous_bytes": sizes.get("RssAnon"),
+        "host_shared_bytes": sizes.get("RssShmem"),
+        "host_peak_bytes": sizes.get("VmHWM"),
+        "host_resident_bytes": sizes.get("VmRSS"),
     }
+
+
+def memory() -> dict[str, int | None]:
+    """See :func:`host_memory`; the device's too, if there is one."""
+    import torch
+
+    found = host_memory(Path("/proc/self/status").read_text())
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         found |= {

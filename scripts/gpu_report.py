@@ -385,10 +385,12 @@ def _host_memory(parts: Sequence[Mapping[str, Any]]) -> float | None:
             continue
         resident = found.get("resident", {}).get("memory")
         for name in found.keys() & {"trace", "lru"}:
-            memory = found[name].get("memory")
-            if resident is not None and memory is not None:
-                beyond = memory["host_anonymous_bytes"] - resident["host_anonymous_bytes"]
-                ratios.append(beyond / part["model"]["expert_bytes"])
+            held, base = (
+                (memory or {}).get("host_anonymous_bytes")
+                for memory in (found[name].get("memory"), resident)
+            )
+            if held is not None and base is not None:
+                ratios.append((held - base) / part["model"]["expert_bytes"])
     return max(ratios) if ratios else None
 
 

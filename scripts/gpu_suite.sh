@@ -11,7 +11,9 @@
 #
 # Needs stock vLLM and its requirements, either installed or in a folder on PYTHONPATH; PYTHON
 # names the interpreter (default: python3). Nothing is installed and nothing is downloaded: the
-# extension is built in place and the plugin is found by the egg-info in the project's root.
+# extension is built in place and the plugin is found by the egg-info in the project's root. What
+# of them is there already, brought along perhaps, is kept. Without a repository VMO_COMMIT names
+# the commit. Outside of --results and --work-dir nothing else is written.
 # Every part is merged into gpu.json, failures too; what comes after a failure still runs.
 # Exit status: 0 all steps of these parts passed; 1 one failed; 2 wrong arguments.
 set -uo pipefail
@@ -47,6 +49,9 @@ parts=(
   "bench:mixtral-8x7b-50"
 )
 
+# A path that was given relative to where the suite was called from.
+from_caller() { case $1 in /*) echo "$1" ;; *) echo "$OLDPWD/$1" ;; esac; }
+
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$self"; }
 
 describe() {
@@ -71,16 +76,17 @@ list() {
 
 # ---- what parts do; each in a bash of its own, under `timeout` -----------------------------
 
+kept() { # pattern: whether something is there that a build would replace
+  compgen -G "$1" >/dev/null || return 1
+  echo "kept, not built: $(compgen -G "$1" | paste -sd ' ') (remove it to have it built)"
+}
+
 do_build() {
   set -e
-  VMO_CUDA=0 "$python" setup.py --quiet build_ext --inplace
-  "$python" setup.py --quiet egg_info
-  local toolkit=${CUDA_HOME:-/usr/local/cuda}/bin
-  if [ -f vllm_moe_offload/_cuda.so ] && [ -z "${NVCC:-}" ] && ! command -v nvcc && [ ! -x "$toolkit/nvcc" ]; then
-    echo "no nvcc here: vllm_moe_offload/_cuda.so was built elsewhere"
-  else
-    PATH=$PATH:$toolkit PYTHON=$python scripts/build_cuda.sh
-  fi
+  kept "vllm_moe_offload/_core*.so" || VMO_CUDA=0 "$python" setup.py --quiet build_ext --inplace
+  kept "*.egg-info" || "$python" setup.py --quiet egg_info
+  kept "vllm_moe_offload/_cuda.so" ||
+    PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin PYTHON=$python scripts/build_cuda.sh
   "$python" scripts/gpu_check.py
 }
 
@@ -139,7 +145,7 @@ run_inner() { # name of a part
 
 run_part() { # number
   local name=${parts[$1 - 1]} status began=$SECONDS
-  local log=build/gpu-suite/${name//:/-}.log
+  local log=$logs/${name//:/-}.log
   echo
   echo "=== part $1: $name, at most $limit s"
   timeout --kill-after=15 "$limit" "$self" --results "$results" --work-dir "$work" --limit "$limit" \
@@ -148,9 +154,9 @@ run_part() { # number
   echo "=== part $1: $name: status $status, $((SECONDS - began)) s"
   [ "$status" -eq 0 ] || failed+=("part $1: $name (status $status)")
   if ! "$python" scripts/gpu_report.py --results "$results" record "$name" --status "$status" \
-    --seconds $((SECONDS - began)) --log "$log" >build/gpu-suite/record.log 2>&1; then
+    --seconds $((SECONDS - began)) --log "$log" >"$logs/record.log" 2>&1; then
     echo "not recorded:"
-    cat build/gpu-suite/record.log
+    cat "$logs/record.log"
     failed+=("part $1: $name could not be recorded")
   fi
 }
@@ -172,8 +178,8 @@ while [ $# -gt 0 ]; do
           fi
           chosen+=("$2")
           ;;
-        --results) results=$2 ;;
-        --work-dir) work=$2 ;;
+        --results) results=$(from_caller "$2") ;;
+        --work-dir) work=$(from_caller "$2") ;;
         --limit) limit=$2 ;;
         --inner) inner=$2 ;;
       esac
@@ -192,7 +198,8 @@ if [ -n "${inner:-}" ]; then
   run_inner "$inner"
   exit
 fi
-mkdir -p build/gpu-suite "$results"
+logs=$work/suite
+mkdir -p "$logs" "$results"
 [ ${#chosen[@]} -gt 0 ] || mapfile -t chosen < <(seq ${#parts[@]})
 for number in "${chosen[@]}"; do
   run_part "$number"

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("vllm", exc_type=ModuleNotFoundError)
+
 from vllm_moe_offload.integration import compat, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.experts import OffloadedExperts

@@ -21,6 +21,15 @@ MAX_MODEL_LEN = 384
 PREFILL_TOKENS = 128
 """max_num_batched_tokens: prompts longer than this are prefilled in chunks."""
 
+ROOT = Path(__file__).resolve().parents[2]
+ENGINES = {
+    **engine_environment(os.environ),
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Where the project is a folder and not installed, the plugin is found by this.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
+"""Environment of processes that run engines."""
+
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 SHAPE = {
     "layers": LAYERS,
@@ -68,7 +77,7 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 str(directory / "jobs.json"),
                 str(directory / "out.json"),
             ],
-            env={**engine_environment(os.environ), "VLLM_LOGGING_LEVEL": "WARNING"},
+            env=ENGINES,
             capture_output=True,
             text=True,
             timeout=1200,

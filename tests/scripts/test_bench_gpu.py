@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +109,68 @@ def test_the_suite_notes_failures_and_goes_on(tmp_path: Path) -> None:
         "tests": 3,
         "bench:mixtral-8x7b-25": 3,
     }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the suite in it, and an interpreter that notes what it is asked for."""
+    root = tmp_path / "folder"
+    for name in ("scripts", "vllm_moe_offload", "bin"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(SUITE, root / "scripts")
+    for path in ("bin/python", "scripts/build_cuda.sh"):
+        (root / path).write_text(f'#!/bin/sh\necho "$(basename $0) $*" >>{root}/asked\n')
+        (root / path).chmod(0o755)
+    return root
+
+
+BROUGHT = {
+    "vllm_moe_offload/_core.so": "python setup.py --quiet build_ext --inplace",
+    "vllm_moe_offload.egg-info": "python setup.py --quiet egg_info",
+    "vllm_moe_offload/_cuda.so": "build_cuda.sh ",
+}
+"""What a build makes, and how."""
+
+
+@pytest.mark.parametrize("brought", [[], *([name] for name in BROUGHT), list(BROUGHT)], ids=str)
+def test_what_was_brought_is_not_built_again(folder: Path, brought: list[str]) -> None:
+    for name in brought:
+        (folder / name).write_text("brought")
+    done = subprocess.run(
+        [folder / "scripts" / SUITE.name, "--inner", "build"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={"PYTHON": str(folder / "bin" / "python"), "PATH": "/usr/bin:/bin"},
+    )
+    asked = (folder / "asked").read_text().splitlines()
+    built = [how for name, how in BROUGHT.items() if name not in brought]
+    assert asked == [*built, "python scripts/gpu_check.py"]
+    for name in BROUGHT:
+        assert (f"kept, not built: {name} " in done.stdout) == (name in brought)
+
+
+def test_results_and_logs_of_the_suite_are_outside_of_its_folder(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    subprocess.run(
+        [
+            folder / "scripts" / SUITE.name,
+            *("--results", "out", "--work-dir", tmp_path / "work", "--part", "2"),
+        ],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHON": str(folder / "bin" / "python"), "PATH": "/usr/bin:/bin"},
+    )
+    recorded, shown = (folder / "asked").read_text().splitlines()[-2:]
+    results = f"python scripts/gpu_report.py --results {tmp_path}/elsewhere/out"
+    assert recorded.startswith(f"{results} record tests --status 0 ")
+    assert recorded.endswith(f"--log {tmp_path}/work/suite/tests.log")
+    assert shown == results
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"scripts", "vllm_moe_offload", "bin", "asked"}
 
 
 # ---- options ---------------------------------------------------------------------------
@@ -348,6 +413,57 @@ def test_what_was_chosen_is_in_the_report(
     assert parameters["host_gb"] is None
     assert [workload["name"] for workload in parameters["workloads"]] == ["decode-1"]
     assert str(tmp_path) not in written
+
+
+def test_a_link_that_takes_too_long_does_not_end_the_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(command: list[str], **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, bench.LINK_LIMIT_S)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = bench.measure_link(part_named("qwen3-30b-a3b-25"), SimpleNamespace(device="cuda"))
+    assert found == {"error": f"not done within {bench.LINK_LIMIT_S} s"}
+
+
+def test_a_contestant_runs_offline_and_writes_below_the_work_dir(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: dict[str, Any] = {}
+
+    class Process:
+        def __init__(self, command: list[Any], *, env: dict[str, str], **_: Any) -> None:
+            started.update(env=env, spec=json.loads(Path(command[2]).read_text()))
+
+        def wait(self, *_: float) -> int:
+            return 0
+
+        poll = wait
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    args = argparse.Namespace(
+        **{"device": "cuda", "attention_backend": None, "backend": "eager"},
+        **{"enforce_eager": False, "host_gb": "100%", "work_dir": tmp_path},
+    )
+    result = bench.run_contestant(
+        part_named("qwen3-30b-a3b-25"),
+        "trace",
+        plan.with_workloads(plan.FULL, ["decode-1"]),
+        args,
+        model_dir=tmp_path / "model",
+        limit_s=1.0,
+    )
+    assert result["status"] == "failed"  # it wrote nothing
+    assert started["spec"]["offload"]["host_gb"] == "100%"
+    assert [workload["name"] for workload in started["spec"]["workloads"]] == ["decode-1"]
+    environment = started["env"]
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth0"  # as the user has it
+    for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
+        assert Path(environment[name]).is_relative_to(tmp_path)
 
 
 def test_warm_ups_are_in_the_report() -> None:

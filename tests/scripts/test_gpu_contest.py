@@ -165,3 +165,24 @@ def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     compilations = contest.Compilations()
     assert compilations.is_counted
     assert compilations.count == 0
+
+
+# ---- memory ----------------------------------------------------------------------------
+
+
+def test_host_memory_as_linux_tells_it() -> None:
+    status = (
+        "Name:\tpython\nVmHWM:\t 30 kB\nVmRSS:\t 20 kB\nRssAnon:\t 9 kB\nRssShmem:\t 1 kB\n"
+    )
+    assert contest.host_memory(status) == {
+        "host_anonymous_bytes": 9 << 10,
+        "host_shared_bytes": 1 << 10,
+        "host_peak_bytes": 30 << 10,
+        "host_resident_bytes": 20 << 10,
+    }
+
+
+def test_a_system_that_tells_less() -> None:
+    found = contest.host_memory("Name:\tpython\nVmSize:\t 99 kB\nVmRSS:\t 20 kB\n")
+    assert found.pop("host_resident_bytes") == 20 << 10
+    assert set(found.values()) == {None}

@@ -198,6 +198,10 @@ def test_host_memory_is_what_the_plugin_holds_beyond_resident_vllm() -> None:
     found["contestants"]["resident"]["memory"] = {"host_anonymous_bytes": 500}
     found["contestants"]["trace"]["memory"] = {"host_anonymous_bytes": 500 + 1.04 * EXPERTS}
     assert one(bars(found), "host memory").measured == pytest.approx(1.04)
+    found["contestants"]["trace"]["memory"]["host_anonymous_bytes"] = None  # gVisor tells none
+    assert one(bars(found), "host memory").measured is None
+    found["contestants"]["trace"]["memory"]["host_anonymous_bytes"] = 500
+    assert one(bars(found), "host memory").measured == 0
     found["device"] = "cpu"
     assert one(bars(found), "host memory").measured is None
 

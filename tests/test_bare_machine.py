@@ -1,0 +1,65 @@
+"""Tests of the CUDA copier on a machine that has torch, numpy and pytest, but not vLLM."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = (
+    *("vllm", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
+    *("prometheus_client", "matplotlib", "psutil"),
+)
+PROGRAM = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {MISSING!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def pytest_without_vllm(directory: Path, *arguments: str) -> str:
+    """What pytest printed, called from outside of the project."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "--rootdir", str(ROOT), *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_copiers_tests_are_collected(tmp_path: Path) -> None:
+    printed = pytest_without_vllm(
+        tmp_path, "--collect-only", str(ROOT / "tests" / "gpu" / "test_copier.py")
+    )
+    assert "test_copier.py::test_every_byte_arrives_and_no_other_changes" in printed
+    assert "test_copier.py::test_transfer_from_file_to_device" in printed
+    assert "skipped" not in printed
+
+
+def test_tests_that_need_vllm_are_left_out_and_no_error(tmp_path: Path) -> None:
+    kernels = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")
+    copier = str(ROOT / "tests" / "gpu" / "test_copier.py")
+    printed = pytest_without_vllm(tmp_path, "--collect-only", copier, kernels)
+    assert "could not import 'vllm'" in printed
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_way_from_file_to_device_runs(tmp_path: Path) -> None:
+    """On the stub of the CUDA runtime, with the modules that the copier's tests import."""
+    stubbed = str(ROOT / "tests" / "test_cuda_copier.py")
+    printed = pytest_without_vllm(tmp_path, stubbed, "-k", "test_the_whole_way")
+    assert " passed" in printed
