@@ -16,7 +16,7 @@ Its contestants, each in a process of its own, one after the other, with the sam
 
 Models have the layers of Qwen3-30B-A3B and Mixtral-8x7B (hidden size, experts, widths, top-k),
 fewer of them where disk and memory ask for it, and generated weights: routers are planted so
-that requests keep to topics (scripts/make_demo_model.py), experts are random. Hit rates are
+that requests keep to topics (scripts/demo_model), experts are random. Hit rates are
 those models', not those of released weights; what a miss costs is real.
 
 Greedy tokens are compared with the resident contestant's of the same part.
@@ -46,6 +46,7 @@ from scripts.bench_report import (  # noqa: E402
     end_on_sigterm,
     results_of,
 )
+from scripts.demo_model import write_demo_model  # noqa: E402
 from scripts.gpu_plan import (  # noqa: E402
     CONTESTANTS,
     FULL,
@@ -70,7 +71,6 @@ from scripts.gpu_report import (  # noqa: E402
     show,
     where_and_what,
 )
-from scripts.make_demo_model import write_demo_model  # noqa: E402
 
 GRACE_S = 20.0
 """What a contestant gets beyond its limit, to end by itself."""

@@ -44,7 +44,7 @@ from scripts.bench_report import (  # noqa: E402
     results_of,
     write_report,
 )
-from scripts.make_demo_model import TOPICS, write_demo_model  # noqa: E402
+from scripts.demo_model import TOPICS, write_demo_model  # noqa: E402
 from scripts.server import HOST, Server  # noqa: E402
 
 LLAMACPP_SHAPE = {"layers": 12, "experts": 16, "top_k": 2, "hidden": 1024, "intermediate": 2048}

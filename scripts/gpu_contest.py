@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.demo_model import TOPICS  # noqa: E402
 from scripts.gpu_plan import Workload  # noqa: E402
-from scripts.make_demo_model import TOPICS  # noqa: E402
 
 WORDS_PER_TOPIC = 64
 """A long prompt goes through all topics, as a long document does; a short one keeps to one."""

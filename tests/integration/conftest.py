@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scripts.make_demo_model import write_demo_model
+from scripts.demo_model import write_demo_model
 
 DRIVER = Path(__file__).with_name("engine_driver.py")
 ARCHS = ("mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss")
