@@ -41,11 +41,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import (  # noqa: E402
-    add_common_options,
-    end_on_sigterm,
-    results_of,
-)
 from scripts.demo_model import write_demo_model  # noqa: E402
 from scripts.gpu_plan import (  # noqa: E402
     CONTESTANTS,
@@ -70,6 +65,11 @@ from scripts.gpu_report import (  # noqa: E402
     save,
     show,
     where_and_what,
+)
+from scripts.harness.options import (  # noqa: E402
+    add_common_options,
+    end_on_sigterm,
+    results_of,
 )
 
 GRACE_S = 20.0

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.demo_model import write_demo_model  # noqa: E402
-from scripts.server import Server  # noqa: E402
+from scripts.harness.server import Server  # noqa: E402
 
 QUESTIONS = (
     "Tell me something about the sea.",
