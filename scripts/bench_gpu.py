@@ -17,7 +17,7 @@ Its contestants, each in a process of its own, one after the other, with the sam
 
 Models have the layers of Qwen3-30B-A3B and Mixtral-8x7B (hidden size, experts, widths, top-k),
 fewer of them where disk and memory ask for it, and generated weights: routers are planted so
-that requests keep to topics (scripts/make_demo_model.py), experts are random. Hit rates are
+that requests keep to topics (scripts/demo_model), experts are random. Hit rates are
 those models', not those of released weights; what a miss costs is real.
 
 Greedy tokens are compared with the resident contestant's of the same part. The report is written
@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import (  # noqa: E402
-    add_common_options,
-    end_on_sigterm,
-    results_of,
-)
+from scripts.demo_model import write_demo_model  # noqa: E402
 from scripts.engine_environment import (  # noqa: E402
     LOOPBACK,
     NO_COMPILER,
@@ -82,7 +78,11 @@ from scripts.gpu_report import (  # noqa: E402
     show,
     where_and_what,
 )
-from scripts.make_demo_model import write_demo_model  # noqa: E402
+from scripts.harness.options import (  # noqa: E402
+    add_common_options,
+    end_on_sigterm,
+    results_of,
+)
 from vllm_moe_offload.config import parse_cache_size  # noqa: E402
 
 GRACE_S = 20.0
@@ -119,7 +119,8 @@ def _model_dir(work_dir: Path, model: Model) -> Path:
     return work_dir / "models" / f"gpu-{model.name}-{sizes}"
 
 
-def _store(work_dir: Path, model: Model) -> Path:
+def store_of(work_dir: Path, model: Model) -> Path:
+    """Folder of the plugin's stores of a model."""
     return work_dir / "store" / _model_dir(work_dir, model).name
 
 
@@ -128,7 +129,7 @@ def ensure_model(work_dir: Path, model: Model, max_positions: int) -> Path:
 
     If it and its store do not fit on the disk, other models of this benchmark are removed.
     """
-    directory, store = _model_dir(work_dir, model), _store(work_dir, model)
+    directory, store = _model_dir(work_dir, model), store_of(work_dir, model)
     has_model = (directory / "config.json").exists()
     missing = (not has_model) + (not store.exists())
     needed = int(missing * DISK_FACTOR * model.expert_bytes)
@@ -188,7 +189,7 @@ def run_contestant(
         offload = offload_options(
             part,
             contestant,
-            _store(args.work_dir, part.model),
+            store_of(args.work_dir, part.model),
             logs / f"gpu-{part.name}-{contestant}-{os.getpid()}.msgpack",
             args.host_gb,
         )
@@ -293,10 +294,11 @@ def measure_link(part: Part, args: argparse.Namespace) -> dict[str, Any] | None:
     except subprocess.TimeoutExpired as error:  # the contestants can be measured without it
         print(f"The link could not be measured: {error}", file=sys.stderr)
         return {"error": f"not done within {LINK_LIMIT_S} s"}
-    if done.returncode != 0:
+    findings = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+    if not findings or "bytes_per_s" not in findings[-1]:
         print(f"The link could not be measured:\n{done.stderr[-2000:]}", file=sys.stderr)
         return {"error": done.stderr[-2000:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = findings[-1]  # without the plugin's copier, if that failed
     return found
 
 
@@ -403,22 +405,9 @@ def is_complete(part: Mapping[str, Any]) -> bool:
     )
 
 
-def main() -> int:
-    """Exit status 1 if something that can run here was not measured; 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--list", action="store_true", help="print the parts and end")
-    parser.add_argument(
-        "--prepare", action="store_true", help="write the parts' models and end"
-    )
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which engines run on which model: for this benchmark and the profile."""
     parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all")
-    parser.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=(*CONTESTANTS, RESIDENT_AUTO),
-        default=[*CONTESTANTS, RESIDENT_AUTO],
-    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--layers", type=int, help="layers of the models (default: see --list)")
     parser.add_argument(
@@ -446,6 +435,62 @@ def main() -> int:
         "--host-gb",
         help='the plugin\'s host_gb: GiB, a share such as "100%%", or auto (default: auto)',
     )
+    add_common_options(parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the command line asks for.
+
+    Attributes:
+        max_positions: of the models' configs: a model serves any choice of workloads.
+    """
+
+    parts: list[Part]
+    sizes: Sizes
+    max_positions: int
+
+
+def planned(args: argparse.Namespace) -> Planned:
+    """From :func:`add_plan_options`; makes ``args.work_dir`` absolute.
+
+    Raises:
+        ValueError: something that does not exist, or options that contradict each other.
+    """
+    args.work_dir = args.work_dir.absolute()
+    is_tiny = args.quick or args.device == "cpu"
+    models, all_sizes = (TINY_MODELS, QUICK) if is_tiny else (MODELS, FULL)
+    parts = select_parts(
+        args.parts, parts_of([with_layers(model, args.layers) for model in models])
+    )
+    check_choices(args)
+    sizes = with_workloads(all_sizes, args.workloads)
+    return Planned(parts, sizes, positions_of(all_sizes))
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a CUDA device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} sees no CUDA device; --device cpu tries the harness alone"
+        )
+
+
+def main() -> int:
+    """Exit status 1 if something that can run here was not measured; 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="print the parts and end")
+    parser.add_argument(
+        "--prepare", action="store_true", help="write the parts' models and end"
+    )
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=(*CONTESTANTS, RESIDENT_AUTO),
+        default=[*CONTESTANTS, RESIDENT_AUTO],
+    )
     parser.add_argument(
         "--time-limit-s", type=float, default=450, help="per part (default: %(default)s)"
     )
@@ -455,22 +500,16 @@ def main() -> int:
         default=30,
         help="no contestant is started with less time than this (default: %(default)s)",
     )
-    add_common_options(parser)
+    add_plan_options(parser)
     args = parser.parse_args()
-    args.work_dir = args.work_dir.absolute()
-    is_tiny = args.quick or args.device == "cpu"
-    models, all_sizes = (TINY_MODELS, QUICK) if is_tiny else (MODELS, FULL)
     try:
-        parts = select_parts(
-            args.parts, parts_of([with_layers(model, args.layers) for model in models])
-        )
-        sizes = with_workloads(all_sizes, args.workloads)
-        check_choices(args)
+        plan = planned(args)
+        if not (args.list or args.prepare):
+            check_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    max_positions = positions_of(all_sizes)  # a model serves any choice of workloads
     if args.list:
-        for part in parts:
+        for part in plan.parts:
             print(
                 f"{part.name}: {part.model.shape.layers} of {part.model.of_layers} layers, "
                 f"{part.model.expert_bytes / 1e9:.1f} GB of experts; "
@@ -478,35 +517,26 @@ def main() -> int:
             )
         return 0
     if args.prepare:
-        for model in dict.fromkeys(part.model for part in parts):
-            print(ensure_model(args.work_dir, model, max_positions))
+        for model in dict.fromkeys(part.model for part in plan.parts):
+            print(ensure_model(args.work_dir, model, plan.max_positions))
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            f"torch {torch.__version__} sees no CUDA device; --device cpu tries the harness alone"
-        )
     end_on_sigterm()
     results = results_of(args)
     if args.device == "cpu" and args.results is None:
         results = results_of(argparse.Namespace(results=None, quick=True))
     complete = True
-    for part in parts:
-        measured = new_part(part, sizes, args)
-
+    for part in plan.parts:
+        measured = new_part(part, plan.sizes, args)
         keep = functools.partial(
-            save,
-            {"parts": {part.name: measured}},
-            results=results,
-            work_dir=args.work_dir,
+            save, {"parts": {part.name: measured}}, results=results, work_dir=args.work_dir
         )
-
         try:
             run_part(
                 part,
-                sizes,
+                plan.sizes,
                 args,
                 measured,
-                max_positions=max_positions,
+                max_positions=plan.max_positions,
                 keep=functools.partial(keep, quiet=True),
             )
         finally:  # what was measured before an error or a signal is kept

@@ -14,20 +14,13 @@ what it lacked, and the tokens are to be the same (--no-control leaves that out)
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -36,217 +29,45 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import Bar, end_on_sigterm, results_of, write_report  # noqa: E402
-from scripts.bench_serving import (  # noqa: E402
+from scripts.demo_model import Shape, expert_bytes  # noqa: E402
+from scripts.harness.cgroup import (  # noqa: E402
+    MemoryCgroup,
+    kernel_log_of_kills,
+    memory_cgroup,
+)
+from scripts.harness.completions import Turn, prompts, take_turn  # noqa: E402
+from scripts.harness.models import ensure_model  # noqa: E402
+from scripts.harness.options import (  # noqa: E402
+    add_server_options,
+    end_on_sigterm,
+    parser_of,
+)
+from scripts.harness.page_cache import drop_caches  # noqa: E402
+from scripts.harness.report import Bar, report_of  # noqa: E402
+from scripts.harness.server import Server, ServerDied  # noqa: E402
+from scripts.harness.serving import (  # noqa: E402
     BUILD_LOG,
     ENVIRONMENT,
+    START_SECONDS,
     LogWatch,
-    Turn,
-    add_server_options,
-    drop_caches,
-    ensure_model,
     offload_counters,
     offload_options,
-    prompts,
-    serve_options,
-    take_turn,
+    start_server,
 )
-from scripts.server import Server, ServerDied  # noqa: E402
 
 GIB = 1 << 30
-CGROUPS = Path("/sys/fs/cgroup")
 LAYER = {"experts": 32, "top_k": 2, "hidden": 1024, "intermediate": 1280}
 QUICK_LAYER = {"experts": 16, "top_k": 2, "hidden": 1024, "intermediate": 512}
 KV_CACHE_BYTES = 128 << 20
-START_SECONDS = 900
+MEMORY_OPTIONS = (
+    "--kv-cache-memory-bytes",
+    str(KV_CACHE_BYTES),
+    "--gpu-memory-utilization",
+    "0.1",
+)
+"""vLLM looks at the machine's memory, not the cgroup's: it has to be told."""
 
 console = Console()
-
-
-# ---- memory cgroups --------------------------------------------------------------------
-
-
-class MemoryCgroup(ABC):
-    """A cgroup with a limit on memory and no swap; a context manager that removes it.
-
-    Attributes:
-        path: its directory.
-    """
-
-    peaks: dict[str, int]
-
-    def __init__(self, path: Path, limit_bytes: int) -> None:
-        """Nothing is created yet."""
-        self.path = path
-        self.limit_bytes = limit_bytes
-        self.peaks = {}
-        self._sampling = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> MemoryCgroup:
-        """Creates it. Raises OSError if the system does not let us."""
-        self.path.mkdir()
-        try:
-            self._limit()
-        except BaseException:
-            self.path.rmdir()
-            raise
-        self._sampler.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._sampling.set()
-        self._sampler.join()
-        self.kill_all()
-        for _ in range(50):
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-                return
-            time.sleep(0.2)
-        console.print(f"[red]{self.path} could not be removed; rmdir it by hand[/red]")
-
-    @property
-    def prefix(self) -> list[str]:
-        """Goes before a command that is to run inside."""
-        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs")]
-
-    def kill_all(self) -> None:
-        """Ends whatever still runs inside."""
-        for _ in range(100):
-            pids = (self.path / "cgroup.procs").read_text().split()
-            if not pids:
-                return
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            time.sleep(0.1)
-
-    def reset(self) -> None:
-        """Forgets the peaks so far."""
-        self.peaks = {}
-        self._reset_peak()
-
-    def figures(self) -> dict[str, Any]:
-        """Peaks since :meth:`reset`, and how often processes were killed in all.
-
-        ``max_usage`` is the kernel's and counts the page cache, which it takes back when it
-        needs to; ``anonymous`` (sampled) is what processes hold.
-        """
-        return {
-            "limit_bytes": self.limit_bytes,
-            "max_usage_bytes": self._max_usage(),
-            "peak_anonymous_bytes": self.peaks.get("anonymous", 0),
-            "peak_page_cache_bytes": self.peaks.get("page_cache", 0),
-            "oom_kills": self.oom_kills,
-        }
-
-    def _read(self, name: str) -> str:
-        return (self.path / name).read_text()
-
-    def _write(self, name: str, value: int) -> None:
-        (self.path / name).write_text(f"{value}\n")
-
-    def _table(self, name: str) -> dict[str, int]:
-        rows = (line.split() for line in self._read(name).splitlines())
-        return {row[0]: int(row[1]) for row in rows if len(row) == 2}
-
-    def _sample(self) -> None:
-        while not self._sampling.wait(0.1):
-            with contextlib.suppress(OSError):
-                for name, value in self._usage().items():
-                    self.peaks[name] = max(self.peaks.get(name, 0), value)
-
-    @property
-    @abstractmethod
-    def oom_kills(self) -> int:
-        """Processes that the kernel killed in it for want of memory."""
-
-    @abstractmethod
-    def _limit(self) -> None: ...
-
-    @abstractmethod
-    def _reset_peak(self) -> None: ...
-
-    @abstractmethod
-    def _max_usage(self) -> int | None: ...
-
-    @abstractmethod
-    def _usage(self) -> dict[str, int]: ...
-
-
-class CgroupV1(MemoryCgroup):
-    """Below /sys/fs/cgroup/memory."""
-
-    def _limit(self) -> None:
-        self._write("memory.limit_in_bytes", self.limit_bytes)
-        self._write("memory.swappiness", 0)
-        if (self.path / "memory.memsw.limit_in_bytes").exists():
-            self._write("memory.memsw.limit_in_bytes", self.limit_bytes)
-
-    @property
-    def oom_kills(self) -> int:
-        """See :class:`MemoryCgroup`."""
-        return self._table("memory.oom_control").get("oom_kill", 0)
-
-    def _reset_peak(self) -> None:
-        self._write("memory.max_usage_in_bytes", 0)
-
-    def _max_usage(self) -> int:
-        return int(self._read("memory.max_usage_in_bytes"))
-
-    def _usage(self) -> dict[str, int]:
-        stat = self._table("memory.stat")
-        return {"anonymous": stat["total_rss"], "page_cache": stat["total_cache"]}
-
-
-class CgroupV2(MemoryCgroup):
-    """Below /sys/fs/cgroup, where the memory controller is handed down."""
-
-    def _limit(self) -> None:
-        self._write("memory.max", self.limit_bytes)
-        if (self.path / "memory.swap.max").exists():
-            self._write("memory.swap.max", 0)
-
-    @property
-    def oom_kills(self) -> int:
-        """See :class:`MemoryCgroup`."""
-        return self._table("memory.events").get("oom_kill", 0)
-
-    def _reset_peak(self) -> None:
-        """Kernels before 6.12 cannot; the sampled peak stands in."""
-
-    def _max_usage(self) -> int | None:
-        return self.peaks.get("all")
-
-    def _usage(self) -> dict[str, int]:
-        stat = self._table("memory.stat")
-        current = int(self._read("memory.current"))
-        return {"anonymous": stat["anon"], "page_cache": stat["file"], "all": current}
-
-
-def memory_cgroup(limit_bytes: int) -> MemoryCgroup:
-    """One of whichever version the system has. Raises RuntimeError if it has none."""
-    name = f"vllm-moe-offload-{os.getpid()}"
-    if (CGROUPS / "memory" / "cgroup.procs").exists():
-        return CgroupV1(CGROUPS / "memory" / name, limit_bytes)
-    handed_down = CGROUPS / "cgroup.subtree_control"
-    if handed_down.exists():
-        if "memory" not in handed_down.read_text().split():
-            handed_down.write_text("+memory")
-        return CgroupV2(CGROUPS / name, limit_bytes)
-    raise RuntimeError(f"no memory controller below {CGROUPS}")
-
-
-def kernel_log_of_kills() -> list[str]:
-    """The kernel's lines about killed processes, oldest first."""
-    done = subprocess.run(["dmesg"], capture_output=True, text=True, check=False)
-    wanted = re.compile(r"Memory cgroup out of memory|oom-kill:")
-    return [line for line in done.stdout.splitlines() if wanted.search(line)]
 
 
 # ---- the three starts ------------------------------------------------------------------
@@ -257,11 +78,10 @@ def plain_in(cgroup: MemoryCgroup, model: Path, args: argparse.Namespace) -> dic
     drop_caches()
     cgroup.reset()
     kills, lines = cgroup.oom_kills, kernel_log_of_kills()
-    log = _log(args, "plain")
     outcome = "serves"
     status: int | None = None
-    with Server(
-        model, options_of(args), log=log, environment=ENVIRONMENT, prefix=cgroup.prefix
+    with start_server(
+        args, model, "memory-plain", MEMORY_OPTIONS, prefix=cgroup.prefix
     ) as server:
         try:
             seconds = server.wait_healthy(START_SECONDS)
@@ -297,12 +117,8 @@ def offload_in(
     cgroup.reset()
     kills = cgroup.oom_kills
     options = offload_options("trace", args.cache_gb, args.work_dir / "store-memory")
-    with Server(
-        model,
-        options_of(args, *options),
-        log=_log(args, name),
-        environment=ENVIRONMENT,
-        prefix=cgroup.prefix,
+    with start_server(
+        args, model, f"memory-{name}", [*MEMORY_OPTIONS, *options], prefix=cgroup.prefix
     ) as server:
         watch = LogWatch(server, BUILD_LOG)
         try:
@@ -310,7 +126,7 @@ def offload_in(
         finally:
             seconds = watch.close()
             at_start = cgroup.figures()
-        done = [_turn(server, args) for _ in range(turns)]
+        done = [turn(server, args) for _ in range(turns)]
         counters = offload_counters(server)
         figures = cgroup.figures()
         log = server.log
@@ -340,49 +156,41 @@ def offload_in(
 
 def control(model: Path, args: argparse.Namespace) -> list[str]:
     """What plain vLLM generates without a limit."""
-    with Server(
-        model, options_of(args), log=_log(args, "control"), environment=ENVIRONMENT
-    ) as server:
+    with start_server(args, model, "memory-control", MEMORY_OPTIONS) as server:
         server.wait_healthy(START_SECONDS)
-        return _turn(server, args).texts
+        return turn(server, args).texts
 
 
-def options_of(args: argparse.Namespace, *extra: str) -> list[str]:
-    """vLLM looks at the machine's memory, not the cgroup's: it has to be told."""
-    limits = ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--gpu-memory-utilization", "0.1"]
-    return serve_options(args, *limits, *extra)
-
-
-def _turn(server: Server, args: argparse.Namespace) -> Turn:
+def turn(server: Server, args: argparse.Namespace) -> Turn:
+    """All requests, always the same ones."""
     return take_turn(server, prompts(args.requests), args.tokens)
-
-
-def _log(args: argparse.Namespace, name: str) -> Path:
-    directory: Path = args.work_dir / "logs"
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / f"memory-{name}.log"
 
 
 # ---- the whole -------------------------------------------------------------------------
 
 
+def model_shape(args: argparse.Namespace) -> dict[str, int]:
+    """As many layers as ``--experts-gb`` asks for."""
+    layer = QUICK_LAYER if args.quick else LAYER
+    one_layer = expert_bytes("mixtral", Shape(layers=1, **layer))
+    return {"layers": -(-int(args.experts_gb * 1e9) // one_layer), **layer}
+
+
 def run(args: argparse.Namespace) -> int:
     """All starts, table and report."""
-    layer = QUICK_LAYER if args.quick else LAYER
-    layer_bytes = 6 * layer["experts"] * layer["hidden"] * layer["intermediate"]
-    layers = -(-int(args.experts_gb * 1e9) // layer_bytes)
-    expert_bytes = layers * layer_bytes
+    shape = model_shape(args)
+    all_experts = expert_bytes("mixtral", Shape(**shape))
     limit_bytes = int(args.limit_gib * GIB)
-    if limit_bytes >= expert_bytes:
+    if limit_bytes >= all_experts:
         console.print(
             f"--limit-gib {args.limit_gib:g} is not less than the experts' "
-            f"{expert_bytes / GIB:.2f} GiB: that would prove nothing"
+            f"{all_experts / GIB:.2f} GiB: that would prove nothing"
         )
         return 2
-    model = ensure_model(args.work_dir, {"layers": layers, **layer})
+    model = ensure_model(args.work_dir, shape)
     shutil.rmtree(args.work_dir / "store-memory", ignore_errors=True)
     console.print(
-        f"{expert_bytes / GIB:.2f} GiB of experts in a cgroup of {limit_bytes / GIB:.2f} GiB"
+        f"{all_experts / GIB:.2f} GiB of experts in a cgroup of {limit_bytes / GIB:.2f} GiB"
     )
     try:
         with memory_cgroup(limit_bytes) as cgroup:
@@ -394,47 +202,53 @@ def run(args: argparse.Namespace) -> int:
             shutil.rmtree(args.work_dir / "store-memory", ignore_errors=True)
     wanted = control(model, args) if args.control else None
     same = None if wanted is None else wanted == texts == again
-    console.print(_table(expert_bytes, plain, build, reopen))
-    bars = [
-        Bar("plain vLLM cannot serve (1: yes)", float(plain["outcome"] != "serves"), 1),
-        Bar("limit / experts", limit_bytes / expert_bytes, 1.0, at_least=False),
-        Bar(
-            "most memory held by the plugin's server / experts",
-            max(r["cgroup"]["peak_anonymous_bytes"] for r in (build, reopen)) / expert_bytes,
-            1.0,
-            at_least=False,
-        ),
-        Bar(
-            "plugin serves, nothing killed (1: yes)",
-            float(build["oom_kills"] + reopen["oom_kills"] == 0),
-            1,
-        ),
-        Bar("second start opened the store (1: yes)", float(reopen["opened_store"]), 1),
-    ]
-    if same is not None:
-        bars.append(
-            Bar("tokens are those of plain vLLM without limit (1: yes)", float(same), 1)
-        )
-    write_report(
+    console.print(table_of(all_experts, plain, build, reopen))
+    report_of(
+        args,
         "memory",
         {
-            "parameters": vars(args)
-            | {"shape": {"layers": layers, **layer}, "environment": ENVIRONMENT},
-            "expert_bytes": expert_bytes,
+            "parameters": vars(args) | {"shape": shape, "environment": ENVIRONMENT},
+            "expert_bytes": all_experts,
             "limit_bytes": limit_bytes,
             "plain": plain,
             "build": build,
             "reopen": reopen,
             "same_output_as_plain": same,
         },
-        bars=bars,
-        work_dir=args.work_dir,
-        results=results_of(args),
+        bars_of(all_experts, plain, [build, reopen], same),
     )
     return 0
 
 
-def _table(
+def bars_of(
+    all_experts: int,
+    plain: dict[str, Any],
+    offload: Sequence[dict[str, Any]],
+    same: bool | None,
+) -> list[Bar]:
+    """What plain vLLM cannot do and the plugin must; ``offload``: first start and second."""
+    held = max(start["cgroup"]["peak_anonymous_bytes"] for start in offload)
+    killed = sum(start["oom_kills"] for start in offload)
+    limit_bytes = offload[0]["cgroup"]["limit_bytes"]
+    bars = [
+        Bar("plain vLLM cannot serve (1: yes)", float(plain["outcome"] != "serves"), 1),
+        Bar("limit / experts", limit_bytes / all_experts, 1.0, at_least=False),
+        Bar(
+            "most memory held by the plugin's server / experts",
+            held / all_experts,
+            1.0,
+            at_least=False,
+        ),
+        Bar("plugin serves, nothing killed (1: yes)", float(killed == 0), 1),
+        Bar("second start opened the store (1: yes)", float(offload[1]["opened_store"]), 1),
+    ]
+    if same is not None:
+        name = "tokens are those of plain vLLM without limit (1: yes)"
+        bars.append(Bar(name, float(same), 1))
+    return bars
+
+
+def table_of(
     expert_bytes: int, plain: dict[str, Any], build: dict[str, Any], reopen: dict[str, Any]
 ) -> Table:
     limit = build["cgroup"]["limit_bytes"]
@@ -464,9 +278,7 @@ def _table(
 
 def main() -> int:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_server_options(parser)
     parser.add_argument("--experts-gb", type=float, default=6.0, help="GB (1e9) of experts")
     parser.add_argument("--limit-gib", type=float, default=4.5, help="of the memory cgroup")

@@ -9,13 +9,15 @@ here), is shown beside it, as its mean per layer; `bench_prefetch.py` has its ba
 
 from __future__ import annotations
 
+import argparse
 import cProfile
 import io
 import pstats
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +29,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
+from scripts.harness.options import parser_of  # noqa: E402
+from scripts.harness.report import Bar, report_of  # noqa: E402
 from vllm_moe_offload.cache import ExpertCache  # noqa: E402
 from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
 from vllm_moe_offload.policy import Policy, StepRows, make_policy  # noqa: E402
@@ -43,6 +46,8 @@ SHARES = (1.0, 0.5)
 ROUTINGS = 16
 """Different steps that take turns, so that no table stays in the nearest cache."""
 LAYOUT = ExpertLayout((TensorSpec("w", (4096,), "uint8", 4096),))
+
+console = Console()
 
 
 class _InstantTransfer:
@@ -212,6 +217,65 @@ def profile(setup: Setup, steps: int) -> str:
     return text.getvalue()
 
 
+def measure_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every policy with every share of the experts cached and every number of tokens."""
+    for policy, share, tokens in product(args.policies, SHARES, BARS_US):
+        setup = Setup(
+            policy,
+            share=share,
+            tokens=tokens,
+            layers=args.layers,
+            experts=args.experts,
+            top_k=args.top_k,
+        )
+        figures = measure(setup, args.steps, args.warmup)
+        if args.profile:
+            console.print(f"[bold]{policy}, {share:.0%}, B={tokens}[/bold]")
+            console.print(profile(setup, args.steps), highlight=False, markup=False)
+        setup.runtime.close()
+        yield {"policy": policy, "cache": share, "tokens": tokens} | figures
+
+
+def table_of(cases: Sequence[dict[str, Any]]) -> Table:
+    """A row per case."""
+    table = Table(title="All experts hit: microseconds per layer (median)")
+    columns = ("policy", "cache", "B", "calls", "begin_step", "total", "p95", "bar", "learning")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for case in cases:
+        table.add_row(
+            case["policy"],
+            f"{case['cache']:.0%}",
+            str(case["tokens"]),
+            f"{case['layer_us']:.1f}",
+            f"{case['begin_step_us']:.1f}",
+            f"{case['total_us']:.1f}",
+            f"{case['total_p95_us']:.1f}",
+            f"{BARS_US[case['tokens']]:g}",
+            f"{case['learning_mean_us']:.1f}",
+        )
+    return table
+
+
+def bars_of(cases: Sequence[dict[str, Any]], policies: Sequence[str]) -> list[Bar]:
+    """The worst of the cache sizes, per policy and number of tokens."""
+    return [
+        Bar(
+            f"{policy}, B={tokens}: us per layer, worst of the cache sizes",
+            max(
+                case["total_us"]
+                for case in cases
+                if case["policy"] == policy and case["tokens"] == tokens
+            ),
+            bar,
+            "us",
+            at_least=False,
+        )
+        for policy in policies
+        for tokens, bar in BARS_US.items()
+    ]
+
+
 def main() -> int:
     """See the module's docstring."""
     parser = parser_of(__doc__)
@@ -226,65 +290,10 @@ def main() -> int:
     if args.quick:
         args.steps, args.warmup = 20, 10
     torch.set_num_threads(1)
-
-    console = Console()
-    table = Table(title="All experts hit: microseconds per layer (median)")
-    columns = ("policy", "cache", "B", "calls", "begin_step", "total", "p95", "bar", "learning")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    cases: list[dict[str, Any]] = []
-    for policy in args.policies:
-        for share in SHARES:
-            for tokens, bar in BARS_US.items():
-                setup = Setup(
-                    policy,
-                    share=share,
-                    tokens=tokens,
-                    layers=args.layers,
-                    experts=args.experts,
-                    top_k=args.top_k,
-                )
-                case = {"policy": policy, "cache": share, "tokens": tokens}
-                case |= measure(setup, args.steps, args.warmup)
-                cases.append(case)
-                table.add_row(
-                    policy,
-                    f"{share:.0%}",
-                    str(tokens),
-                    f"{case['layer_us']:.1f}",
-                    f"{case['begin_step_us']:.1f}",
-                    f"{case['total_us']:.1f}",
-                    f"{case['total_p95_us']:.1f}",
-                    f"{bar:g}",
-                    f"{case['learning_mean_us']:.1f}",
-                )
-                if args.profile:
-                    console.print(f"[bold]{policy}, {share:.0%}, B={tokens}[/bold]")
-                    console.print(profile(setup, args.steps), highlight=False, markup=False)
-                setup.runtime.close()
-    console.print(table)
-    bars = [
-        Bar(
-            f"{policy}, B={tokens}: us per layer, worst of the cache sizes",
-            max(
-                case["total_us"]
-                for case in cases
-                if case["policy"] == policy and case["tokens"] == tokens
-            ),
-            bar,
-            "us",
-            at_least=False,
-        )
-        for policy in args.policies
-        for tokens, bar in BARS_US.items()
-    ]
-    write_report(
-        "planner",
-        {"parameters": vars(args), "cases": cases},
-        bars=bars,
-        work_dir=args.work_dir,
-        results=results_of(args),
-    )
+    cases = list(measure_cases(args))
+    console.print(table_of(cases))
+    data = {"parameters": vars(args), "cases": cases}
+    report_of(args, "planner", data, bars_of(cases, args.policies))
     return 0
 
 

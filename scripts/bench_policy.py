@@ -21,7 +21,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
+from scripts.harness.options import parser_of, results_of  # noqa: E402
+from scripts.harness.report import Bar, write_report  # noqa: E402
 from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
 from vllm_moe_offload.policy import StepRows  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402

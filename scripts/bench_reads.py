@@ -13,15 +13,13 @@ bar holds against the faster one of each batch size.
 
 from __future__ import annotations
 
-import ctypes
-import os
+import argparse
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import Bar, parser_of, results_of, write_report  # noqa: E402
-from vllm_moe_offload.layout import ExpertLayout, TensorSpec, round_up  # noqa: E402
+from scripts.harness.options import parser_of  # noqa: E402
+from scripts.harness.report import Bar, report_of  # noqa: E402
+from scripts.raw_reader import Part, RawReader, split_evenly  # noqa: E402
+from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
 from vllm_moe_offload.pool import SlotPool  # noqa: E402
 from vllm_moe_offload.store import (  # noqa: E402
     ExpertStore,
@@ -75,150 +75,7 @@ LAYOUTS = {
     "12.6 MB": _weights(1024, 2048),
     "1.6 MB": _weights(512, 512),
 }
-"""Experts of the model that bench_serving.py compares with llama.cpp, and of `make demo`."""
-
-
-# ---- raw reads ---------------------------------------------------------------------------
-
-_RAW_SOURCE = r"""
-#define _GNU_SOURCE
-#include <errno.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdlib.h>
-#include <sys/uio.h>
-#include <unistd.h>
-
-struct part { long offset; void *target; long length; };
-struct raw {
-  int fd, num_threads, stop;
-  long num_parts;
-  const struct part *parts;
-  atomic_long next;
-  atomic_int error;
-  pthread_barrier_t begin, end;
-  pthread_t threads[64];
-};
-
-static void *work(void *argument) {
-  struct raw *raw = argument;
-  for (;;) {
-    pthread_barrier_wait(&raw->begin);
-    if (raw->stop) return NULL;
-    for (long i; (i = atomic_fetch_add(&raw->next, 1)) < raw->num_parts;) {
-      const struct part *part = &raw->parts[i];
-      for (long done = 0; done < part->length;) {
-        struct iovec vector = {(char *)part->target + done, part->length - done};
-        ssize_t count = preadv(raw->fd, &vector, 1, part->offset + done);
-        if (count <= 0) {
-          atomic_store(&raw->error, count < 0 ? errno : EIO);
-          break;
-        }
-        done += count;
-      }
-    }
-    pthread_barrier_wait(&raw->end);
-  }
-}
-
-struct raw *raw_open(int fd, int num_threads) {
-  struct raw *raw = calloc(1, sizeof *raw);
-  raw->fd = fd;
-  raw->num_threads = num_threads;
-  pthread_barrier_init(&raw->begin, NULL, num_threads + 1);
-  pthread_barrier_init(&raw->end, NULL, num_threads + 1);
-  for (int i = 0; i < num_threads; i++) pthread_create(&raw->threads[i], NULL, work, raw);
-  return raw;
-}
-
-int raw_read(struct raw *raw, const struct part *parts, long num_parts) {
-  raw->parts = parts;
-  raw->num_parts = num_parts;
-  atomic_store(&raw->next, 0);
-  atomic_store(&raw->error, 0);
-  pthread_barrier_wait(&raw->begin);
-  pthread_barrier_wait(&raw->end);
-  return atomic_load(&raw->error);
-}
-
-void raw_close(struct raw *raw) {
-  raw->stop = 1;
-  pthread_barrier_wait(&raw->begin);
-  for (int i = 0; i < raw->num_threads; i++) pthread_join(raw->threads[i], NULL);
-  free(raw);
-}
-"""
-"""Shares no line with the engine, and never waits for the interpreter's lock."""
-
-
-class Part(ctypes.Structure):
-    """Bytes of a file and where they go; all aligned."""
-
-    _fields_ = (
-        ("offset", ctypes.c_long),
-        ("target", ctypes.c_void_p),
-        ("length", ctypes.c_long),
-    )
-
-
-def _compile_raw(directory: Path) -> ctypes.CDLL:
-    directory.mkdir(parents=True, exist_ok=True)
-    source, library = directory / "raw_reader.c", directory / "raw_reader.so"
-    source.write_text(_RAW_SOURCE)
-    compiler = os.environ.get("CC", "cc")
-    flags = ["-O2", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.raw_open.restype = ctypes.c_void_p
-    loaded.raw_open.argtypes = [ctypes.c_int, ctypes.c_int]
-    loaded.raw_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long]
-    loaded.raw_close.restype = None
-    loaded.raw_close.argtypes = [ctypes.c_void_p]
-    return loaded
-
-
-class RawReader:
-    """C threads that preadv from one file opened with O_DIRECT; a context manager."""
-
-    def __init__(self, path: Path, num_threads: int, directory: Path) -> None:
-        """``directory``: for the compiled code. Raises OSError without O_DIRECT or compiler."""
-        if not 1 <= num_threads <= 64:
-            raise ValueError(f"{num_threads} threads; 1 to 64 are possible")
-        self._core = _compile_raw(directory)
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        self._raw = self._core.raw_open(self._descriptor, num_threads)
-
-    def __enter__(self) -> RawReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._core.raw_close(self._raw)
-        os.close(self._descriptor)
-
-    def read(self, parts: ctypes.Array[Part]) -> None:
-        """Reads all and returns when all are there. Raises OSError."""
-        error = self._core.raw_read(self._raw, parts, len(parts))
-        if error:
-            raise OSError(error, os.strerror(error))
-
-
-def buffers_of(count: int, nbytes: int) -> Bytes:
-    """Rows ``[count, nbytes]`` in memory like the pool's: one region, page-aligned, touched.
-
-    One region, because that gets huge pages. Into separate buffers of 1.6 MB, too small for
-    them, raw threads read at 1.1 GB/s while the engine read into its pool at 2.8.
-    """
-    rows = aligned_buffer(count * nbytes).reshape(count, nbytes)
-    rows.fill(0)
-    return rows
-
-
-def split_evenly(part: Part, count: int) -> Iterator[Part]:
-    """``part`` in ``count`` aligned pieces of about the same size."""
-    size = round_up(-(-part.length // count))
-    for begin in range(0, part.length, size):
-        length = min(size, part.length - begin)
-        yield Part(part.offset + begin, part.target + begin, length)
+"""Experts of the model that bench_llamacpp_shape.py compares with llama.cpp, and of `make demo`."""
 
 
 # ---- the store ---------------------------------------------------------------------------
@@ -277,6 +134,17 @@ class Picks:
 
 
 # ---- measuring ---------------------------------------------------------------------------
+
+
+def buffers_of(count: int, nbytes: int) -> Bytes:
+    """Rows ``[count, nbytes]`` in memory like the pool's: one region, page-aligned, touched.
+
+    One region, because that gets huge pages. Into separate buffers of 1.6 MB, too small for
+    them, raw threads read at 1.1 GB/s while the engine read into its pool at 2.8.
+    """
+    rows = aligned_buffer(count * nbytes).reshape(count, nbytes)
+    rows.fill(0)
+    return rows
 
 
 def measure(
@@ -344,6 +212,38 @@ def _time(
     return time.perf_counter() - began
 
 
+def measure_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every size of records in every size of batches."""
+    cases: list[dict[str, Any]] = []
+    for name, layout in LAYOUTS.items():
+        store = make_store(args.work_dir / "reads", layout, int(args.store_gb * 1e9))
+        speeds_of = measure(store, args.threads, args.repeats, args.work_dir)
+        for batch, kinds in speeds_of.items():
+            medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+            cases.append(
+                {
+                    "record_bytes": layout.record_bytes,
+                    "record": name,
+                    "batch": batch,
+                    "ratio": medians["engine"] / max(medians["whole"], medians["split"]),
+                    "median_bytes_per_s": medians,
+                    "samples_bytes_per_s": kinds,
+                }
+            )
+    return cases
+
+
+def table_of(cases: Sequence[dict[str, Any]]) -> Table:
+    """A row per case."""
+    table = Table(title="Demand reads against raw O_DIRECT: GB/s (median)")
+    for column in ("record", "batch", *KINDS, "engine / best raw"):
+        table.add_column(column, justify="right")
+    for case in cases:
+        speeds = [f"{case['median_bytes_per_s'][kind] / 1e9:.2f}" for kind in KINDS]
+        table.add_row(case["record"], str(case["batch"]), *speeds, f"{case['ratio']:.2f}")
+    return table
+
+
 def main() -> int:
     """See the module's docstring."""
     parser = parser_of(__doc__)
@@ -358,47 +258,18 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.repeats, args.store_gb = 5, 0.2
-
-    table = Table(title="Demand reads against raw O_DIRECT: GB/s (median)")
-    for column in ("record", "batch", *KINDS, "engine / best raw"):
-        table.add_column(column, justify="right")
-    cases: list[dict[str, Any]] = []
-    for name, layout in LAYOUTS.items():
-        store = make_store(args.work_dir / "reads", layout, int(args.store_gb * 1e9))
-        speeds_of = measure(store, args.threads, args.repeats, args.work_dir)
-        for batch, kinds in speeds_of.items():
-            medians = {kind: statistics.median(values) for kind, values in kinds.items()}
-            ratio = medians["engine"] / max(medians["whole"], medians["split"])
-            cases.append(
-                {
-                    "record_bytes": layout.record_bytes,
-                    "record": name,
-                    "batch": batch,
-                    "ratio": ratio,
-                    "median_bytes_per_s": medians,
-                    "samples_bytes_per_s": kinds,
-                }
-            )
-            speeds = [f"{medians[kind] / 1e9:.2f}" for kind in KINDS]
-            table.add_row(name, str(batch), *speeds, f"{ratio:.2f}")
-    Console().print(table)
+    cases = measure_cases(args)
+    Console().print(table_of(cases))
     bars = [
         Bar(
-            f"{name} records, batch of {case['batch']}: bytes / stall time, engine to raw",
+            f"{case['record']} records, batch of {case['batch']}: bytes / stall time, engine to "
+            "raw",
             case["ratio"],
             0.8,
         )
-        for name in LAYOUTS
         for case in cases
-        if case["record"] == name
     ]
-    write_report(
-        "reads",
-        {"parameters": vars(args), "cases": cases},
-        bars=bars,
-        work_dir=args.work_dir,
-        results=results_of(args),
-    )
+    report_of(args, "reads", {"parameters": vars(args), "cases": cases}, bars)
     return 0
 
 

@@ -34,26 +34,23 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import (  # noqa: E402
-    Bar,
+from scripts.harness.completions import ask, prompts  # noqa: E402
+from scripts.harness.models import ensure_model, shape_of  # noqa: E402
+from scripts.harness.options import (  # noqa: E402
+    add_server_options,
     end_on_sigterm,
     parser_of,
-    results_of,
-    write_report,
 )
-from scripts.bench_serving import (  # noqa: E402
+from scripts.harness.pairing import bootstrap_of_median, orders  # noqa: E402
+from scripts.harness.report import Bar, report_of  # noqa: E402
+from scripts.harness.server import HOST, Server  # noqa: E402
+from scripts.harness.serving import (  # noqa: E402
     ENVIRONMENT,
-    LLAMACPP_SHAPE,
-    QUICK_SHAPE,
     SETTLE_SECONDS,
-    ask,
-    bootstrap_of_median,
-    ensure_model,
+    START_SECONDS,
     offload_options,
-    prompts,
-    serve_options,
+    start_server,
 )
-from scripts.server import HOST, Server  # noqa: E402
 from vllm_moe_offload.integration.endpoint import OffloadCollector  # noqa: E402
 from vllm_moe_offload.metrics import VALUES, CounterFile  # noqa: E402
 
@@ -136,13 +133,11 @@ def take_turn(
 
 def take_rounds(server: Server, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A turn of every arm per round, the first one changing."""
-    names = list(ARMS)
-    for number in range(args.rounds):
+    for number, names in enumerate(orders(list(ARMS), args.rounds)):
         texts = prompts(args.requests, seed=number)
-        result: dict[str, Any] = {"order": list(names)}
+        result: dict[str, Any] = {"order": names}
         for name in names:
             result[name] = take_turn(server, texts, args.tokens, ARMS[name])
-        names = names[1:] + names[:1]
         console.print(
             f"round {number + 1}, tokens/s: "
             + ", ".join(f"{name} {result[name]['tokens_per_s']:.2f}" for name in ARMS)
@@ -196,21 +191,8 @@ def time_collector(num_workers: int, repeats: int) -> dict[str, Any]:
         }
 
 
-def main() -> int:
-    """See the module's docstring."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--requests", type=int, default=12, help="per turn")
-    parser.add_argument("--tokens", type=int, default=128, help="generated per request")
-    parser.add_argument("--cache", default="100%", help="cache_gb (default: 100%%)")
-    parser.add_argument("--eager", action="store_true", help="skip torch.compile")
-    parser.add_argument(
-        "--direct-only", action="store_true", help="only time the collector; no server"
-    )
-    args = parser.parse_args()
-    end_on_sigterm()
-    if args.quick:
-        args.eager, args.rounds, args.requests, args.tokens = True, 3, 4, 64
+def measure_directly() -> list[dict[str, Any]]:
+    """The plugin's part with 1 and with 8 workers."""
     direct = [time_collector(n, DIRECT_REPEATS) for n in (1, 8)]
     for result in direct:
         console.print(
@@ -218,64 +200,102 @@ def main() -> int:
             f"scrape (max {max(result['scrape_ms']):.3f}), "
             f"{1e3 * statistics.median(result['write_ms']):.2f} us per step to write"
         )
-    if args.direct_only:
-        return 0
+    return direct
 
-    shape = QUICK_SHAPE if args.quick else LLAMACPP_SHAPE
-    model = ensure_model(args.work_dir, shape)
-    logs = args.work_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    options = serve_options(
-        args, *offload_options("trace", args.cache, args.work_dir / "store")
-    )
+
+def measure_server(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rounds of a live server."""
+    model = ensure_model(args.work_dir, shape_of(args))
+    options = offload_options("trace", args.cache, args.work_dir / "store")
     console.print("Starting the server")
-    with Server(model, options, log=logs / "scrape.log", environment=ENVIRONMENT) as server:
-        server.wait_healthy(900)
+    with start_server(args, model, "scrape", options) as server:
+        server.wait_healthy(START_SECONDS)
         take_turn(server, prompts(args.requests, seed=-1), args.tokens, 0.0)  # warm-up
-        rounds = list(take_rounds(server, args))
+        return list(take_rounds(server, args))
 
+
+def summary(
+    rounds: Sequence[dict[str, Any]], direct: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Losses and medians of all that was measured; printed, too."""
     losses = {name: loss_percent(rounds, name) for name in ARMS if name != "alone"}
-    medians: dict[str, float] = {}
-    for name in ARMS:
-        medians[f"{name}, tokens/s"] = statistics.median(
-            r[name]["tokens_per_s"] for r in rounds
-        )
     for name, loss in losses.items():
         low, high = loss["confidence_interval_95"]
         console.print(
             f"lost to {name}: {loss['median']:.2f} % (median of {len(rounds)} rounds; 95 % CI "
             f"[{low:.2f}, {high:.2f}])"
         )
-    scrape_ms = statistics.median(ms for r in rounds for ms in r["10 Hz"]["scrape_ms"])
+    medians = {
+        f"{name}, tokens/s": statistics.median(one[name]["tokens_per_s"] for one in rounds)
+        for name in ARMS
+    }
+    scrape_ms = statistics.median(ms for one in rounds for ms in one["10 Hz"]["scrape_ms"])
     collector_ms = statistics.median(direct[0]["scrape_ms"])
     console.print(
         f"a scrape took {scrape_ms:.1f} ms under load; {collector_ms:.3f} ms are the plugin's"
     )
+    return {
+        "loss_percent": losses,
+        "direct": direct,
+        "medians": medians
+        | {
+            "scrape_ms_under_load": scrape_ms,
+            "collector_ms": collector_ms,
+            "write_us": 1e3 * statistics.median(direct[0]["write_ms"]),
+        },
+    }
+
+
+def bars_of(found: dict[str, Any]) -> list[Bar]:
+    """What one scrape a second may cost."""
+    losses = found["loss_percent"]
     tenth = losses["10 Hz"]["confidence_interval_95"][1] / 10
     bars = [
         ("throughput lost to 1 scrape/s, median", losses["1 Hz"]["median"]),
         ("a tenth of what 10 scrapes/s cost: upper end of the median's 95 % CI", tenth),
-        # A scrape takes this share of one second of one core, whatever the server does.
-        ("the plugin's part of 1 scrape/s: share of one core", 100 * collector_ms / 1e3),
+        (
+            # A scrape takes this share of one second of one core, whatever the server does.
+            "the plugin's part of 1 scrape/s: share of one core",
+            100 * found["medians"]["collector_ms"] / 1e3,
+        ),
     ]
-    write_report(
+    return [Bar(name, value, LIMIT_PERCENT, "%", at_least=False) for name, value in bars]
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = parser_of(__doc__)
+    add_server_options(parser)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=12, help="per turn")
+    parser.add_argument("--tokens", type=int, default=128, help="generated per request")
+    parser.add_argument("--cache", default="100%", help="cache_gb (default: 100%%)")
+    parser.add_argument(
+        "--direct-only", action="store_true", help="only time the collector; no server"
+    )
+    args = parser.parse_args()
+    end_on_sigterm()
+    if args.quick:
+        args.eager, args.rounds, args.requests, args.tokens = True, 3, 4, 64
+    direct = measure_directly()
+    if args.direct_only:
+        return 0
+    rounds = measure_server(args)
+    found = summary(rounds, direct)
+    report_of(
+        args,
         "scrape",
         {
             "parameters": vars(args)
-            | {"shape": shape, "concurrency": CONCURRENCY, "environment": ENVIRONMENT},
-            "samples": rounds,
-            "loss_percent": losses,
-            "direct": direct,
-            "medians": medians
             | {
-                "scrape_ms_under_load": scrape_ms,
-                "collector_ms": collector_ms,
-                "write_us": 1e3 * statistics.median(direct[0]["write_ms"]),
+                "shape": shape_of(args),
+                "concurrency": CONCURRENCY,
+                "environment": ENVIRONMENT,
             },
+            "samples": rounds,
+            **found,
         },
-        bars=[Bar(name, value, LIMIT_PERCENT, "%", at_least=False) for name, value in bars],
-        work_dir=args.work_dir,
-        results=results_of(args),
+        bars_of(found),
     )
     return 0
 

@@ -18,8 +18,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.make_demo_model import write_demo_model  # noqa: E402
-from scripts.server import Server  # noqa: E402
+from scripts.demo_model import write_demo_model  # noqa: E402
+from scripts.harness.server import Server  # noqa: E402
 
 QUESTIONS = (
     "Tell me something about the sea.",

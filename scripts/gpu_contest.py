@@ -24,8 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.demo_model import TOPICS  # noqa: E402
 from scripts.gpu_plan import Workload  # noqa: E402
-from scripts.make_demo_model import TOPICS  # noqa: E402
 
 WORDS_PER_TOPIC = 64
 """A long prompt goes through all topics, as a long document does; a short one keeps to one."""
@@ -98,7 +98,7 @@ class Compilations:
             import triton
         except ImportError:
             return
-        runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+        runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)
         self.is_counted = hasattr(runtime, "jit_post_compile_hook")
         if self.is_counted:
             self._before = runtime.jit_post_compile_hook

@@ -46,8 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts import gpu_findings  # noqa: E402
-from scripts.bench_report import commit, hardware, versions  # noqa: E402
 from scripts.gpu_sequence import KIT_FILE, STEPS, Command, Run, Step, environment  # noqa: E402
+from scripts.harness.machine import commit, hardware, versions  # noqa: E402
 
 LOG_TAIL_CHARACTERS = 6000
 KILL_GRACE_S = 2.0

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import commit  # noqa: E402
+from scripts.harness.machine import commit  # noqa: E402
 
 KIT = ROOT / "build" / "gpu-kit"
 FOLDERS = ("vllm_moe_offload", "tests", "scripts")

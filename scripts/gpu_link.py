@@ -89,7 +89,7 @@ def _on_stream(copy: Any) -> float:
         copy()
         end.record(stream)
     stream.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def copier_bytes_per_s(

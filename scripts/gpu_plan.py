@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.make_demo_model import Shape, expert_bytes
+from scripts.demo_model import Shape, expert_bytes
 
 GIB = 1 << 30
 BACKENDS = ("eager", "inductor")

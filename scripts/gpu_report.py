@@ -24,16 +24,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_report import (  # noqa: E402
-    RESULTS,
-    Bar,
-    bars_table,
-    commit,
-    hardware,
-    versions,
-    write_report,
-)
 from scripts.gpu_plan import LONG_PROMPT_TOKENS, RESIDENT_AUTO  # noqa: E402
+from scripts.harness.machine import commit, hardware, versions  # noqa: E402
+from scripts.harness.options import RESULTS  # noqa: E402
+from scripts.harness.report import Bar, bars_table, write_report  # noqa: E402
 
 NAME = "gpu"
 STEPS = (

@@ -170,7 +170,7 @@ def _copies(run: Run, _: float) -> list[Command]:
 
 
 def _link(run: Run, _: float) -> list[Command]:
-    sizes = ("--record-bytes", RECORD_BYTES, "--lock-gb", 20)
+    sizes: tuple[object, ...] = ("--record-bytes", RECORD_BYTES, "--lock-gb", 20)
     if run.device == "cpu":
         sizes = ("--record-bytes", 1 << 16, "--lock-gb", 0.25, "--round-bytes", 1 << 22)
     return [
@@ -221,8 +221,13 @@ def bench_arguments(run: Run) -> tuple[object, ...]:
     return (*where, "--parts", BENCH_PART, "--layers", BENCH_LAYERS)
 
 
+def compilation(run: Run) -> tuple[str, ...]:
+    """How engines compile: not at all where graphs are wrong, else without Inductor."""
+    return ("--backend", "eager") if graphs_work(run) else ("--enforce-eager",)
+
+
 def _bench(run: Run, limit_s: float) -> list[Command]:
-    arguments = [*bench_arguments(run), "--backend", "eager", "--results", run.results]
+    arguments = [*bench_arguments(run), "--results", run.results]
     arguments += ["--time-limit-s", limit_s - BENCH_MARGIN_S]
     if run.device == "cpu":
         arguments += ["--workloads", "decode-1", "prefill-512", "--contestants", "trace", "lru"]
@@ -235,15 +240,15 @@ def _bench(run: Run, limit_s: float) -> list[Command]:
             "decode-8",
             "prefill-4096",
         ]
-    if not graphs_work(run):
-        arguments.append("--enforce-eager")
+    arguments += compilation(run)
     return [Command("bench", _script("bench_gpu.py", *arguments))]
 
 
-def _profile(run: Run, limit_s: float) -> list[Command]:
-    arguments = [*bench_arguments(run), "--limit-s", limit_s - 5]
-    if not graphs_work(run):
-        arguments.append("--enforce-eager")
+def _profile(run: Run, _: float) -> list[Command]:
+    arguments = [*bench_arguments(run), "--workloads", "decode-1"]
+    if run.device == "cuda":
+        arguments += ["--host-gb", "100%"]
+    arguments += compilation(run)
     return [Command("profile", _script("gpu_profile.py", *arguments))]
 
 

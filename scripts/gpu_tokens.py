@@ -31,7 +31,13 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 from scripts.gpu_findings import note  # noqa: E402
 
 ARCH = "qwen3_moe"
-SHAPE = {"layers": 3, "experts": 8, "top_k": 2, "hidden": 128, "intermediate": 128}
+SHAPE: dict[str, Any] = {
+    "layers": 3,
+    "experts": 8,
+    "top_k": 2,
+    "hidden": 128,
+    "intermediate": 128,
+}
 PAIRS = ("eager", "graphs")
 
 
@@ -50,7 +56,7 @@ def job(
                 "backend": "eager",  # Dynamo without Inductor: a start takes seconds
                 "cudagraph_capture_sizes": [1, 8],
             }
-    described = engine(
+    described: dict[str, Any] = engine(
         model,
         eager=pair == "eager",
         offload=dict(offload) if offload is not None else None,
@@ -103,10 +109,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--work-dir", type=Path, required=True, help="of model and store")
     args = parser.parse_args()
-    from scripts.make_demo_model import write_demo_model
+    from scripts.demo_model import write_demo_model
 
     model, store = args.work_dir / "model", args.work_dir / "store"
-    write_demo_model(model, ARCH, **SHAPE, force=True)
+    write_demo_model(model, ARCH, force=True, **SHAPE)
     began = time.perf_counter()
     from tests.integration.engine_driver import run_job
 

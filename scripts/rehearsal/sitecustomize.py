@@ -10,6 +10,7 @@ import atexit
 import os
 import sys
 import traceback
+from typing import Any
 
 LOG = os.environ.get("VMO_REHEARSAL_LOG", "")
 CLONE = os.environ.get("VMO_REHEARSAL_CLONE", "")
@@ -42,7 +43,7 @@ def in_clone(path: object) -> bool:
     return inside and not text.startswith(ALLOWED)
 
 
-def offence(event: str, arguments: tuple) -> str | None:
+def offence(event: str, arguments: tuple[Any, ...]) -> str | None:
     """What about an audit event is not possible on a bare machine."""
     if event in ("open", "ctypes.dlopen", "os.listdir", "os.scandir", "os.chdir"):
         return f"looks at {arguments[0]!r}" if in_clone(arguments[0]) else None
@@ -70,7 +71,7 @@ def note(what: str, where: str) -> None:
         os.close(handle)
 
 
-def watch(event: str, arguments: tuple) -> None:
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
     """The audit hook."""
     what = offence(event, arguments)
     if what is not None:

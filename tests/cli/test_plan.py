@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.make_demo_model import write_demo_model
+from scripts.demo_model import write_demo_model
 from vllm_moe_offload import cli
 from vllm_moe_offload.cli.command import UsageError
 from vllm_moe_offload.cli.sizes import parse_memory

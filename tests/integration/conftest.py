@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from scripts.demo_model import write_demo_model
 from scripts.engine_environment import engine_environment
-from scripts.make_demo_model import write_demo_model
 
 DRIVER = Path(__file__).with_name("engine_driver.py")
 ARCHS = ("mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss")

@@ -16,7 +16,7 @@ import pytest
 
 from scripts import apply_patches
 from scripts.apply_patches import State
-from scripts.server import Server
+from scripts.harness.server import Server
 from tests.integration.conftest import EXPERTS, LAYERS, TOP_K
 from tests.integration.test_server import ARGUMENTS, offload
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from scripts.server import Server
+from scripts.harness.server import Server
 from tests.integration.conftest import BATCH, EXPERTS, LAYERS, SHAPE, prompt
 from tests.integration.test_server import ARGUMENTS, complete
 from vllm_moe_offload import __version__

@@ -6,7 +6,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from scripts.server import Server, ServerDied
+from scripts.harness.server import Server, ServerDied
 from tests.integration.conftest import PREFILL_TOKENS, prompt
 from vllm_moe_offload.replay import replay_recorded
 from vllm_moe_offload.trace.routing import load_trace

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import bench_replay
+from scripts.replay_questions import prefill
 from scripts.synthetic_trace import synthetic_trace
 
 
 @pytest.fixture
 def lost(monkeypatch) -> dict[str, float]:
     """Hit rate that a request loses to a neighbour's prompt, by policy."""
-    monkeypatch.setattr(bench_replay, "PREFILL_AT", 60)
-    monkeypatch.setattr(bench_replay, "PREFILL_SEEN", 8)
-    monkeypatch.setattr(bench_replay, "PREFILL_TOKENS", 128)
+    monkeypatch.setattr(prefill, "PREFILL_AT", 60)
+    monkeypatch.setattr(prefill, "PREFILL_SEEN", 8)
+    monkeypatch.setattr(prefill, "PREFILL_TOKENS", 128)
     trace = synthetic_trace(layers=6, experts=32, top_k=2, requests=8, tokens=90, seed=3)
-    rows = bench_replay.prefill(trace, 8)
+    rows = prefill.prefill(trace, 8)
     return {row["policy"]: row["before"] - row["after"] for row in rows}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.make_demo_model import ARCHS, write_demo_model
+from scripts.demo_model import ARCHS, write_demo_model
 from vllm_moe_offload.shapes import ShapeError, shape_of_config
 from vllm_moe_offload.shapes.checkpoint import read_checkpoint
 

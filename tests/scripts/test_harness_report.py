@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from scripts import bench_report
-from scripts.bench_report import ROOT, Bar, commit, without_folders, write_report
+from scripts.harness import machine
+from scripts.harness.machine import commit
+from scripts.harness.options import ROOT
+from scripts.harness.report import Bar, without_folders, write_report
 
 # ---- the commit ------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     root = tmp_path / "outer" / "project"
     root.mkdir(parents=True)
-    monkeypatch.setattr(bench_report, "ROOT", root)
+    monkeypatch.setattr(machine, "ROOT", root)
     return root
 
 
