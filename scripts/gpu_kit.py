@@ -5,8 +5,9 @@
 
 In the kit: the package with its native libraries (``_cuda.so`` for one GPU architecture alone) and
 ``*.egg-info`` (vLLM finds the plugin by it), tests, scripts, and kit.json, which names the commit.
-Nothing of it is compiled against a Python or a torch. What is needed beside it there: torch, and
-stock vLLM with its requirements, whose packed pieces lie in --pieces.
+Nothing of ours is compiled against a Python or a torch. ``site`` has what the package needs and a
+machine with torch may lack, for one version of Python. What is needed beside the kit there: torch,
+and stock vLLM with its requirements, whose packed pieces lie in --pieces.
 
 Checks that the kit is small, and that with the largest piece and this tree it fits into one transfer.
 """
@@ -31,6 +32,10 @@ KIT = ROOT / "build" / "gpu-kit"
 FOLDERS = ("vllm_moe_offload", "tests", "scripts")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 """What pytest, the egg-info and a reader there want."""
+CARRIED = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection")
+"""Packages in ``site``, of the versions in the lock."""
+LOCK = ROOT / "requirements" / "cpu.lock"
+PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LIBRARIES = ("_core.so", "_cuda.so")
 MOST_KIT_BYTES = 8_000_000
 MOST_TRANSFER_BYTES = 64 << 20
@@ -97,6 +102,27 @@ def build_libraries(kit: Path, arch: str) -> None:
     )
 
 
+def carry(site: Path, python_version: str) -> None:
+    """Puts CARRIED into a folder, for a Python that need not be this one."""
+    locked = {
+        line.partition("==")[0].lower().replace("-", "_"): line.split()[0]
+        for line in LOCK.read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"),
+            *("--only-binary=:all:", "--implementation", "cp"),
+            *("--python-version", python_version, "--target", str(site)),
+            *(word for platform in PLATFORMS for word in ("--platform", platform)),
+            *(locked[name.replace("-", "_")] for name in CARRIED),
+        ],
+        check=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def pack(kit: Path) -> Path:
     """``<kit>.tar.xz``, with the same bytes for the same kit."""
     packed = kit.parent / f"{kit.name}.tar.xz"
@@ -143,12 +169,14 @@ def main() -> int:
         help="folder with packed pieces of vLLM (*.tar.xz; default: .bundle)",
     )
     parser.add_argument("--arch", default="90", help="of the GPU, as in sm_90 (default: 90)")
+    parser.add_argument("--python-version", default="3.12", help="there (default: 3.12)")
     args = parser.parse_args()
     began = time.monotonic()
     shutil.rmtree(KIT, ignore_errors=True)
     try:
         build_libraries(KIT, args.arch)
         collect(KIT)
+        carry(KIT / "site", args.python_version)
         packed = pack(KIT)
         tree_bytes = sum((ROOT / file).stat().st_size for file in tracked())
         told = check_sizes(
@@ -156,6 +184,9 @@ def main() -> int:
         )
     except KitError as error:
         print(f"gpu-kit: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"gpu-kit: {error}\n{error.stderr or ''}", file=sys.stderr)
         return 1
     for library in LIBRARIES:
         size = (KIT / "vllm_moe_offload" / library).stat().st_size

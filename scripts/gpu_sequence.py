@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from scripts.engine_environment import engine_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -109,26 +112,21 @@ class Step:
         return replace(self, limit_s=self.limit_s * scale if limit_s is None else limit_s)
 
 
+def _module_folders() -> list[str]:
+    """The kit's root; what the user gave; what the kit brings, where it is missing."""
+    folders = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    if importlib.util.find_spec("pydantic") is None:
+        folders.append(str(ROOT / "site"))
+    return folders
+
+
 def environment(run: Run) -> dict[str, str]:
     """Of every process: everything local, nothing from or to anywhere else."""
-    work = run.work_dir
     found = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        **engine_environment(os.environ, run.work_dir / "caches"),
+        "PYTHONPATH": os.pathsep.join(filter(None, _module_folders())),
         "PYTHONUNBUFFERED": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CACHE_ROOT": str(work / "vllm-cache"),
-        "TRITON_CACHE_DIR": str(work / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-        "XDG_CACHE_HOME": str(work / "cache"),
+        "VLLM_CACHE_ROOT": str(run.work_dir / "vllm-cache"),
     }
     if run.device == "cpu":
         found |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_CI_ENV": "1"}
@@ -246,9 +244,8 @@ def _bench(run: Run, limit_s: float) -> list[Command]:
 
 def _profile(run: Run, _: float) -> list[Command]:
     arguments = [*bench_arguments(run), "--workloads", "decode-1"]
-    if run.device == "cuda":
-        arguments += ["--host-gb", "100%"]
-    arguments += compilation(run)
+    if run.device == "cuda":  # the simulated device's way is not one that Dynamo could follow
+        arguments += ["--host-gb", "100%", *compilation(run)]
     return [Command("profile", _script("gpu_profile.py", *arguments))]
 
 
