@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,9 +67,91 @@ class Workload:
         return np.ascontiguousarray(ids.transpose(1, 0, 2), dtype=np.int32)
 
 
+class Step(NamedTuple):
+    """One token of every request.
+
+    Attributes:
+        ids: ``[layers, requests, top_k]``.
+        votes: share of the requests that want each expert, ``[layers, experts]``.
+        rows: the requests.
+        ended: requests that have just ended.
+    """
+
+    ids: np.ndarray
+    votes: np.ndarray
+    rows: StepRows
+    ended: list[str]
+
+
+class Batch:
+    """Requests that run side by side; where one ends, another one follows."""
+
+    def __init__(self, workload: Workload, requests: int) -> None:
+        self.workload = workload
+        self.running = [(f"r{index}", index % KINDS) for index in range(requests)]
+        self.ends = {
+            name: (index + 1) * REQUEST_TOKENS // requests
+            for index, (name, _) in enumerate(self.running)
+        }
+        self.started = dict.fromkeys(self.ends, 0)
+
+    def step(self, step: int) -> Step:
+        """The next step; ``step`` counts them."""
+        for index, (name, _) in enumerate(self.running):
+            if step >= self.ends[name]:
+                successor = f"{name.split('.')[0]}.{step}"
+                kind = int(self.workload.generator.integers(KINDS))
+                self.running[index] = (successor, kind)
+                self.ends[successor] = step + REQUEST_TOKENS
+                self.started[successor] = step
+        ids = self.workload.step([kind for _, kind in self.running])
+        names = [name for name, _ in self.running]
+        count = len(names)
+        rows = StepRows.of_lengths(
+            names,
+            np.ones(count, np.int64),
+            np.array([step - self.started[name] for name in names]),
+            np.zeros(count, np.bool_),
+        )
+        ended = [name for name, end in self.ends.items() if end == step]
+        return Step(ids, votes_of(ids, self.workload.experts), rows, ended)
+
+
 def resident_bytes() -> int:
     """Peak resident set of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def votes_of(ids: np.ndarray, experts: int) -> np.ndarray:
+    """Share of the rows that want each expert, ``[layers, experts]``."""
+    layers, requests = ids.shape[:2]
+    votes = np.zeros((layers, experts), np.float32)
+    for row in range(requests):
+        np.add.at(votes, (np.arange(layers)[:, None], ids[:, row]), 1 / requests)
+    return votes
+
+
+def time_step(policy: TracePolicy, cache: ExpertCache, step: Step) -> dict[str, float]:
+    """Seconds of each part of a step, and of all of it."""
+    began = time.perf_counter()
+    for name in step.ended:
+        policy.end_request(name)
+    policy.begin_step(step.rows)
+    policy.catch_up()
+    scored = time.perf_counter()
+    for layer, ids in enumerate(step.ids):
+        policy.observe(layer, ids, step.votes[layer])
+        cache.plan(layer, ids, PLAN_INSTANT)
+        cache.finish()
+    planned = time.perf_counter()
+    policy.end_step()
+    done = time.perf_counter()
+    return {
+        "begin": scored - began,
+        "layers": planned - scored,
+        "end": done - planned,
+        "step": done - began,
+    }
 
 
 def measure(
@@ -80,54 +162,13 @@ def measure(
     policy = TracePolicy(layers, experts, entries=entries)
     for _ in range(entries):
         policy.collection.add(workload.matrix())
-    slots = layers * experts // 4
-    cache = ExpertCache(
-        CacheShape(layers, experts, slots), policy.rules, unbounded_staging=True
-    )
+    shape = CacheShape(layers, experts, layers * experts // 4)
+    cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
     bind_policy(policy, cache)
-    running = [(f"r{index}", index % KINDS) for index in range(requests)]
-    ends = {
-        name: (index + 1) * REQUEST_TOKENS // requests
-        for index, (name, _) in enumerate(running)
-    }
-    started = dict.fromkeys(ends, 0)
-    votes = np.zeros((layers, experts), np.float32)
-    parts: dict[str, list[float]] = {"begin": [], "layers": [], "end": [], "step": []}
-    for step in range(steps):
-        for index, (name, _) in enumerate(running):
-            if step >= ends[name]:
-                successor = f"{name.split('.')[0]}.{step}"
-                running[index] = (successor, int(workload.generator.integers(KINDS)))
-                ends[successor] = step + REQUEST_TOKENS
-                started[successor] = step
-        ids = workload.step([kind for _, kind in running])
-        votes[...] = 0
-        for row in range(requests):
-            np.add.at(votes, (np.arange(layers)[:, None], ids[:, row]), 1 / requests)
-        names = [name for name, _ in running]
-        positions = np.array([step - started[name] for name in names])
-        rows = StepRows.of_lengths(
-            names, np.ones(requests, np.int64), positions, np.zeros(requests, np.bool_)
-        )
-        ended = [name for name, end in ends.items() if end == step and name in started]
-        began = time.perf_counter()
-        for name in ended:
-            policy.end_request(name)
-        policy.begin_step(rows)
-        policy.catch_up()
-        scored = time.perf_counter()
-        for layer in range(layers):
-            policy.observe(layer, ids[layer], votes[layer])
-            cache.plan(layer, ids[layer], PLAN_INSTANT)
-            cache.finish()
-        planned = time.perf_counter()
-        policy.end_step()
-        done = time.perf_counter()
-        for part, seconds in zip(
-            parts, (scored - began, planned - scored, done - planned, done - began), strict=True
-        ):
-            parts[part].append(1e3 * seconds)
-    times = np.array(parts["step"][steps // 10 :])
+    batch = Batch(workload, requests)
+    samples = [time_step(policy, cache, batch.step(number)) for number in range(steps)]
+    ms = {part: 1e3 * np.array([one[part] for one in samples]) for part in samples[0]}
+    times = ms["step"][steps // 10 :]
     return {
         "layers": layers,
         "experts": experts,
@@ -139,7 +180,7 @@ def measure(
         "median_ms": round(float(np.median(times)), 3),
         "p99_ms": round(float(np.percentile(times, 99)), 3),
         "mean_ms_of_parts": {
-            part: round(float(np.mean(values)), 3) for part, values in parts.items()
+            part: round(float(np.mean(values)), 3) for part, values in ms.items()
         },
         "collection_bytes": policy.collection.nbytes,
         "peak_resident_bytes": resident_bytes(),

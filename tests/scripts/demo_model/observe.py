@@ -57,65 +57,102 @@ def top_share(requests: list[torch.Tensor], experts: int) -> float:
     return float(torch.stack(shares).mean())
 
 
-def observe(model: str, requests: int = 8, tokens: int = 64) -> dict[str, Any]:
-    """Serve ``model`` and report its routing (single-token decode), logprobs and texts."""
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    from transformers import AutoModelForCausalLM
-    from vllm import LLM, SamplingParams
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+class SpiedEngine:
+    """A vLLM engine whose routing is written down and can be made wrong."""
 
-    routed: list[tuple[str, torch.Tensor]] = []
-    misrouted = ""
-    forward = RoutedExperts.forward_modular
+    def __init__(self, model: str) -> None:
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        from vllm import LLM
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    def spy(
-        self: Any, x: Any, topk_weights: Any, topk_ids: Any, *rest: Any, **more: Any
-    ) -> Any:
-        if self.layer_name == misrouted:
-            topk_ids = (topk_ids + 1) % self.global_num_experts
-        routed.append((self.layer_name, topk_ids.clone()))
-        return forward(self, x, topk_weights, topk_ids, *rest, **more)
+        self.routed: list[tuple[str, torch.Tensor]] = []
+        self.misrouted = ""
+        engine, forward = self, RoutedExperts.forward_modular
 
-    RoutedExperts.forward_modular = spy
-    llm = LLM(model=model, enforce_eager=True, max_model_len=512, max_num_seqs=1, seed=0)
+        def spy(
+            self: Any, x: Any, topk_weights: Any, topk_ids: Any, *rest: Any, **more: Any
+        ) -> Any:
+            if self.layer_name == engine.misrouted:
+                topk_ids = (topk_ids + 1) % self.global_num_experts
+            engine.routed.append((self.layer_name, topk_ids.clone()))
+            return forward(self, x, topk_weights, topk_ids, *rest, **more)
 
-    def generate(prompt: str, **options: Any) -> Any:
-        routed.clear()
-        return llm.generate([prompt], SamplingParams(**options), use_tqdm=False)[0]
+        RoutedExperts.forward_modular = spy
+        self.llm = LLM(
+            model=model, enforce_eager=True, max_model_len=512, max_num_seqs=1, seed=0
+        )
 
-    def prompt_logprobs(prompt: str) -> torch.Tensor:
-        out = generate(prompt, max_tokens=1, prompt_logprobs=0)
+    def generate(self, prompt: str, **options: Any) -> Any:
+        """One request's output; its routing alone is in ``routed`` afterwards."""
+        from vllm import SamplingParams
+
+        self.routed.clear()
+        return self.llm.generate([prompt], SamplingParams(**options), use_tqdm=False)[0]
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers with experts, in the order of the model."""
+        return list(dict.fromkeys(name for name, _ in self.routed))
+
+    def decode_ids(self) -> torch.Tensor:
+        """Expert ids ``[tokens, layers, k]`` of the last request's single-token steps."""
+        rows = [
+            torch.cat([ids for name, ids in self.routed if name == layer and len(ids) == 1])
+            for layer in self.layers
+        ]
+        return torch.stack(rows, dim=1).long()
+
+    def prompt_logprobs(self, prompt: str) -> torch.Tensor:
+        """Log-probability of every token of the prompt but the first."""
+        out = self.generate(prompt, max_tokens=1, prompt_logprobs=0)
         pairs = zip(out.prompt_logprobs[1:], out.prompt_token_ids[1:], strict=True)
         return torch.tensor([chosen[token].logprob for chosen, token in pairs])
 
-    # Topical prose, then the start of ordinary requests, which mix topics.
+    def wrong_expert_differences(self, prompt: str, expected: torch.Tensor) -> list[float]:
+        """What wrong experts in the first, the middle and the last layer change."""
+        layers, differences = self.layers, []
+        for self.misrouted in (layers[0], layers[len(layers) // 2], layers[-1]):
+            differences.append(float((self.prompt_logprobs(prompt) - expected).abs().mean()))
+        self.misrouted = ""
+        return differences
+
+
+def prompts_of(requests: int) -> list[str]:
+    """Topical prose; at every fourth place the start of an ordinary request."""
     prompts = [sample_text(topic, 30, generator(1, str(topic))) for topic in range(requests)]
+    # Ordinary requests mix topics.
     prompts[1::4] = ["Explain how a compiler works to a student."] * len(prompts[1::4])
+    return prompts
+
+
+def reference_logprobs(reference: Any, tokens: list[int]) -> torch.Tensor:
+    """What a model of transformers says of ``tokens``, all but the first."""
+    spoken = torch.tensor([tokens])
+    with torch.no_grad():
+        logprobs = reference(spoken).logits[0, :-1].float().log_softmax(-1)
+    return logprobs.gather(1, spoken[0, 1:, None])[:, 0]
+
+
+def observe(model: str, requests: int = 8, tokens: int = 64) -> dict[str, Any]:
+    """Serve ``model`` and report its routing (single-token decode), logprobs and texts."""
+    from transformers import AutoModelForCausalLM
+
+    engine, prompts = SpiedEngine(model), prompts_of(requests)
     ids, texts, repeats = [], [], []
     for number, prompt in enumerate(prompts):
-        out = generate(prompt, max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=number)
-        names = list(dict.fromkeys(name for name, _ in routed))
-        decode = {
-            name: [row for n, row in routed if n == name and len(row) == 1] for name in names
-        }
-        ids.append(torch.stack([torch.cat(rows) for rows in decode.values()], dim=1).long())
+        out = engine.generate(
+            prompt, max_tokens=tokens, ignore_eos=True, temperature=1.0, seed=number
+        )
+        ids.append(engine.decode_ids())
         said = out.outputs[0].token_ids
         repeats.append(sum(a == b for a, b in pairwise(said)) / len(said))
         texts.append(out.outputs[0].text)
-    greedy = generate(prompts[0], max_tokens=tokens, ignore_eos=True, temperature=0.0)
-
-    expected = prompt_logprobs(prompts[0])
-    again = prompt_logprobs(prompts[0])
-    wrong = []
-    for misrouted in (names[0], names[len(names) // 2], names[-1]):  # noqa: B007
-        wrong.append(float((prompt_logprobs(prompts[0]) - expected).abs().mean()))
-    misrouted = ""
-
+    greedy = engine.generate(prompts[0], max_tokens=tokens, ignore_eos=True, temperature=0.0)
+    expected = engine.prompt_logprobs(prompts[0])
+    again = engine.prompt_logprobs(prompts[0])
+    wrong = engine.wrong_expert_differences(prompts[0], expected)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    spoken = torch.tensor([greedy.prompt_token_ids])
-    with torch.no_grad():
-        logprobs = reference(spoken).logits[0, :-1].float().log_softmax(-1)
-    theirs = logprobs.gather(1, spoken[0, 1:, None])[:, 0]
+    theirs = reference_logprobs(reference, greedy.prompt_token_ids)
     experts = reference.config.num_experts
     return {
         "reuse": reuse(ids, 1),

@@ -1,0 +1,112 @@
+"""The benchmarks' harness: rounds in turn, engines in processes of their own, bars, raw reads."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.harness.engine import EngineProcess
+from scripts.harness.options import QUICK_RESULTS, RESULTS, results_of
+from scripts.harness.pairing import bootstrap_of_median, orders, spread
+from scripts.harness.report import Bar, write_report
+from scripts.raw_reader import Part, split_evenly
+
+ECHO = """
+import json, sys
+sys.path.insert(0, {root!r})
+from scripts.harness.engine import take_stdout
+answers = take_stdout()
+print("what a library prints")
+print(json.dumps({{"ready": json.loads(sys.argv[1])}}), file=answers, flush=True)
+for line in sys.stdin:
+    if line.strip() == "die":
+        sys.exit("dead")
+    print(json.dumps({{"heard": line.strip()}}), file=answers, flush=True)
+"""
+
+
+def test_every_name_comes_first_in_its_turn() -> None:
+    assert list(orders(["a", "b", "c"], 4)) == [
+        ["a", "b", "c"],
+        ["b", "c", "a"],
+        ["c", "a", "b"],
+        ["a", "b", "c"],
+    ]
+
+
+def test_interval_holds_the_median_and_narrows_with_samples() -> None:
+    rng = np.random.default_rng(1)
+    few, many = rng.normal(10, 1, 8).tolist(), rng.normal(10, 1, 800).tolist()
+    widths = []
+    for values in (few, many):
+        low, high = bootstrap_of_median(values)
+        assert low <= spread(values)["median"] <= high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+    assert bootstrap_of_median(few) == bootstrap_of_median(few)
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> EngineProcess:
+    """A script that answers what it is asked."""
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO.format(root=str(Path(__file__).resolve().parents[2])))
+    log = tmp_path / "echo.log"
+    return EngineProcess("echo", script, {"a": 1}, log=log, environment={"HELLO": "1"})
+
+
+def test_engine_answers_each_line_whatever_libraries_print(
+    echo: EngineProcess, tmp_path: Path
+) -> None:
+    assert [echo.ask("one"), echo.ask("two")] == [{"heard": "one"}, {"heard": "two"}]
+    echo.close()
+    assert "what a library prints" in (tmp_path / "echo.log").read_text()
+
+
+def test_engine_that_ends_early_is_named_with_its_log(echo: EngineProcess) -> None:
+    with pytest.raises(RuntimeError, match=r"echo ended early; see .*echo\.log"):
+        echo.ask("die")
+    echo.close()
+
+
+def test_quick_reports_do_not_replace_measurements(tmp_path: Path) -> None:
+    assert results_of(Namespace(results=None, quick=False)) == RESULTS
+    assert results_of(Namespace(results=None, quick=True)) == QUICK_RESULTS
+    assert results_of(Namespace(results=tmp_path, quick=True)) == tmp_path
+
+
+def test_report_says_which_bars_were_met(tmp_path: Path) -> None:
+    bars = [
+        Bar("fast", 2.0, 1.0),
+        Bar("small", 2.0, 1.0, at_least=False),
+        Bar("unknown", None, 1.0),
+    ]
+    path = write_report(
+        "tried",
+        {"samples": [np.float64(1.5), 2]},
+        bars=bars,
+        work_dir=tmp_path,
+        results=tmp_path,
+    )
+    report = json.loads(path.read_text())
+    assert [bar["met"] for bar in report["bars"]] == [True, False, False]
+    assert report["benchmark"] == "tried"
+    assert report["samples"] == [1.5, 2]
+    assert {"date", "command", "hardware", "versions", "git"} <= report.keys()
+
+
+def test_split_parts_cover_the_record_in_aligned_pieces() -> None:
+    whole = Part(8192, 4096 * 10, 4096 * 7)
+    pieces = list(split_evenly(whole, 3))
+    assert len(pieces) == 3
+    assert sum(piece.length for piece in pieces) == whole.length
+    offset = 0
+    for piece in pieces:
+        assert piece.offset == whole.offset + offset
+        assert piece.target == whole.target + offset
+        assert piece.offset % 4096 == 0
+        offset += piece.length
