@@ -60,21 +60,23 @@ def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, run_engines, s
     share = f"{100 * (EXPERTS // 2) / (EXPERTS * LAYERS):.12f}%"
     plain, waves = run_engines(
         [
-            engine(model, eager=True),
+            engine(model, eager=True, dtype="float32"),
             engine(
                 model,
                 eager=True,
+                dtype="float32",
                 offload={"mode": "lrfu", "cache_gb": share, "store_dir": str(store_dir)},
             ),
         ]
     )
     assert sum(waves["facts"]["shape"]) == EXPERTS // 2
-    # Sums are split, so only the first generated token's logprobs are compared, closely.
+    # Sums are split, so only the first generated token's logprobs are compared. In float32: how
+    # far bfloat16 takes a split sum away depends on the machine's kernel.
     for mine, theirs in zip(waves["batches"][0], plain["batches"][0], strict=True):
         first, expected = mine["logprobs"][0], theirs["logprobs"][0]
         for token in first.keys() & expected.keys():
             assert float.fromhex(first[token]) == pytest.approx(
-                float.fromhex(expected[token]), abs=0.05
+                float.fromhex(expected[token]), abs=1e-3
             )
         assert first.keys() & expected.keys()
 
