@@ -28,10 +28,11 @@ BENCH_PART = "qwen3-30b-a3b-25"
 REHEARSAL_PART = "tiny-qwen3-25"
 BENCH_MARGIN_S = 12.0
 """Between the benchmark's own limit and the step's."""
+COPIER_TESTS = "tests/gpu/test_copier.py"
 SANITIZED = (
-    "test_every_byte_arrives_and_no_other_changes and memcpy and 8192",
-    "test_more_rows_than_one_launch_takes and gather",
-    "test_kernels_wait_for_copies_that_were_joined and gather",
+    f"{COPIER_TESTS}::test_every_byte_arrives_and_no_other_changes[23909-memcpy]",
+    f"{COPIER_TESTS}::test_more_rows_than_one_launch_takes[gather]",
+    f"{COPIER_TESTS}::test_kernels_wait_for_copies_that_were_joined[gather]",
 )
 """Which copier tests run under compute-sanitizer: a copy engine, the kernel, order of both."""
 
@@ -153,13 +154,12 @@ def _probe(run: Run, _: float) -> list[Command]:
 
 def _copies(run: Run, _: float) -> list[Command]:
     least = 1 if run.device == "cuda" else 0  # on a CPU they are collected and skipped
-    argv, junit = _pytest(run, "copies", "tests/gpu/test_copier.py")
+    argv, junit = _pytest(run, "copies", COPIER_TESTS)
     commands = [Command("tests", argv, junit, least)]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         return commands
-    chosen = " or ".join(f"({name})" for name in SANITIZED)
-    argv, junit = _pytest(run, "sanitized", "tests/gpu/test_copier.py", "-k", chosen)
+    argv, junit = _pytest(run, "sanitized", *SANITIZED)
     # torch's caching allocator would hide accesses beyond a tensor.
     uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
     memcheck = (sanitizer, "--tool", "memcheck", "--error-exitcode", "86")

@@ -202,6 +202,18 @@ def test_where_only_graphs_fail_the_benchmark_does_without(run: Run) -> None:
     assert "--enforce-eager" not in command.argv
 
 
+def test_what_the_sanitizer_watches_exists(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *gpu_sequence.SANITIZED],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 tests collected" in done.stdout
+
+
 # ---- the command line --------------------------------------------------------------------
 
 
