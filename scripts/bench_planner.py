@@ -31,12 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.harness.options import parser_of  # noqa: E402
 from scripts.harness.report import Bar, report_of  # noqa: E402
-from vllm_moe_offload.cache import ExpertCache  # noqa: E402
-from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
-from vllm_moe_offload.policy import Policy, StepRows, make_policy  # noqa: E402
-from vllm_moe_offload.pool import SlotPool  # noqa: E402
+from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec  # noqa: E402
+from vllm_moe_offload.cache.planner import ExpertCache  # noqa: E402
+from vllm_moe_offload.cache.pool import SlotPool  # noqa: E402
+from vllm_moe_offload.cache.sizing import cache_shape  # noqa: E402
+from vllm_moe_offload.policy import Policy, make_policy  # noqa: E402
 from vllm_moe_offload.runtime import OffloadRuntime  # noqa: E402
-from vllm_moe_offload.sizing import cache_shape  # noqa: E402
+from vllm_moe_offload.step import StepRows  # noqa: E402
 from vllm_moe_offload.transfer import TransferEngine  # noqa: E402
 
 POLICIES = ("lru", "lru-layer", "lfu", "lrfu", "trace")

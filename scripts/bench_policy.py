@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.harness.options import parser_of, results_of  # noqa: E402
 from scripts.harness.report import Bar, write_report  # noqa: E402
-from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
-from vllm_moe_offload.policy import StepRows  # noqa: E402
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
+from vllm_moe_offload.policy.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402
-from vllm_moe_offload.shadow import bind_policy  # noqa: E402
+from vllm_moe_offload.step import StepRows  # noqa: E402
 
 SIZES = ((12, 16, 4, 1), (12, 16, 4, 8), (24, 32, 4, 8), (48, 128, 8, 1), (48, 128, 8, 32))
 """Layers, experts, top-k, requests."""

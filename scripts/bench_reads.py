@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 from scripts.harness.options import parser_of  # noqa: E402
 from scripts.harness.report import Bar, report_of  # noqa: E402
 from scripts.raw_reader import Part, RawReader, split_evenly  # noqa: E402
-from vllm_moe_offload.layout import ExpertLayout, TensorSpec  # noqa: E402
-from vllm_moe_offload.pool import SlotPool  # noqa: E402
+from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec  # noqa: E402
+from vllm_moe_offload.cache.pool import SlotPool  # noqa: E402
 from vllm_moe_offload.store import (  # noqa: E402
     ExpertStore,
     StoreBuilder,

@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.harness.options import parser_of, results_of  # noqa: E402
 from scripts.harness.report import Bar, write_report  # noqa: E402
-from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
-from vllm_moe_offload.policy import StepRows  # noqa: E402
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
+from vllm_moe_offload.policy.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402
-from vllm_moe_offload.shadow import bind_policy  # noqa: E402
+from vllm_moe_offload.step import StepRows  # noqa: E402
 
 BASE = {"layers": 30, "experts": 2048, "entries": 10_000, "requests": 8, "top_k": 1}
 VARIED: dict[str, tuple[int, ...]] = {
@@ -161,7 +161,7 @@ def measure(
     workload = Workload(layers, experts, top_k)
     policy = TracePolicy(layers, experts, entries=entries)
     for _ in range(entries):
-        policy.collection.add(workload.matrix())
+        policy.forecast.collection.add(workload.matrix())
     shape = CacheShape(layers, experts, layers * experts // 4)
     cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
     bind_policy(policy, cache)
@@ -182,7 +182,7 @@ def measure(
         "mean_ms_of_parts": {
             part: round(float(np.mean(values)), 3) for part, values in ms.items()
         },
-        "collection_bytes": policy.collection.nbytes,
+        "collection_bytes": policy.forecast.collection.nbytes,
         "peak_resident_bytes": resident_bytes(),
     }
 

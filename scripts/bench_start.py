@@ -46,7 +46,7 @@ from scripts.harness.serving import (  # noqa: E402
     offload_options,
     start_server,
 )
-from vllm_moe_offload.host_memory import anonymous_region  # noqa: E402
+from vllm_moe_offload.cache.host_memory import anonymous_region  # noqa: E402
 
 Row = dict[str, Any]
 

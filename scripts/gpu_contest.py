@@ -70,7 +70,7 @@ class Counters:
 
     def read(self) -> dict[str, float] | None:
         """Counters now; None without offload."""
-        from vllm_moe_offload.cache import COUNTER_NAMES
+        from vllm_moe_offload.cache.planner import COUNTER_NAMES
 
         runtime = self.runtime
         if runtime is None:

@@ -98,8 +98,8 @@ def copier_bytes_per_s(
     """The same by the plugin's copier, all records of a round in one call, and one a call."""
     import torch
 
-    from vllm_moe_offload.layout import ExpertLayout, TensorSpec
-    from vllm_moe_offload.pool import SlotPool
+    from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
+    from vllm_moe_offload.cache.pool import SlotPool
     from vllm_moe_offload.store.direct_io import aligned_buffer
     from vllm_moe_offload.transfer.copier import DEMAND_LANE
     from vllm_moe_offload.transfer.cuda import CudaCopier

@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.harness.completions import prompts  # noqa: E402
 from scripts.harness.engine import take_stdout  # noqa: E402
-from vllm_moe_offload.cache import COUNTER_NAMES  # noqa: E402
-from vllm_moe_offload.predictor import CrossLayerPredictor, RoutingPredictor  # noqa: E402
-from vllm_moe_offload.prefetch import LAYERS_AHEAD  # noqa: E402
+from vllm_moe_offload.cache.planner import COUNTER_NAMES  # noqa: E402
+from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor, RoutingPredictor  # noqa: E402
+from vllm_moe_offload.transfer.prefetch import LAYERS_AHEAD  # noqa: E402
 
 ROUTING = "routing.npz"
 KV_CACHE_BYTES = 256 << 20

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_moe_offload.layout import round_up
+from vllm_moe_offload.cache.layout import round_up
 
 SOURCE = Path(__file__).with_name("raw_reader.c")
 MAX_THREADS = 64

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vllm_moe_offload.reference import Option, options  # noqa: E402
+from vllm_moe_offload.config import Option, options  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 

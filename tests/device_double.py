@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.cache.layout import ExpertLayout
 
 
 class DeviceError(RuntimeError):

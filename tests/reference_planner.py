@@ -1,6 +1,6 @@
 """The planner once more, in plain Python: slow, and meant to be obviously right.
 
-Shares no code with ``csrc/planner.cpp``; ``tests/test_cache.py`` drives both with the same
+Shares no code with ``csrc/planner.cpp``; ``tests/cache/test_planner.py`` drives both with the same
 random commands. Slots are dictionary entries, every choice is a ``min`` over a list.
 """
 

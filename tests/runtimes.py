@@ -6,15 +6,16 @@ import numpy as np
 import torch
 
 from tests.stores import layer_tensors
-from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
+from vllm_moe_offload.cache.pool import SlotPool
+from vllm_moe_offload.forecast.coactivation import RoutingPredictor
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.policy import StepRows, make_policy
-from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.predictor import RoutingPredictor
-from vllm_moe_offload.prefetch import Prefetcher
+from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import TransferEngine
+from vllm_moe_offload.transfer.prefetch import Prefetcher
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_moe_offload.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, store_lock
 
 

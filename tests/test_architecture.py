@@ -5,66 +5,98 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "vllm_moe_offload"
-LAYERS = [
-    {"config", "layout", "native", "host_memory"},
-    {"policy", "trace", "reference"},
-    {
-        "cache",
-        "store",
-        "transfer",
-        "predictor",
-        "shadow",
-        "pool",
-        "sizing",
-        "machine",
-        "metrics",
-    },
-    {"prefetch", "lookahead", "tensor_stream"},
-    {"shapes", "layer_calls"},
-    {"runtime", "replay", "fit"},
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "vllm_moe_offload"
+ROOMS = [
+    {"config", "native", "step"},
+    {"trace", "cache"},
+    {"forecast", "store"},
+    {"policy"},
+    {"transfer", "metrics"},
+    {"layer_calls"},
+    {"runtime", "replay", "plan"},
     {"integration", "cli"},
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+"""From the ground up: a room imports from itself and from rooms below it."""
+RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 NO_TORCH = {
-    *("policy", "trace", "cache", "store", "config", "layout", "native", "replay"),
-    "host_memory",
+    *("config", "native", "step", "trace", "cache", "store", "policy", "replay", "metrics"),
 }
+TORCH_ALLOWED = {f"{NAME}.cache.pool", f"{NAME}.store.checkpoint_reader"}
+"""Tensors are what these two are about; replay and plans import neither."""
+STRANGERS = {("trace", "policy"), ("policy", "trace")}
+"""Rooms that do not know of each other, whatever their rank."""
 
 
-def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / NAME).rglob("*.py"))}
+
+
+def room_of(module):
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def imports(path):
+    """Every module that a file imports, at its top or in a function, with names taken from it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, [alias.name for alias in node.names]
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                if submodule in MODULES:
+                    yield submodule, None
+                else:
+                    yield node.module, alias.name
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, []
+                yield alias.name, None
 
 
-@pytest.mark.parametrize(
-    ("path", "part"), modules(), ids=lambda value: getattr(value, "name", value)
-)
-def test_imports_point_down(path, part):
-    for module, names in imports(path):
-        top, *rest = module.split(".")
-        assert top != "vllm" or part == "integration", f"{path} imports {module}"
-        if part in NO_TORCH:
-            assert top != "torch", f"{path} imports torch"
-        if top != "vllm_moe_offload" or part in {"__init__", "cli"}:
-            continue
-        imported = rest[0] if rest else None
-        if imported in {None, part}:
-            continue
-        assert RANK[imported] <= RANK[part], f"{path} imports {module}: against the direction"
-        private = [name for name in names if name.startswith("_")]
-        assert not private, f"{path} imports {private} of {module}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    room = room_of(module)
+    for imported, name in imports(MODULES[module]):
+        top = imported.split(".")[0]
+        assert top != "vllm" or room == "integration", f"{module} imports {imported}"
+        if top == "torch" and room in NO_TORCH:
+            assert module in TORCH_ALLOWED, f"{module} imports torch"
+        if imported in MODULES and imported != NAME and room != "__init__":
+            other = room_of(imported)
+            assert RANK[other] <= RANK[room], f"{module} imports {imported}: it is above"
+            assert (room, other) not in STRANGERS, f"{module} imports {imported}"
+            private = name is not None and name.startswith("_") and not name.startswith("__")
+            assert not private, f"{module} imports {name} of {imported}"
 
 
-def test_every_module_has_a_place():
-    for path, part in modules():
-        assert part == "__init__" or part in RANK, f"{path} is in no layer of this test"
+def test_no_file_imports_itself_through_others():
+    """Functions that import late included: a circle there is a circle."""
+    graph = {
+        module: {other for other, _ in imports(path) if other in MODULES and other != NAME}
+        for module, path in MODULES.items()
+    }
+    done, under_way = set(), []
+
+    def visit(module):
+        if module in under_way:
+            circle = [*under_way[under_way.index(module) :], module]
+            raise AssertionError(f"a circle: {' -> '.join(circle)}")
+        if module not in done:
+            under_way.append(module)
+            for other in sorted(graph[module] - {module}):
+                visit(other)
+            done.add(under_way.pop())
+
+    for module in graph:
+        visit(module)
+
+
+def test_every_module_has_a_room():
+    for module in MODULES:
+        assert module == NAME or room_of(module) in RANK, f"{module} is in no room of this test"
+
+
+def test_rooms_exist():
+    assert {room_of(module) for module in MODULES if module != NAME} == RANK.keys()

@@ -60,6 +60,6 @@ def test_tests_that_need_vllm_are_left_out_and_no_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_way_from_file_to_device_runs(tmp_path: Path) -> None:
     """On the stub of the CUDA runtime, with the modules that the copier's tests import."""
-    stubbed = str(ROOT / "tests" / "test_cuda_copier.py")
+    stubbed = str(ROOT / "tests" / "transfer" / "test_cuda_copier.py")
     printed = pytest_without_vllm(tmp_path, stubbed, "-k", "test_the_whole_way")
     assert " passed" in printed

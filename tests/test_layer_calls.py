@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
+from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.layer_calls import LayerCalls
-from vllm_moe_offload.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.native import NO_EXPERT, NativeError
-from vllm_moe_offload.policy import Policy, StepRows, make_policy
-from vllm_moe_offload.prefetch import Prefetcher
-from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.policy import Policy, make_policy
+from vllm_moe_offload.policy.shadow import bind_policy
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.transfer import Transfer
+from vllm_moe_offload.transfer.prefetch import Prefetcher
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 POLICIES = ("lru", "lru-layer", "lfu", "lrfu", "lrfu:half_life=3", "trace")

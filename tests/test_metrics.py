@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.runtimes import EXPERTS, LAYERS, decode_rows, ids_of, run_layer, runtime_of
 from tests.stores import build, layout_of
-from vllm_moe_offload.cache import COUNTER_NAMES
+from vllm_moe_offload.cache.planner import COUNTER_NAMES
 from vllm_moe_offload.metrics import (
     COUNTERS,
     FILE_BYTES,

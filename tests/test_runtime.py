@@ -31,11 +31,12 @@ from tests.runtimes import (
     runtime_of,
 )
 from tests.stores import build, layout_of
-from vllm_moe_offload.cache import PLAN_INSTANT, ExpertCache
-from vllm_moe_offload.policy import StepRows, make_policy
-from vllm_moe_offload.predictor import CrossLayerPredictor
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, ExpertCache
+from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
+from vllm_moe_offload.policy import make_policy
+from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import TransferError
 

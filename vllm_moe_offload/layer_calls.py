@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_moe_offload.cache import PLAN_TRANSIENT, ExpertCache
-from vllm_moe_offload.lookahead import FLOAT_TYPES
+from vllm_moe_offload.cache.planner import PLAN_TRANSIENT, ExpertCache
+from vllm_moe_offload.forecast.lookahead import FLOAT_TYPES
+from vllm_moe_offload.forecast.predictor import LIKELY
 from vllm_moe_offload.native import LayerCall, ReservedRow, check, core, last_error
-from vllm_moe_offload.policy.base import Policy, StepRows
-from vllm_moe_offload.predictor import LIKELY
-from vllm_moe_offload.prefetch import Prefetcher, Read
+from vllm_moe_offload.policy.base import Policy
+from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.transfer.prefetch import Prefetcher, Read
 
 _ID_BYTES = {torch.int32: 4, torch.int64: 8}
 

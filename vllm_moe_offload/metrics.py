@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_moe_offload.cache import COUNTER_NAMES
+from vllm_moe_offload.cache.planner import COUNTER_NAMES
 
 logger = logging.getLogger("vllm.moe_offload")
 

@@ -15,17 +15,24 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from vllm_moe_offload.cache import MISS_AWAIT, MISS_READ, PLAN_TRANSIENT, ExpertCache
+from vllm_moe_offload.cache.planner import (
+    MISS_AWAIT,
+    MISS_READ,
+    PLAN_TRANSIENT,
+    SCOPE_PER_LAYER,
+    ExpertCache,
+)
+from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.policy.base import SCOPE_PER_LAYER, Policy, StepRows
-from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.prefetch import Prefetcher
-from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.policy.base import Policy
+from vllm_moe_offload.policy.shadow import bind_policy
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.transfer import Transfer, TransferError
+from vllm_moe_offload.transfer.prefetch import Prefetcher
 
 logger = logging.getLogger("vllm.moe_offload")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from unittest import mock
 
 from scripts.replay_questions.cells import Row, measure, requests_at
+from vllm_moe_offload.cache.planner import PlannerRules
 from vllm_moe_offload.policy import TracePolicy
-from vllm_moe_offload.policy.base import PlannerRules
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 ABLATION_CELLS = ((1, 0.25), (4, 0.25), (8, 0.25))

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from vllm_moe_offload.replay import replay
+from vllm_moe_offload.replay.run import replay
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 PLAIN = ("lru", "lru-layer", "lfu", "lrfu")

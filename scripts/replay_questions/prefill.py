@@ -6,10 +6,11 @@ import numpy as np
 
 from scripts.harness.report import Bar
 from scripts.replay_questions.cells import PLAIN, Row, log
-from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache
-from vllm_moe_offload.policy import StepRows, make_policy
-from vllm_moe_offload.replay import plan_waves
-from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
+from vllm_moe_offload.policy import make_policy
+from vllm_moe_offload.policy.shadow import bind_policy
+from vllm_moe_offload.replay.run import plan_waves
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 PREFILL_AT, PREFILL_SEEN, PREFILL_TOKENS = 96, 16, 512

@@ -7,7 +7,7 @@ import numpy as np
 from scripts.harness.report import Bar
 from scripts.replay_questions.cells import NEVER_LOSES_BY, PLAIN, Row, log
 from scripts.synthetic_trace import synthetic_trace
-from vllm_moe_offload.replay import replay
+from vllm_moe_offload.replay.run import replay
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 SHIFT_REQUESTS = 24

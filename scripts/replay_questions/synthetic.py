@@ -17,7 +17,7 @@ from scripts.replay_questions.cells import (
     margin,
 )
 from scripts.synthetic_trace import synthetic_trace
-from vllm_moe_offload.replay import replay
+from vllm_moe_offload.replay.run import replay
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 SHAPE_FIELDS = ("layers", "experts", "top_k", "requests", "tokens")

@@ -14,7 +14,7 @@ from vllm_moe_offload import cli
 from vllm_moe_offload.cli.command import UsageError
 from vllm_moe_offload.cli.sizes import parse_memory
 from vllm_moe_offload.config import GIB
-from vllm_moe_offload.shapes import MODEL_TYPES, known_models
+from vllm_moe_offload.plan.shapes import MODEL_TYPES, known_models
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "sizing.md"
 SIZES = {"layers": 3, "experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.stores import MIXED, build, layer_tensors, layout_of
-from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.transfer import TransferError
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("vllm", exc_type=ModuleNotFoundError)
 
-from vllm_moe_offload.integration import compat, triton_slots
+from vllm_moe_offload.integration import patching, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.experts import OffloadedExperts
 
@@ -25,7 +25,7 @@ ROWS = 1500
 def patched():
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
 
-    compat.wrap(
+    patching.wrap(
         triton_moe, "_prepare_expert_assignment", triton_slots.prepare_expert_assignment
     )
 

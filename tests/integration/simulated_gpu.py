@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from tests.device_double import SimulatedDevice
-from vllm_moe_offload.cache import CacheShape
+from vllm_moe_offload.cache.planner import CacheShape
+from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.integration import startup, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.fast_memory import HostMemory
-from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import DeviceTransfer, HostTier

@@ -10,9 +10,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.integration.conftest import ARCHS
 from vllm_moe_offload import cli
-from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, options, parse_cache_size
 from vllm_moe_offload.integration import plugin
-from vllm_moe_offload.reference import options
 
 pytestmark = pytest.mark.vllm
 

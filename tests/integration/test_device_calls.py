@@ -9,10 +9,10 @@ from vllm.model_executor.layers.fused_moe import get_config
 
 from tests.runtimes import EXPERTS, LAYERS, TOP_K, assert_rows_hold, decode_rows, runtime_of
 from tests.stores import MIXED, build
+from vllm_moe_offload.forecast.lookahead import sampled_rows
 from vllm_moe_offload.integration import device_calls, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
-from vllm_moe_offload.lookahead import sampled_rows
-from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.trace.recorder import TraceRecorder
 
 pytestmark = pytest.mark.vllm
@@ -151,7 +151,7 @@ def test_everything_fits_nothing_is_asked(store):
     assert model.runtime.num_tokens == 1
     assert model.runtime.cache.count("hits") == 0
     model.runtime.end_request("r0")
-    assert len(model.runtime.policy.collection) == 0
+    assert len(model.runtime.policy.forecast.collection) == 0
 
 
 def test_everything_fits_a_recording_sees_the_routing(store, tmp_path):

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_moe_offload.cache.host_memory import Headroom, Probe
 from vllm_moe_offload.config import GIB, OffloadConfig
-from vllm_moe_offload.host_memory import Headroom, Probe
 from vllm_moe_offload.integration import gpu_memory
 
 pytestmark = pytest.mark.vllm

@@ -8,7 +8,7 @@ import pytest
 
 from scripts.harness.server import Server, ServerDied
 from tests.integration.conftest import PREFILL_TOKENS, prompt
-from vllm_moe_offload.replay import replay_recorded
+from vllm_moe_offload.replay.run import replay_recorded
 from vllm_moe_offload.trace.routing import load_trace
 
 pytestmark = pytest.mark.vllm

@@ -152,9 +152,9 @@ def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
 def test_what_is_patched_on_a_gpu_exists_in_this_vllm():
     """In a process of its own: patches stay."""
     program = """
-from vllm_moe_offload.integration import compat
-compat.install_cuda_patches()
-compat.install_cuda_patches()  # once, even if called again
+from vllm_moe_offload.integration import patches
+patches.install_cuda_patches()
+patches.install_cuda_patches()  # once, even if called again
 from vllm.model_executor.layers.fused_moe.experts import triton_moe
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.v1.worker.gpu_worker import Worker

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_moe_offload.cache import COUNTER_NAMES
+from vllm_moe_offload.cache.planner import COUNTER_NAMES
 from vllm_moe_offload.integration.requests import runtime_of
 
 

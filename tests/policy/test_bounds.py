@@ -9,7 +9,8 @@ from scripts.synthetic_trace import synthetic_trace
 from tests.policy.test_policies import rows_of
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.policy.eamc import EAMC
-from vllm_moe_offload.replay import decode_schedule, replay
+from vllm_moe_offload.replay.run import replay
+from vllm_moe_offload.replay.schedule import decode_schedule
 
 
 def furthest_next_use(calls: list[tuple[int, set[int]]], slots: int) -> int:

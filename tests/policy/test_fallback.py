@@ -7,11 +7,12 @@ import pytest
 
 from scripts.synthetic_trace import synthetic_trace
 from tests.policy.test_policies import rows_of
-from vllm_moe_offload.cache import PLAN_INSTANT, CacheShape, ExpertCache
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
 from vllm_moe_offload.policy import TracePolicy
 from vllm_moe_offload.policy.fallback import Fallback
-from vllm_moe_offload.replay import decode_schedule, replay
-from vllm_moe_offload.shadow import PLAIN_POLICIES, bind_policy
+from vllm_moe_offload.policy.shadow import PLAIN_POLICIES, bind_policy
+from vllm_moe_offload.replay.run import replay
+from vllm_moe_offload.replay.schedule import decode_schedule
 
 IDS = np.zeros((2, 1, 1), np.int32)
 VOTES = np.zeros((2, 10), np.float32)

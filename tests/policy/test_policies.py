@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from scripts.synthetic_trace import synthetic_trace
-from vllm_moe_offload.policy import POLICIES, StepRows, make_policy
+from vllm_moe_offload.policy import POLICIES, make_policy
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.replay import replay
+from vllm_moe_offload.replay.run import replay
+from vllm_moe_offload.step import StepRows
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 2
 SERVING = [name for name in POLICIES if name != "belady"]

@@ -7,11 +7,11 @@ import pytest
 
 from scripts.synthetic_trace import synthetic_trace
 from tests.policy.test_policies import EXPERTS, LAYERS, TOP_K, rows_of, some_ids, step
-from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
+from vllm_moe_offload.forecast.successor import SuccessorModel
+from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.policy.trace import TracePolicy
-from vllm_moe_offload.policy.value import SuccessorModel
-from vllm_moe_offload.replay import replay
-from vllm_moe_offload.shadow import bind_policy
+from vllm_moe_offload.replay.run import replay
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 
@@ -57,7 +57,7 @@ def test_the_collection_grows_by_every_finished_request_of_a_batch() -> None:
     step(policy, rows_of(names, [1, 1, 1]), some_ids(np.random.default_rng(0), 3))
     for name in names:
         policy.end_request(name)
-    assert len(policy.collection) == 3
+    assert len(policy.forecast.collection) == 3
 
 
 @pytest.mark.parametrize("follow", [0, 1])
@@ -161,8 +161,8 @@ def test_a_shift_of_the_workload_is_followed() -> None:
 
 def test_options_reach_the_policy() -> None:
     policy = TracePolicy(LAYERS, EXPERTS, entries=7, value=0)
-    assert policy.collection.capacity == 7
-    assert policy.model is None
+    assert policy.forecast.collection.capacity == 7
+    assert policy.forecast.model is None
 
 
 def test_memory_is_given_back_by_ended_requests() -> None:
@@ -173,7 +173,7 @@ def test_memory_is_given_back_by_ended_requests() -> None:
         policy.end_request(f"r{index}")
     assert len(policy.forecast.requests) == 0
     assert len(policy.forecast.requests.tokens) == 8
-    assert len(policy.tracer) == 0
+    assert len(policy.forecast.tracer) == 0
 
 
 class TestSuccessorModel:
@@ -258,5 +258,7 @@ def test_where_everything_fits_only_traces_are_kept() -> None:
         policy.end_step()
     assert np.array_equal(cache.scores, before)
     policy.end_request("a")
-    assert len(policy.collection) == 1
-    assert np.array_equal(policy.collection.mean() > 0, [[False, True, True, False]] * 2)
+    assert len(policy.forecast.collection) == 1
+    assert np.array_equal(
+        policy.forecast.collection.mean() > 0, [[False, True, True, False]] * 2
+    )

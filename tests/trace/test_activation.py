@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.trace.activation import ActivationTracer
 
 LAYERS, EXPERTS = 2, 5

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_moe_offload.policy import StepRows
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.trace.routing import TraceError, load_trace
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from vllm_moe_offload.cli.command import Command, UsageError
 from vllm_moe_offload.cli.plan_report import Report
 from vllm_moe_offload.cli.sizes import parse_bandwidth, parse_memory
-from vllm_moe_offload.fit import RUN_MODEL_TYPES, Fit, fit
-from vllm_moe_offload.machine import NVME_GBPS, PCIE_GBPS, Machine
-from vllm_moe_offload.shapes import ModelShape, known_models, shape_of_config
-from vllm_moe_offload.shapes.known import find_known
+from vllm_moe_offload.plan.fit import RUN_MODEL_TYPES, Fit, fit
+from vllm_moe_offload.plan.machine import NVME_GBPS, PCIE_GBPS, Machine
+from vllm_moe_offload.plan.shapes import ModelShape, known_models, shape_of_config
+from vllm_moe_offload.plan.shapes.known import find_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def _find_model(text: str) -> Model:
     if path.is_dir():
         return _local_checkpoint(path)
     if path.is_file():
-        from vllm_moe_offload.shapes.checkpoint import read_config
+        from vllm_moe_offload.plan.shapes.checkpoint import read_config
 
         shape = shape_of_config(read_config(path), str(path))
         return Model(text, str(path), shape, False, str(path.parent), None, False)
@@ -161,7 +161,9 @@ def _find_model(text: str) -> Model:
 
 
 def _local_checkpoint(path: Path) -> Model:
-    from vllm_moe_offload.shapes.checkpoint import read_checkpoint  # torch, which takes a while
+    from vllm_moe_offload.plan.shapes.checkpoint import (
+        read_checkpoint,  # torch, which takes a while
+    )
 
     found = read_checkpoint(path)
     if found.is_counted:

@@ -9,16 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.cache import CacheShape
-from vllm_moe_offload.fit import (
+from vllm_moe_offload.cache.planner import CacheShape
+from vllm_moe_offload.plan.fit import (
     BATCH_TOKENS,
     HIT_RATES,
     Bound,
     Fit,
     amount,
 )
-from vllm_moe_offload.machine import UTILIZATION, Machine
-from vllm_moe_offload.shapes import FORMATS, ModelShape
+from vllm_moe_offload.plan.machine import UTILIZATION, Machine
+from vllm_moe_offload.plan.shapes import FORMATS, ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,8 @@ from tqdm import tqdm
 
 from vllm_moe_offload.cli.command import Command, UsageError, load_pyplot
 from vllm_moe_offload.policy import POLICIES, make_policy
-from vllm_moe_offload.replay import (
-    ReplayResult,
-    capacity_slots,
-    decode_schedule,
-    replay,
-    replay_recorded,
-)
+from vllm_moe_offload.replay.run import ReplayResult, capacity_slots, replay, replay_recorded
+from vllm_moe_offload.replay.schedule import decode_schedule
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
 PREFETCH_DEPTH = 4

@@ -10,10 +10,9 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_options
-from vllm_moe_offload.integration import compat, endpoint, supported, supported_gpu
+from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, options, parse_options
+from vllm_moe_offload.integration import endpoint, patching, supported, supported_gpu
 from vllm_moe_offload.integration.counters_dir import ensure_counters_dir
-from vllm_moe_offload.reference import options
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -31,9 +30,9 @@ def options_of(vllm_config: VllmConfig) -> OffloadConfig:
 
 def install() -> None:
     """Wraps EngineArgs so that the options are parsed, carried and checked."""
-    compat.wrap(EngineArgs, "add_cli_args", _add_cli_args, kind=staticmethod)
-    compat.wrap(EngineArgs, "from_cli_args", _from_cli_args, kind=classmethod)
-    compat.wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    patching.wrap(EngineArgs, "add_cli_args", _add_cli_args, kind=staticmethod)
+    patching.wrap(EngineArgs, "from_cli_args", _from_cli_args, kind=classmethod)
+    patching.wrap(EngineArgs, "create_engine_config", _create_engine_config)
 
 
 def _describe_options() -> str:

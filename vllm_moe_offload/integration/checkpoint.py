@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.affinity import io_cpus
-from vllm_moe_offload.tensor_stream import (
+from vllm_moe_offload.store.checkpoint_reader import (
     DTYPES,
     TensorRange,
     TensorStream,

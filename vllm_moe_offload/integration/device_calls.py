@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_moe_offload.forecast.lookahead import sampled_rows
 from vllm_moe_offload.integration import triton_slots
-from vllm_moe_offload.lookahead import sampled_rows
 from vllm_moe_offload.runtime import OffloadRuntime
 
 UPLOADS = 8

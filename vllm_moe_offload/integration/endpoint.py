@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import REGISTRY, Collector
 
-from vllm_moe_offload.integration import compat
+from vllm_moe_offload.integration import patching
 from vllm_moe_offload.integration.counters_dir import at_exit_of_creator, counters_dir
 from vllm_moe_offload.metrics import hit_rate, merge, merge_by_labels, read_counters
 
@@ -89,8 +89,8 @@ def install() -> None:
         return
     _installed.add(directory)
     REGISTRY.register(OffloadCollector(directory))
-    compat.wrap(MultiProcessCollector, "collect", _collect_with_offload)
-    compat.wrap(loggers.LoggingStatLogger, "log", _log_with_offload)
+    patching.wrap(MultiProcessCollector, "collect", _collect_with_offload)
+    patching.wrap(loggers.LoggingStatLogger, "log", _log_with_offload)
     at_exit_of_creator(_log_summary)
 
 

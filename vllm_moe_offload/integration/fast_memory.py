@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import psutil
 from vllm.platforms import current_platform
 
-from vllm_moe_offload.cache import CacheShape
+from vllm_moe_offload.cache.planner import CacheShape
+from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.config import GIB, OffloadConfig
 from vllm_moe_offload.integration.affinity import io_cpus
-from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.prefetch import MOST_IN_FLIGHT
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer, TransferEngine
+from vllm_moe_offload.transfer.prefetch import MOST_IN_FLIGHT
 
 
 class FastMemory(Protocol):

@@ -10,20 +10,20 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from vllm_moe_offload.cache import CacheShape
-from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
-from vllm_moe_offload.host_memory import Headroom, cgroup_headrooms, probe
-from vllm_moe_offload.integration.affinity import io_cpus
-from vllm_moe_offload.integration.device_calls import DeviceCalls
-from vllm_moe_offload.integration.graphs import StableOutputs
-from vllm_moe_offload.pool import SlotPool
-from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.sizing import (
+from vllm_moe_offload.cache.host_memory import Headroom, cgroup_headrooms, probe
+from vllm_moe_offload.cache.planner import CacheShape
+from vllm_moe_offload.cache.pool import SlotPool
+from vllm_moe_offload.cache.sizing import (
     auto_host_bytes,
     device_available_bytes,
     device_reserve_bytes,
     host_rows,
 )
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.integration.graphs import StableOutputs
+from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer
 from vllm_moe_offload.transfer.cuda import cuda_transfer
@@ -186,7 +186,7 @@ def spare_host_bytes(
     Args:
         wanted_bytes: by a rank.
         num_ranks: of this server on this host.
-        floor_bytes: see :func:`~vllm_moe_offload.host_memory.probe`.
+        floor_bytes: see :func:`~vllm_moe_offload.cache.host_memory.probe`.
     """
     headroom = host_headroom()
     spare_bytes = auto_host_bytes(headroom, num_ranks)

@@ -24,16 +24,16 @@ from vllm.model_executor.model_loader.weight_utils import initialize_single_dumm
 from vllm.model_executor.utils import weights_already_processed
 from vllm.platforms import current_platform
 
+from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout, TensorSpec
+from vllm_moe_offload.cache.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
-from vllm_moe_offload.integration import compat
+from vllm_moe_offload.integration import patching
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
-from vllm_moe_offload.layout import ALIGNMENT, ExpertLayout, TensorSpec
-from vllm_moe_offload.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.store import (
     BackgroundWriter,
     ExpertStore,
@@ -42,8 +42,8 @@ from vllm_moe_offload.store import (
     open_store,
     store_lock,
 )
+from vllm_moe_offload.store.checkpoint_reader import layer_number
 from vllm_moe_offload.store.direct_io import aligned_buffer
-from vllm_moe_offload.tensor_stream import layer_number
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -354,7 +354,7 @@ def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:
         padded_shape=(layer.hidden_size, layer.intermediate_size_per_partition),
         tp_rank=parallel.tp_rank,
         tp_size=parallel.tp_size,
-        vllm_version=compat.vllm_version(),
+        vllm_version=patching.vllm_version(),
     )
 
 

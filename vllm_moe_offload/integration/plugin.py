@@ -18,9 +18,9 @@ def register() -> None:
     if _registered:
         return
     affinity.remember()
-    from vllm_moe_offload.integration import arguments, compat
+    from vllm_moe_offload.integration import arguments, patches, patching
 
-    compat.check_version()
+    patching.check_version()
     arguments.install()
-    compat.install_worker_hook()
+    patches.install_worker_hook()
     _registered = True

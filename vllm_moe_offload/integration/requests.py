@@ -11,8 +11,8 @@ from typing import Any, cast
 import numpy as np
 
 from vllm_moe_offload.integration.experts import find_runtime
-from vllm_moe_offload.policy.base import StepRows
 from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.step import StepRows
 
 _UNKNOWN = object()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
-from vllm_moe_offload.lookahead import Routers
+from vllm_moe_offload.forecast.lookahead import Routers
 
 
 def routers_of(model: torch.nn.Module, layers: list[Any]) -> Routers | None:

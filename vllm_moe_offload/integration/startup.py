@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_offload import __version__
-from vllm_moe_offload.cache import CacheShape, ExpertCache
+from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
+from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_rows, cache_shape
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
+from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
+from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
-from vllm_moe_offload.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
-from vllm_moe_offload.predictor import CrossLayerPredictor, Predictor
-from vllm_moe_offload.prefetch import LAYERS_AHEAD, Prefetcher
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.sizing import auto_cache_bytes, cache_rows, cache_shape
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
+from vllm_moe_offload.transfer.prefetch import LAYERS_AHEAD, Prefetcher
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -166,9 +167,9 @@ def _collection_file(
                 f"moe-offload: trace_path={options.trace_path!r} is not possible: there is no "
                 f"directory {path.parent}"
             )
-    policy.collection.fingerprint = store.identity.checkpoint
-    file = CollectionFile(path, policy.collection, writes=parallel.tp_rank == 0)
-    policy.collection = file.load()
+    policy.forecast.collection.fingerprint = store.identity.checkpoint
+    file = CollectionFile(path, policy.forecast.collection, writes=parallel.tp_rank == 0)
+    policy.forecast.collection = file.load()
     return file
 
 

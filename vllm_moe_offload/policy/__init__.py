@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vllm_moe_offload.policy.base import PlannerRules, Policy, StepRows
+from vllm_moe_offload.cache.planner import PlannerRules
+from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.policy.belady import Belady
 from vllm_moe_offload.policy.eamc import EAMC
-from vllm_moe_offload.policy.lfu import LFU
-from vllm_moe_offload.policy.lrfu import LRFU
-from vllm_moe_offload.policy.lru import LRU, LayerLRU
+from vllm_moe_offload.policy.plain import LFU, LRFU, LRU, LayerLRU
 from vllm_moe_offload.policy.trace import TracePolicy
+from vllm_moe_offload.step import StepRows
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (LRU, LayerLRU, LFU, LRFU, EAMC, TracePolicy, Belady)

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
+from vllm_moe_offload.cache.planner import PlannerRules
+from vllm_moe_offload.policy.base import Policy
+from vllm_moe_offload.step import FloatArray, IdArray, StepRows
 
 NEVER = np.float32(-3e38)
 """Score of an expert that is not used again."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.policy.base import FloatArray
+from vllm_moe_offload.step import FloatArray
 
 EVIDENCE = 3.0
 """Standard errors by which the mean difference must exceed 0: it is asked at every step, and

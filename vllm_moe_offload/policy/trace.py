@@ -1,7 +1,7 @@
 """The ``trace`` policy: request-level traces decide what stays.
 
 Score of an expert = what the running requests are expected to use of it at their next tokens
-(``policy/forecast.py``). Layers are visited in a cycle, so an expert of the layer just passed
+(``forecast/forecast.py``). Layers are visited in a cycle, so an expert of the layer just passed
 waits a whole step for its next use and one of the next layer a moment: scores shrink by
 ``exp(-distance_weight)`` over one cycle (Belady's rule seen from a forecast). And plain
 policies run beside it as shadows (``policy/fallback.py``): while one of them hits more, the
@@ -21,13 +21,12 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.cache.planner import PlannerRules
+from vllm_moe_offload.forecast.forecast import Forecast, TraceOptions
 from vllm_moe_offload.native import Observer, core
-from vllm_moe_offload.policy.base import FloatArray, IdArray, PlannerRules, Policy, StepRows
+from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
-from vllm_moe_offload.policy.forecast import Forecast, TraceOptions
-from vllm_moe_offload.policy.value import SuccessorModel
-from vllm_moe_offload.trace.activation import ActivationTracer
-from vllm_moe_offload.trace.collection import ActivationCollection
+from vllm_moe_offload.step import FloatArray, IdArray, StepRows
 
 
 class TracePolicy(Policy):
@@ -35,7 +34,7 @@ class TracePolicy(Policy):
 
     Attributes:
         options: see :class:`TraceOptions`.
-        forecast: what it expects.
+        forecast: what it expects; it holds the activation matrices, running and collected.
         is_scoring: whether scores are of any use; if not, only traces are kept.
     """
 
@@ -70,25 +69,6 @@ class TracePolicy(Policy):
         self._layers_followed = 0  # of this step, whose routing the other layers' scores know
         self._has_past = False  # the step before was not learned from
         self.is_scoring = True
-
-    @property
-    def collection(self) -> ActivationCollection:
-        """Activation matrices of finished requests; may be replaced by a saved one."""
-        return self.forecast.collection
-
-    @collection.setter
-    def collection(self, collection: ActivationCollection) -> None:
-        self.forecast.collection = collection
-
-    @property
-    def tracer(self) -> ActivationTracer:
-        """Activation matrices of the running requests."""
-        return self.forecast.tracer
-
-    @property
-    def model(self) -> SuccessorModel | None:
-        """The successor model, None where it is off or the model is too large."""
-        return self.forecast.model
 
     @property
     def full_score(self) -> float:

@@ -1,7 +1,7 @@
 """The expert store: all experts of a model in one file, in the form that the kernel reads.
 
 A store is a directory with ``experts.bin`` (records, layer by layer, 4 KiB aligned; see
-:mod:`vllm_moe_offload.layout`) and ``manifest.json`` (what it was built from, checksums).
+:mod:`vllm_moe_offload.cache.layout`) and ``manifest.json`` (what it was built from, checksums).
 It comes into being by one rename: what opens is complete.
 """
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.host_memory import anonymous_region
-from vllm_moe_offload.layout import ALIGNMENT
+from vllm_moe_offload.cache.host_memory import anonymous_region
+from vllm_moe_offload.cache.layout import ALIGNMENT
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_moe_offload.layout import ExpertLayout
+from vllm_moe_offload.cache.layout import ExpertLayout
 from vllm_moe_offload.store.direct_io import (
     BUFFER_BYTES,
     aligned_buffer,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.step import StepRows
 
 Counts = npt.NDArray[np.float32]
 

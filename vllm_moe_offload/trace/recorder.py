@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.policy.base import StepRows
+from vllm_moe_offload.step import StepRows
 from vllm_moe_offload.trace.routing import id_dtype
 
 logger = logging.getLogger("vllm.moe_offload")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from vllm_moe_offload.pool import SlotPool
+from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer.copier import DEMAND_LANE
 from vllm_moe_offload.transfer.cuda_library import (

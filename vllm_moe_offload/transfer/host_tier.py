@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from vllm_moe_offload.host_memory import anonymous_region
-from vllm_moe_offload.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.cache.host_memory import anonymous_region
+from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer.engine import DEFAULT_THREADS, TransferEngine
 from vllm_moe_offload.transfer.host_rows import HostRows

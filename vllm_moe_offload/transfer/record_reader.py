@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from vllm_moe_offload.layout import ALIGNMENT, ExpertLayout
+from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout
 from vllm_moe_offload.native import (
     Completion,
     Extent,

@@ -1,0 +1,230 @@
+"""Router lookahead: guesses judged as a plain reference judges them, trusted as measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
+from vllm_moe_offload.forecast import lookahead
+from vllm_moe_offload.forecast.lookahead import MAX_ROWS, NUM_BINS, RouterLookahead, Routers
+from vllm_moe_offload.native import NO_EXPERT, NativeError
+from vllm_moe_offload.policy import TracePolicy
+from vllm_moe_offload.step import StepRows
+
+LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 12, 2, 37
+
+
+def decode_rows(count: int) -> StepRows:
+    return StepRows.of_lengths(
+        [f"r{index}" for index in range(count)],
+        np.ones(count, np.int64),
+        np.arange(count),
+        np.zeros(count, np.bool_),
+    )
+
+
+def empty_cache() -> ExpertCache:
+    """Room for nearly everything, so that all that is likely is named."""
+    return ExpertCache(CacheShape(LAYERS, EXPERTS, LAYERS * EXPERTS - 1), TracePolicy.rules)
+
+
+class Model:
+    """Routers that look at the hidden state through fixed matrices."""
+
+    def __init__(self, *, alike: bool, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (EXPERTS, HIDDEN)
+        first = torch.randn(shape, generator=generator)
+        self.weights = torch.stack(
+            [first if alike else torch.randn(shape, generator=generator) for _ in range(LAYERS)]
+        ).to(dtype)
+        self.bias = torch.randn((LAYERS, EXPERTS), generator=generator).to(dtype)
+
+    def lookahead(self, depth: int = 2) -> RouterLookahead:
+        return RouterLookahead(Routers.of(self.weights, self.bias), TOP_K, depth)
+
+    def logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.float() @ self.weights[layer].float().T + self.bias[layer].float()
+
+    def ids(self, layer: int, hidden: torch.Tensor) -> np.ndarray:
+        return self.logits(layer, hidden).topk(TOP_K, dim=1).indices.numpy()
+
+
+def named(ahead: RouterLookahead, layer: int, hidden, cache: ExpertCache | None = None):
+    """(layer, expert) of what is to be read, in order."""
+    reads = ahead.foresee(layer, hidden, cache or empty_cache(), 1.0, 99).tolist()
+    return [(target, expert) for target, expert, _ in reads]
+
+
+def reference(logits: np.ndarray, trust: np.ndarray, absent: np.ndarray) -> np.ndarray:
+    """Probability that at least one row uses each expert, in numpy."""
+    ordered = -np.sort(-logits, axis=1)
+    boundary = ordered[:, TOP_K - 1 : TOP_K + 1].mean(axis=1, keepdims=True)
+    deviation = logits.std(axis=1, keepdims=True)
+    bins = np.floor(4 * (logits - boundary) / deviation) + NUM_BINS // 2
+    bins = np.clip(bins, 0, NUM_BINS - 1).astype(int)
+    chance = np.where(absent, trust[1][bins], trust[0][bins])
+    return 1 - np.prod(1 - chance, axis=0)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_guesses_are_those_of_the_reference(
+    rows: int, dtype: torch.dtype, given: torch.dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(lookahead, "LIKELY", 0.3)
+    model = Model(alike=False, dtype=dtype)
+    ahead = model.lookahead()
+    ahead.trust[...] = np.random.default_rng(0).random(ahead.trust.shape)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(20):
+        cache = empty_cache()
+        resident = np.flatnonzero(np.arange(EXPERTS) % 3 == number % 3).astype(np.int32)
+        for layer in (1, 2):
+            cache.plan(layer, resident, PLAN_INSTANT)
+            cache.finish()
+        absent = cache.page_table[1] < 0
+        hidden = torch.randn((rows, HIDDEN), generator=generator).to(given)
+        ahead.begin_step(decode_rows(rows))
+        wanted = []
+        for distance in (0, 1):
+            logits = model.logits(1 + distance, hidden).numpy()
+            chance = reference(logits, ahead.trust[distance], absent)
+            order = np.argsort(-chance, kind="stable")
+            wanted += [(1 + distance, e) for e in order.tolist() if chance[e] >= 0.3]
+        found = named(ahead, 0, hidden, cache)
+        assert found == [key for key in wanted if key[1] not in resident]
+        cache.scores[0] = 9.0  # what is expected stays all the same
+        for expert in range(EXPERTS):
+            cache.plan(0, np.array([expert], np.int32), PLAN_INSTANT)
+            cache.finish()
+        assert all(cache.page_table[key] >= 0 for key in wanted)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_guesses_are_trusted_as_far_as_they_were_right(alike: bool) -> None:
+    model = Model(alike=alike)
+    if alike:
+        model.bias[...] = 0
+    ahead = model.lookahead(depth=1)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(600):
+        hidden = torch.randn((2, HIDDEN), generator=generator)
+        ahead.begin_step(decode_rows(2))
+        for layer in range(LAYERS):
+            ahead.observe(layer, model.ids(layer, hidden if alike else hidden.flip(1)))
+            named(ahead, layer, hidden)
+        ahead.end_step()
+    chosen = ahead.trust[0, 1, NUM_BINS // 2 + 1 : NUM_BINS // 2 + 3]
+    if alike:
+        assert chosen.min() > 0.95
+    else:
+        assert chosen.max() < 3 * TOP_K / EXPERTS
+
+
+def test_padding_is_not_looked_at() -> None:
+    model = Model(alike=True)
+    ahead = model.lookahead(depth=1)
+    ahead.begin_step(decode_rows(1))
+    hidden = torch.randn((4, HIDDEN), generator=torch.Generator().manual_seed(3))
+    found = named(ahead, 0, hidden)
+    assert {expert for _, expert in found} == set(model.ids(1, hidden[:1])[0].tolist())
+
+
+def test_nothing_is_said_about_what_lies_beyond() -> None:
+    ahead = Model(alike=True).lookahead()
+    hidden = torch.randn((3, HIDDEN), generator=torch.Generator().manual_seed(3))
+    ahead.begin_step(decode_rows(3))
+    assert not named(ahead, LAYERS - 1, hidden)
+    assert not named(ahead, 0, None)
+    assert {layer for layer, _ in named(ahead, 0, hidden)} == {1, 2}
+    ahead.end_step()
+    assert not named(ahead, 0, hidden)
+
+
+def test_of_a_long_prompt_a_sample_is_looked_at() -> None:
+    model = Model(alike=True)
+    model.bias[...] = 0
+    ahead = model.lookahead(depth=1)
+    count = 10 * MAX_ROWS
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn((count, HIDDEN), generator=generator)
+    hidden[:, :] = hidden[:1]
+    hidden[count // 2 :] = torch.randn((1, HIDDEN), generator=generator)
+    rows = StepRows.of_lengths(["a"], np.array([count]), np.array([0]), np.array([True]))
+    for _ in range(30):
+        ahead.begin_step(rows)
+        for layer in range(LAYERS):
+            ahead.observe(layer, model.ids(layer, hidden))
+            found = named(ahead, layer, hidden)
+            if layer + 1 < LAYERS:
+                both = {*model.ids(layer + 1, hidden[[0, -1]]).flatten().tolist()}
+                assert both <= {expert for _, expert in found}
+        ahead.end_step()
+
+
+@pytest.mark.parametrize("max_reads", [1, 2])
+def test_the_nearest_and_most_likely_are_named_if_not_all_can_be(max_reads: int) -> None:
+    model = Model(alike=False)
+    ahead = model.lookahead()
+    hidden = torch.randn((1, HIDDEN), generator=torch.Generator().manual_seed(6))
+    ahead.begin_step(decode_rows(1))
+    everything = named(ahead, 0, hidden)
+    assert len(everything) > max_reads
+    cache = empty_cache()
+    reads = ahead.foresee(0, hidden, cache, 1.0, max_reads)
+    assert [tuple(read) for read in reads[:, :2].tolist()] == everything[:max_reads]
+    for layer, expert, row in reads.tolist():
+        assert cache.page_table[layer, expert] == row
+    assert cache.count("prefetch_issued") == max_reads
+
+
+def test_rows_of_no_expert_say_nothing_about_guesses() -> None:
+    """What two rows teach, of which the second is padding, is what the first teaches."""
+    model = Model(alike=True)
+    hidden = torch.randn((2, HIDDEN), generator=torch.Generator().manual_seed(5))
+    trusts = []
+    for count in (1, 2):
+        ahead = model.lookahead(depth=1)
+        for _ in range(2 * LAYERS):
+            ahead.begin_step(decode_rows(count))
+            for layer in range(LAYERS):
+                chosen = model.ids(layer, hidden[:count])
+                chosen[1:] = NO_EXPERT
+                ahead.observe(layer, chosen)
+                named(ahead, layer, hidden[:count])
+            ahead.end_step()
+        trusts.append(ahead.trust)
+    np.testing.assert_array_equal(*trusts)
+
+
+def test_one_choice_of_no_expert_is_right_about_none() -> None:
+    ahead = Model(alike=True).lookahead()
+    ahead.begin_step(decode_rows(1))
+    named(ahead, 0, torch.ones((1, HIDDEN)))
+    before = ahead._right.sum()
+    ahead.observe(1, np.array([[3, NO_EXPERT]]))
+    assert ahead._right.sum() == pytest.approx(before * 0.995 + 1)
+
+
+def test_an_id_that_is_no_expert_is_an_error() -> None:
+    ahead = Model(alike=True).lookahead()
+    ahead.begin_step(decode_rows(1))
+    named(ahead, 0, torch.ones((1, HIDDEN)))
+    with pytest.raises(NativeError, match=r"expert id 12 is outside \[0, 12\)"):
+        ahead.observe(1, np.array([[3, EXPERTS]]))
+
+
+def test_what_is_impossible_is_an_error() -> None:
+    routers = Routers.of(torch.zeros(2, EXPERTS, EXPERTS))
+    with pytest.raises(NativeError, match=r"top_k must be positive and less than .*, got 12"):
+        RouterLookahead(routers, EXPERTS, 1)
+    with pytest.raises(NativeError, match="depth must be positive, got 0"):
+        RouterLookahead(routers, 1, 0)
+    ahead = RouterLookahead(routers, 1, 1)
+    ahead.begin_step(decode_rows(1))
+    with pytest.raises(NativeError, match="the planner is one of another model"):
+        ahead.foresee(0, torch.zeros(1, EXPERTS), empty_cache(), 1.0, 1)

@@ -1,0 +1,84 @@
+"""config.json to shape: which layers have experts, and errors that name the field."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_moe_offload.plan.shapes import ShapeError, known_models, shape_of_config
+
+
+def config_of(name, **changes):
+    return {**known_models()[name].config, **changes}
+
+
+def test_dense_layers_of_deepseek():
+    shape = shape_of_config(config_of("DeepSeek-V3"), "c")
+    assert shape.moe_layers == tuple(range(3, 61))
+    assert shape.extra_expert_layers == (61,)
+    assert shape.quantization == "fp8"
+    every_second = shape_of_config(config_of("DeepSeek-V2-Lite", moe_layer_freq=2), "c")
+    assert every_second.moe_layers == tuple(range(2, 27, 2))
+
+
+def test_sparse_step_and_dense_layers_of_qwen():
+    config = config_of("Qwen3-30B-A3B", decoder_sparse_step=2, mlp_only_layers=[1])
+    assert shape_of_config(config, "c").moe_layers == tuple(range(3, 48, 2))
+
+
+def test_fewer_moe_layers_mean_dense_mlps_in_their_place():
+    whole = shape_of_config(config_of("Qwen3-30B-A3B"), "c")
+    less = shape_of_config(config_of("Qwen3-30B-A3B", mlp_only_layers=[0]), "c")
+    mlp, router = 3 * 2048 * 6144, 2048 * 128
+    assert less.dense_parameters == whole.dense_parameters + mlp - router
+    assert less.total_experts == whole.total_experts - 128
+
+
+def test_tied_embeddings_count_once():
+    untied = shape_of_config(config_of("OLMoE-1B-7B"), "c")
+    tied = shape_of_config(config_of("OLMoE-1B-7B", tie_word_embeddings=True), "c")
+    assert untied.dense_parameters - tied.dense_parameters == 50304 * 2048
+
+
+def test_layer_types_are_taken_where_given():
+    kinds = ["full_attention"] * 24
+    shape = shape_of_config(config_of("gpt-oss-20b", layer_types=kinds), "c")
+    assert shape.kv.bytes_per_token == 2 * 24 * 8 * 64 * 2
+    assert shape.kv.bytes_per_request(1000) == 0
+
+
+def test_other_names_of_the_same_fields():
+    config = config_of("Qwen3-30B-A3B")
+    config["num_local_experts"] = config.pop("num_experts")
+    config["experts_per_token"] = config.pop("num_experts_per_tok")
+    assert shape_of_config(config, "c") == shape_of_config(config_of("Qwen3-30B-A3B"), "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type='llama' is not known; known are mixtral"),
+        ({"model_type": None}, "model_type=None is not known"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "4096"}, "hidden_size='4096', must be an integer of 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0, must be an integer of 1 or more"),
+        ({"num_local_experts": None}, "num_local_experts or num_experts or n_routed_experts"),
+        ({"num_experts_per_tok": 9}, "9 experts per token, but a layer has 8"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no', must be true or false"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8', must be an object"),
+    ],
+)
+def test_wrong_fields_are_named(changes, message):
+    with pytest.raises(ShapeError) as caught:
+        shape_of_config(config_of("Mixtral-8x7B", **changes), "some/config.json")
+    assert str(caught.value).startswith("some/config.json: ")
+    assert message in str(caught.value)
+
+
+def test_a_model_without_a_single_moe_layer_is_refused():
+    config = config_of("DeepSeek-V2-Lite", first_k_dense_replace=27)
+    with pytest.raises(ShapeError, match="nothing to offload"):
+        shape_of_config(config, "c")
+    with pytest.raises(ShapeError, match="layer_types must be a list of num_hidden_layers=24"):
+        shape_of_config(config_of("gpt-oss-20b", layer_types=["full_attention"]), "c")
+    with pytest.raises(ShapeError, match="must be a list of integers"):
+        shape_of_config(config_of("Qwen3-30B-A3B", mlp_only_layers="0"), "c")

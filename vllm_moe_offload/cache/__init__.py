@@ -1,0 +1,1 @@
+"""Who lies where: the planner, the pool of slots, and how many there are."""

@@ -1,0 +1,1 @@
+"""What requests will use next."""

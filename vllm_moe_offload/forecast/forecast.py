@@ -1,0 +1,357 @@
+"""What the running requests are expected to use next: forecasts, and how they are mixed.
+
+* *history*: the mean of the requests' own averages over few and over many tokens;
+* *popularity*: what all requests used lately, those that ended included;
+* *prior*: what the collection knows: the finished requests nearest to a request's own matrix
+  (prompt included), else the collection's mean. It also stands in for the history of a
+  request that has none yet;
+* *value*: the successor model (``policy/value.py``) on each request's recent routing.
+
+Their weights are learned (``policy/mixture.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.forecast.averages import FadingTables, StepUses, UseAverages
+from vllm_moe_offload.forecast.mixture import Mixture
+from vllm_moe_offload.forecast.requests import RunningRequests
+from vllm_moe_offload.forecast.successor import SuccessorModel
+from vllm_moe_offload.native import ValueStep, check, core
+from vllm_moe_offload.step import FloatArray, StepRows
+from vllm_moe_offload.trace.activation import ActivationTracer
+from vllm_moe_offload.trace.collection import ActivationCollection
+
+HALF_LIVES = (1.0, 4.0, 16.0, 200.0)
+"""Tokens after which a use counts half in each average: the last token, a phrase, a
+paragraph, the whole answer. The mixture sorts out which of them matters."""
+POPULARITY_HALF_LIVES = (30.0, 1000.0)
+"""Steps after which a use counts half in the popularities: what the requests before these
+used, and what most requests use."""
+INITIAL_WEIGHTS = (0.0, 0.25, 0.0, 0.5, 0.05, 0.05, 0.1, 0.25, 0.0)
+"""Before anything was used: averages, popularities, prior, value, constant. A step or two of
+evidence outweighs them."""
+POPULARITY = len(HALF_LIVES)
+PRIOR, VALUE, CONSTANT = range(POPULARITY + len(POPULARITY_HALF_LIVES), len(INITIAL_WEIGHTS))
+LASTING = PRIOR - 1
+"""The popularity that stands in where nothing else is known."""
+
+COLD_TOKENS = 0.1
+"""Tokens of own history that weigh as much as what stands in for it: below one, since a
+request's first token says more about it than all other requests."""
+
+MATCHED_TOKENS = 32
+"""Age at which a request is matched for the last time: then its own history says more."""
+
+MATCHING_GROWTH = 4
+"""A request is matched again when it is so many times as old."""
+
+MATCHES_PER_STEP = 2
+"""Requests that ask the collection in one step, so that no step waits for many."""
+
+LEARNING_ROWS = 4
+"""Requests learned from at a time: more add cost per step, and evidence comes anyway."""
+
+LARGEST_MODELLED = 16384
+"""Experts in all layers beyond which the successor model costs more than it brings."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """Constants of the policy; none is tuned to a model.
+
+    Attributes:
+        value: factor on the successor model's part of the scores; 0 turns it off.
+        history: factor on the averages' part; 0 turns them off.
+        slow_history: further factor on the slowest average; 0 turns it off.
+        popularity: factor on what all requests used; 0 turns it off.
+        prior: factor on the collection's part; 0 turns the collection off.
+        state_half_life: tokens after which a use counts half in the successor model's state.
+        discount: of the future, per token, in the successor model.
+        ridge: its regularisation, in tokens of evidence.
+        memory_tokens: its evidence kept; older routing fades, so that a shift is followed.
+        mixture_discount: of the future, per step, in what the mixture forecasts. Low suits
+            small caches, high large ones; between .3 and .6 hardly anything changes.
+        mixture_steps: evidence that the mixture keeps, in steps: it follows a running request.
+        distance_weight: see the module; 0 turns it off.
+        entries: capacity of the collection.
+        follow: whether the successor model's forecasts follow within a step what its layers
+            routed to so far (1) or only from step to step (0).
+        fallback: whether shadows are heeded (1) or not (0).
+    """
+
+    value: float = 1.0
+    history: float = 1.0
+    slow_history: float = 1.0
+    popularity: float = 1.0
+    prior: float = 1.0
+    state_half_life: float = 3.0
+    discount: float = 0.7
+    ridge: float = 40.0
+    memory_tokens: float = 50_000.0
+    mixture_discount: float = 0.4
+    mixture_steps: float = 100.0
+    distance_weight: float = 0.5
+    entries: float = 300
+    follow: float = 1.0
+    fallback: float = 1.0
+
+
+class Forecast:
+    """Expected use of every expert by the running requests; see the module.
+
+    Attributes:
+        collection: activation matrices of finished requests.
+        tracer: those of the running ones.
+        model: the successor model, None where it is off or the model is too large.
+        requests: state of the running requests.
+        full_score: forecast for an expert that every request uses at every token, in the long
+            run.
+        gain: what a score gains for each unit of a layer call's votes, as the averages move
+            towards what the call used; it loses ``gain * fading`` at the same time.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, options: TraceOptions) -> None:
+        self.num_layers, self.num_experts = num_layers, num_experts
+        self.options = options
+        size = num_layers * num_experts
+        self.collection = ActivationCollection(num_layers, num_experts, int(options.entries))
+        self.tracer = ActivationTracer(num_layers, num_experts)
+        self.model: SuccessorModel | None = None
+        if options.value != 0 and size <= LARGEST_MODELLED:
+            self.model = SuccessorModel(
+                num_layers,
+                num_experts,
+                discount=options.discount,
+                ridge=options.ridge,
+                memory_tokens=options.memory_tokens,
+            )
+        self._mixture = Mixture(
+            np.array(INITIAL_WEIGHTS),
+            size,
+            discount=options.mixture_discount,
+            memory_steps=options.mixture_steps,
+        )
+        parts = self._mixture.parts
+        parts[CONSTANT] = 1.0
+        self._factors = np.ones(len(parts))
+        self._factors[:POPULARITY] = options.history
+        self._factors[POPULARITY - 1] *= options.slow_history
+        self._factors[POPULARITY:PRIOR] = options.popularity
+        self._factors[PRIOR] = options.prior
+        self._factors[VALUE] = options.value if self.model is not None else 0.0
+        self._averages = UseAverages(HALF_LIVES, parts[:POPULARITY])
+        self._popularity = FadingTables(parts[POPULARITY:PRIOR])
+        self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES))
+        self._popularity_weight = np.zeros_like(self._popularity_keep)
+        self.requests = RunningRequests(size, self.model.state_size if self.model else 0)
+        self._is_prior_current = True
+        self._state_decay = 2.0 ** (-1.0 / options.state_half_life)
+        self._top_k = 0
+        self._read: FloatArray = np.zeros(len(parts), np.float32)
+        self._fade: FloatArray = np.zeros(len(parts), np.float32)
+        self.gain = 0.0
+        known = self._mixture.weights * self._factors
+        self.full_score = float(known.sum() - known[VALUE] - known[PRIOR])
+
+    def begin_step(self, rows: StepRows) -> None:
+        """Takes new requests in and refreshes the forecasts."""
+        self._rows = rows
+        state = self.requests
+        self._running = np.array(
+            [
+                state.row_of[request] if request in state.row_of else self._add(request)
+                for request in rows.requests
+            ],
+            np.int64,
+        )
+        self._match(rows)
+        self._refresh_parts()
+        self._mix()
+
+    @property
+    def scores(self) -> FloatArray:
+        """float32 ``[layers, experts]``, a new array."""
+        return (self._read @ self._mixture.parts).reshape(self.num_layers, -1)
+
+    @property
+    def fading(self) -> FloatArray:
+        """float32 ``[layers, experts]``, what the averages move away from; a new array."""
+        return (self._fade @ self._mixture.parts).reshape(self.num_layers, -1)
+
+    def _add(self, request: str) -> int:
+        row = self.requests.add(request)
+        self._averages.add(row)
+        return row
+
+    def _match(self, rows: StepRows) -> None:
+        """Asks the collection what requests like the young ones used."""
+        if not self.options.prior or not len(self.collection):
+            return
+        state = self.requests
+        matched = 0
+        for row, request in zip(self._running.tolist(), rows.requests, strict=True):
+            tokens = int(state.tokens[row])
+            if tokens < state.match_at[row] or tokens > MATCHED_TOKENS:
+                continue
+            if matched == MATCHES_PER_STEP:
+                break  # the others are still due at the next step
+            matched += 1
+            state.match_at[row] = max(1, MATCHING_GROWTH * tokens)
+            forecast = self.collection.mean()
+            activation = self.tracer.get(request)
+            if activation is not None:
+                indices, cosines = self.collection.nearest(activation.counts, 3)
+                for index, cosine in zip(indices, cosines, strict=True):
+                    self.collection.add_distribution(int(index), float(cosine), forecast)
+                forecast /= 1.0 + float(cosines.sum())
+            state.prior[row] = forecast.reshape(-1)
+            self._is_prior_current = False
+
+    def _refresh_parts(self) -> None:
+        state, count = self.requests, len(self.requests)
+        parts = self._mixture.parts
+        self._averages.refresh_totals(count)
+        if not self._is_prior_current:
+            np.sum(state.prior[:count], axis=0, out=parts[PRIOR])
+            self._is_prior_current = True
+        if self.model is not None and self.model.version:
+            self._values = self.model.predict(state.state[:count])
+            np.sum(np.clip(self._values, 0.0, 1.0), axis=0, out=parts[VALUE])
+
+    def _mix(self) -> None:
+        """Refits the mixture: what to read the scores from, and how they follow a call."""
+        count = len(self.requests)
+        averages, mixing = self._averages, self._mixture.mixing
+        mixing[...] = 0.0
+        mixing[CONSTANT, CONSTANT] = 1.0
+        mixing[VALUE, VALUE] = 1.0 / count
+        mixing[PRIOR, PRIOR] = self._top_k / count  # its rows sum to 1, uses to top_k
+        if self._popularity_weight.all():
+            popular = np.arange(POPULARITY, PRIOR)
+            mixing[popular, popular] = 1.0 / self._popularity_weight
+        stand_in = PRIOR if self.options.prior and len(self.collection) else LASTING
+        if stand_in == LASTING and not self.options.popularity:
+            stand_in = CONSTANT  # the same for all: nothing is known
+        cold = COLD_TOKENS * (1.0 - averages.decay)
+        reached = averages.weight[:, :count].mean(axis=1)
+        history = np.arange(POPULARITY)
+        mixing[history, history] = 1.0 / (count * (reached + cold))
+        mixing[history, stand_in] = cold / (reached + cold) * mixing[stand_in, stand_in]
+        mixing[:, :POPULARITY] *= averages.totals.scale
+        mixing[:, POPULARITY:PRIOR] *= self._popularity.scale
+        self._mixture.fit(self._factors != 0)
+        weights = self._mixture.weights * self._factors
+        # An average moves towards what this call used by a share that shrinks to 1 - decay.
+        share = (1.0 - averages.decay) / (1.0 - (1.0 - reached) * averages.decay + cold)
+        gains = weights[:POPULARITY] * share
+        self.gain = float(gains.sum())
+        self._read = (weights @ mixing).astype(np.float32)
+        if self.model is None or not self.model.version:
+            weights[VALUE] = 0.0
+        if not len(self.collection):
+            weights[PRIOR] = 0.0
+        self.full_score = float(weights.sum())
+        fade = gains @ mixing[:POPULARITY] / (self.gain or 1.0)
+        self._fade = fade.astype(np.float32)
+
+    def follow(
+        self,
+        first_layer: int,
+        ids: npt.NDArray[np.int32],
+        scores: FloatArray,
+        factors: FloatArray,
+    ) -> None:
+        """Lets all values, and scores with them, follow what layers of this step routed to.
+
+        Nothing happens where the successor model is off, has learned nothing yet, or is too
+        large for this.
+
+        Args:
+            first_layer: layer of ``ids[0]``.
+            ids: contiguous ``[layers, rows, top_k]`` of consecutive layers.
+            scores: ``[num_layers, experts]``, changed in place.
+            factors: ``[num_layers]``, what a forecast counts in a layer's scores.
+        """
+        if self.model is None or not self.model.version or not self.model.dense:
+            return
+        weight = self._mixture.weights[VALUE] * self._factors[VALUE] / len(self.requests)
+        weighted = factors * np.float32(weight)
+        owners = self._rows.request_of_row
+        lengths = np.bincount(owners, minlength=self._running.size)
+        kept = (self._state_decay**lengths).astype(np.float32)
+        step = ValueStep(
+            values=self._values.ctypes.data,
+            weights=self.model.weights.ctypes.data,
+            states=self.requests.state.ctypes.data,
+            ids=ids.ctypes.data,
+            owners=owners.ctypes.data,
+            running=self._running.ctypes.data,
+            kept=kept.ctypes.data,
+            scores=scores.ctypes.data,
+            factors=weighted.ctypes.data,
+            num_layers=self.num_layers,
+            num_experts=self.num_experts,
+            first_layer=first_layer,
+            end_layer=first_layer + len(ids),
+            num_rows=ids.shape[1],
+            top_k=ids.shape[2],
+            num_running=self._running.size,
+            use=1.0 - self._state_decay,
+        )
+        check(core.vmo_follow_values(step))
+
+    def trace(self, rows: StepRows, ids: npt.NDArray[np.int32]) -> None:
+        """Counts a complete step in the running requests' matrices; ids as :meth:`take_in`."""
+        self.tracer.begin_step(rows)
+        self.tracer.observe_step(ids)
+
+    def take_in(self, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
+        """Learns from a complete step.
+
+        Args:
+            ids: ``[layers, rows, top_k]``.
+            votes: ``[layers, experts]``, share of the requests that used each expert.
+        """
+        self._top_k = ids.shape[2]
+        self.trace(self._rows, ids)
+        used = votes.reshape(-1)
+        self._mixture.learn(used)
+        uses = StepUses.of_step(ids, self._rows, self._running, self.num_experts)
+        gained = 1.0 - self._popularity_keep
+        keys = np.unique(uses.keys)
+        self._popularity.fade(self._popularity_keep)
+        self._popularity.add(keys, gained[:, None] * used[keys])
+        self._popularity_weight += gained * (1.0 - self._popularity_weight)
+        self._averages.take_in(uses, len(self.requests))
+        if self.model is not None:
+            self._learn_values(self.model, uses)
+        self.requests.tokens[self._running] += uses.lengths
+
+    def _learn_values(self, model: SuccessorModel, uses: StepUses) -> None:
+        """Moves the successor model's states on and lets it learn from some of them."""
+        state, rows = self.requests, uses.rows
+        started = rows[(rows < LEARNING_ROWS) & (state.tokens[rows] > 0)]
+        model.discount_traces(state.trace, state.state, started)
+        state.state[rows] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
+        gain = ((1.0 - self._state_decay) * self._state_decay**uses.age).astype(np.float32)
+        model.add_uses(state.state, uses.owner, uses.keys, gain)
+        learnable = rows[(rows < LEARNING_ROWS) & (uses.lengths == 1) & ~self._rows.is_prefill]
+        if learnable.size:
+            used = np.zeros((LEARNING_ROWS, model.size), np.float32)
+            few = uses.owner < LEARNING_ROWS
+            used[uses.owner[few], uses.keys[few]] = 1.0
+            model.learn(state.state[learnable], state.trace[learnable], used[learnable])
+
+    def end_request(self, request: str) -> None:
+        """The request stops counting at once; its matrix enters the collection."""
+        if request in self.requests.row_of:
+            self._averages.move(*self.requests.remove(request))
+            self._is_prior_current = False
+        activation = self.tracer.end_request(request)
+        if activation is not None and self.options.prior:
+            self.collection.add(activation.counts)

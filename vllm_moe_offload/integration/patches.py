@@ -1,0 +1,125 @@
+"""Every place where stock vLLM is changed, with why, upstream reference and when to remove.
+
+Patches check what they patch and fail loudly on a vLLM they do not know (``patching.py``). Nothing
+here runs unless the plugin is installed; what changes the model or the runner is installed in workers
+only, and only if ``--moe-offload`` is on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_moe_offload.integration.patching import require, wrap
+
+
+# --------------------------------------------------------------------------------------
+# WorkerBase.__init__ (v1/worker/worker_base.py)
+#   why: the first place in a worker that knows the configuration and runs before the model
+#     is built; the patches below must not touch processes or servers without offload.
+#   upstream: no plugin hook receives the VllmConfig in a worker.
+#   remove when: general plugins are told the configuration.
+def install_worker_hook() -> None:
+    """Installs the model and runner patches when a worker with offload is created."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    wrap(WorkerBase, "__init__", _worker_init)
+
+
+def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    from vllm_moe_offload.integration.arguments import options_of
+
+    if options_of(vllm_config).enabled:
+        install_model_patches()
+        install_runner_patches()
+    original(self, vllm_config, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------
+# RoutedExperts.__new__ (model_executor/layers/fused_moe/routed_experts.py)
+#   why: PluggableLayer.register_oot replaces a class by its name and misses subclasses
+#     (GptOssRoutedExperts and others would silently run without offload); a __new__ on the
+#     base covers every subclass, and asks the configuration, so that `off` and a second
+#     model in the same process keep vLLM's classes.
+#   upstream: model_executor/custom_op.py, PluggableLayer.__new__.
+#   remove when: register_oot covers subclasses and can be scoped to a configuration.
+# BaseModelLoader.load_weights of the default and dummy loaders (model_loader/*.py)
+#   why: experts must be taken out of memory layer by layer while the checkpoint streams.
+#   upstream: no hook between the loader's stream and the model.
+#   remove when: vLLM can load a model without ever holding it.
+def install_model_patches() -> None:
+    """Swaps the expert layers and hooks into the loaders."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.platforms import current_platform
+
+    from vllm_moe_offload.integration import experts, loading
+
+    for name in ("forward_modular", "layer_name", "quant_method"):
+        if name == "forward_modular":
+            require(RoutedExperts, name)
+    if "__new__" not in RoutedExperts.__dict__:
+        inherited = RoutedExperts.__new__
+
+        def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            return experts.instantiate(inherited, cls, *args, **kwargs)
+
+        RoutedExperts.__new__ = new
+    wrap(DefaultModelLoader, "get_all_weights", loading.stream_weights)
+    wrap(DummyModelLoader, "load_weights", loading.load_dummy_weights)
+    if current_platform.is_cuda():
+        install_cuda_patches()
+
+
+# --------------------------------------------------------------------------------------
+# _prepare_expert_assignment as the Triton experts see it (fused_moe/experts/triton_moe.py)
+#   why: blocks of tokens must be formed from logical ids and their experts renamed to rows
+#     of the pool afterwards; expert_map would be counted in an array for E experts.
+#   upstream: csrc/moe/moe_align_sum_kernels.cu (expert_map); fused_moe.py.
+#   remove when: FusedMoE takes a map from block experts to weight rows.
+# MoERunner._forward_impl (fused_moe/runner/moe_runner.py)
+#   why: with the MoE operators split out of piecewise CUDA graphs, the next piece replays
+#     with the addresses that it was captured with; the operators return new tensors.
+#   upstream: compilation/cuda_graph.py (CUDAGraphWrapper copies no inputs);
+#     vllm-project/vllm pull requests 30910 and 53915.
+#   remove when: CUDAGraphWrapper copies what comes from an operator outside the graphs.
+# Worker.determine_available_memory, .compile_or_warm_up_model (v1/worker/gpu_worker.py)
+#   why: the V2 runner's captures call the model beside _dummy_run, and its warm-up goes
+#     through execute_model with made-up requests: experts would be read for them, and traced.
+#   upstream: v1/worker/gpu/cudagraph_utils.py, v1/worker/gpu/warmup.py.
+#   remove when: warm-up steps are marked as such.
+def install_cuda_patches() -> None:
+    """What serving from GPU memory changes beyond :func:`install_model_patches`."""
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_moe_offload.integration import graphs, requests, triton_slots
+
+    wrap(triton_moe, "_prepare_expert_assignment", triton_slots.prepare_expert_assignment)
+    wrap(MoERunner, "_forward_impl", graphs.keep_outputs)
+    wrap(Worker, "determine_available_memory", requests.warm_up)
+    wrap(Worker, "compile_or_warm_up_model", requests.warm_up)
+
+
+# --------------------------------------------------------------------------------------
+# GPUModelRunner (v1/worker/gpu_model_runner.py, V1) and its V2 namesake
+# (v1/worker/gpu/model_runner.py)
+#   why: the rows of a forward pass have to be told apart by request; only the runner knows.
+#   upstream: --enable-return-routed-experts captures routing per request (V2 only), after
+#     the fact, without positions of the running batch.
+#   remove when: ForwardContext carries the request of every row.
+def install_runner_patches() -> None:
+    """Tells the runtime which request each row belongs to, and which runs are dummies."""
+    import vllm.v1.worker.gpu.model_runner as v2
+    import vllm.v1.worker.gpu_model_runner as v1
+
+    from vllm_moe_offload.integration import requests
+
+    wrap(v1.GPUModelRunner, "_prepare_inputs", requests.v1_prepare_inputs)
+    wrap(v2.GPUModelRunner, "prepare_inputs", requests.v2_prepare_inputs)
+    for runner in (v1.GPUModelRunner, v2.GPUModelRunner):
+        wrap(runner, "execute_model", requests.execute_model)
+        wrap(runner, "_dummy_run", requests.dummy_run)
+        wrap(runner, "shutdown", requests.shutdown)
+        wrap(runner, "reload_weights", requests.refuse_reload)

@@ -1,0 +1,293 @@
+"""Will it fit? What a machine's memory holds of a model, and how fast its link lets it be.
+
+Slots, staging and minimum come from the functions that the server uses (``sizing.py``), so a
+plan says what a start with its options makes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_moe_offload.cache.planner import CacheShape
+from vllm_moe_offload.cache.sizing import (
+    auto_cache_bytes,
+    build_peak_bytes,
+    cache_rows,
+    cache_shape,
+)
+from vllm_moe_offload.config import GIB
+from vllm_moe_offload.plan.machine import (
+    CPU_RUNTIME_BYTES,
+    HOST_RUNTIME_BYTES,
+    UTILIZATION,
+    Machine,
+)
+from vllm_moe_offload.plan.shapes.base import FORMATS, ModelShape
+from vllm_moe_offload.policy import TracePolicy
+
+KV_BLOCK_TOKENS = 128
+"""vLLM's block on CPU; smaller on CUDA."""
+BATCH_TOKENS = 8192
+"""Tokens in flight at most; what sliding-window layers hold beside their window."""
+LEAST_KV_TOKENS = 2048
+"""A KV cache for fewer tokens is not worth starting for."""
+MOST_KV_REQUESTS = 32
+"""Of full length; memory beyond that is left alone."""
+
+HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+RUN_MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss"})
+"""Architectures with which the plugin has been run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why it cannot work, and what would."""
+
+    text: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the link allows at a hit rate, one request at a time.
+
+    Attributes:
+        hit_rate: share of the experts used that lie in fast memory.
+        misses_per_token: experts that have to be read.
+        read_bytes_per_token: their bytes.
+        tokens_per_s: upper bound; None if nothing is read and computing is left out.
+    """
+
+    hit_rate: float
+    misses_per_token: float
+    read_bytes_per_token: float
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A model on a machine.
+
+    Attributes:
+        shape, machine: of what.
+        kv_bytes: KV cache.
+        kv_tokens: tokens of one request that it holds.
+        cache_gb: the option that makes the cache.
+        cache: slots and staging rows; None where there is a problem.
+        host_expert_bytes: with a GPU, experts that host memory holds.
+        build_bytes: memory that the first start takes while it builds the store.
+        least_fast_bytes: fast memory with which it starts at all.
+        exact_fast_bytes: fast memory with which a whole layer's experts fit: exact output.
+        problems: why it cannot work; empty if it can.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    kv_bytes: int
+    kv_tokens: int
+    cache_gb: str
+    cache: CacheShape | None
+    host_expert_bytes: int
+    build_bytes: int
+    least_fast_bytes: int
+    exact_fast_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def all_experts_bytes(self) -> int:
+        """Of the model; also what the store takes on disk."""
+        return self.shape.total_experts * self.shape.expert_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all rows, staging included."""
+        return 0 if self.cache is None else self.cache.num_rows * self.shape.expert_bytes
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a whole layer's experts fit at once, so that no sum is split."""
+        return self.cache is not None and self.cache.num_rows >= self.shape.num_experts
+
+    @property
+    def host_share(self) -> float:
+        """With a GPU, the share of all experts that host memory holds."""
+        return self.host_expert_bytes / self.all_experts_bytes
+
+    def bound(self, hit_rate: float) -> Bound:
+        """What the link allows: a token takes its misses' bytes / bandwidth at least.
+
+        With a GPU, misses that host memory does not hold come over the disk as well, in
+        proportion. ``memory_gbps`` adds the time to read each weight used once.
+        """
+        shape, machine = self.shape, self.machine
+        used = len(shape.moe_layers) * shape.top_k
+        misses = (1 - hit_rate) * used
+        read_bytes = misses * shape.expert_bytes
+        seconds = read_bytes / (machine.link_gbps * 1e9)
+        if machine.has_gpu:
+            seconds += read_bytes * (1 - self.host_share) / (machine.disk_gbps * 1e9)
+        if machine.memory_gbps is not None:
+            lookups = shape.lookup_parameters * shape.dense_bytes // shape.dense_parameters
+            active = shape.dense_bytes - lookups + used * shape.expert_bytes
+            seconds += active / (machine.memory_gbps * 1e9)
+        return Bound(hit_rate, misses, read_bytes, 1 / seconds if seconds else None)
+
+    def serve_options(self) -> list[str]:
+        """Options of ``vllm serve`` that make this plan."""
+        options = [
+            "--moe-offload=trace",
+            "--moe-offload-config.cache_gb",
+            self.cache_gb,
+        ]
+        if not self.machine.has_gpu:
+            options += ["--kv-cache-memory-bytes", str(self.kv_bytes)]
+        if self.kv_tokens < self.shape.max_tokens:
+            # vLLM knows best what layers of several kinds take, and what a GPU has left.
+            kv = self.shape.kv
+            is_plain = not (kv.window_per_token or kv.state_per_request)
+            fits = self.kv_tokens // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
+            is_known = is_plain and not self.machine.has_gpu
+            options += ["--max-model-len", str(fits) if is_known else "auto"]
+        return options
+
+
+def amount(nbytes: float) -> str:
+    """``12.34 GiB``, or ``12.3 MiB`` of small amounts."""
+    if nbytes < GIB / 10:
+        return f"{nbytes / (1 << 20):.1f} MiB"
+    return f"{nbytes / GIB:,.2f} GiB"
+
+
+def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fit:
+    """How a model fits on a machine.
+
+    Args:
+        shape: the model.
+        machine: the machine.
+        kv_tokens: tokens that the KV cache must hold; by default it gets a quarter of what
+            experts and KV cache share, and all that the experts leave.
+    """
+    available = machine.fast_bytes - shape.dense_bytes - machine.runtime_bytes
+    layer_bytes = shape.num_experts * shape.expert_bytes
+    all_bytes = shape.total_experts * shape.expert_bytes
+    least_kv_tokens = kv_tokens or min(LEAST_KV_TOKENS, shape.max_tokens)
+    least_kv_bytes = _kv_bytes(shape, least_kv_tokens)
+    kv_bytes = least_kv_bytes
+    if kv_tokens is None:
+        # As auto does, but not at the expense of a whole layer.
+        quarter = min(available // 4, available - layer_bytes, _most_kv_bytes(shape))
+        kv_bytes = max(least_kv_bytes, quarter)
+    room = auto_cache_bytes(all_bytes, available, kv_bytes)
+    fixed = shape.dense_bytes + machine.runtime_bytes + least_kv_bytes
+    least = fixed + shape.top_k * shape.expert_bytes
+    exact = fixed + layer_bytes
+    build = build_peak_bytes(layer_bytes)
+    build += HOST_RUNTIME_BYTES if machine.has_gpu else shape.dense_bytes + CPU_RUNTIME_BYTES
+    problems = [
+        *_model_problems(shape),
+        *_memory_problems(shape, machine, least, exact, build),
+    ]
+    cache, cache_gb = None, ""
+    if not problems:
+        cache_gb, cache = _cache(shape, room, all_bytes)
+        used = cache.num_rows * shape.expert_bytes
+        if kv_tokens is None:
+            spare = min(available - used, _most_kv_bytes(shape))
+            kv_bytes = max(least_kv_bytes, spare - spare % (1 << 20))
+    return Fit(
+        shape=shape,
+        machine=machine,
+        kv_bytes=kv_bytes,
+        kv_tokens=_kv_tokens(shape, kv_bytes),
+        cache_gb=cache_gb,
+        cache=cache,
+        host_expert_bytes=min(all_bytes, machine.host_expert_bytes),
+        build_bytes=build,
+        least_fast_bytes=_round_up_memory(least),
+        exact_fast_bytes=_round_up_memory(exact),
+        problems=tuple(problems),
+    )
+
+
+def _cache(shape: ModelShape, room_bytes: int, all_bytes: int) -> tuple[str, CacheShape]:
+    """The ``cache_gb`` that fills ``room_bytes``, and what the server makes of it."""
+    sizes = {
+        "num_layers": len(shape.moe_layers),
+        "num_experts": shape.num_experts,
+        "top_k": shape.top_k,
+    }
+    if room_bytes >= all_bytes:
+        cache_gb = "100%"
+    else:
+        rows = max(room_bytes // shape.expert_bytes, shape.top_k)
+        # Up, or the last row would be lost; by less than one expert.
+        digits = 3 if shape.expert_bytes > GIB / 10**3 else 6
+        gib = math.ceil(rows * shape.expert_bytes / GIB * 10**digits) / 10**digits
+        cache_gb = f"{gib:.{digits}f}"
+    rows = cache_rows(cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+    return cache_gb, cache_shape(rows, rules=TracePolicy.rules, **sizes)
+
+
+def _kv_bytes(shape: ModelShape, tokens: int) -> int:
+    """A KV cache for one request of so many tokens, whole blocks."""
+    blocks = -(-tokens // KV_BLOCK_TOKENS) + 1
+    per_token = shape.kv.bytes_per_token
+    return shape.kv.bytes_per_request(BATCH_TOKENS) + blocks * KV_BLOCK_TOKENS * per_token
+
+
+def _kv_tokens(shape: ModelShape, kv_bytes: int) -> int:
+    for_tokens = kv_bytes - shape.kv.bytes_per_request(BATCH_TOKENS)
+    return max(0, for_tokens // shape.kv.bytes_per_token - KV_BLOCK_TOKENS)
+
+
+def _most_kv_bytes(shape: ModelShape) -> int:
+    return MOST_KV_REQUESTS * _kv_bytes(shape, shape.max_tokens)
+
+
+def _round_up_memory(served_bytes: int) -> int:
+    """Memory of which a server takes so much, in tenths of a GiB."""
+    return math.ceil(served_bytes / UTILIZATION / GIB * 10 + 1e-6) * GIB // 10
+
+
+def _model_problems(shape: ModelShape) -> Iterator[Problem]:
+    if shape.quantization is not None:
+        total = shape.parameters * 2
+        yield Problem(
+            f"the checkpoint is quantised ({shape.quantization}); experts must be bf16, fp16 or "
+            "fp32 in this release",
+            f"a bf16 copy of the checkpoint, {amount(total)} on disk: see --unquantized",
+        )
+    elif shape.extra_expert_layers:
+        layers = ", ".join(map(str, shape.extra_expert_layers))
+        yield Problem(
+            f"the checkpoint holds experts of layer {layers}, which predicts further tokens and "
+            "is not served; this release refuses such checkpoints",
+            f"a copy of the checkpoint without the tensors of layer {layers}",
+        )
+
+
+def _memory_problems(
+    shape: ModelShape, machine: Machine, least: int, exact: int, build: int
+) -> Iterator[Problem]:
+    option = "--device-memory" if machine.has_gpu else "--host-memory"
+    if machine.fast_bytes < least:
+        small = FORMATS[-1]
+        saved = shape.top_k * (shape.expert_bytes - small.expert_bytes(shape))
+        hint = ""
+        if machine.fast_bytes >= least - saved:
+            hint = f" ({small.name} experts would fit; this release does not serve them)"
+        yield Problem(
+            f"{amount(machine.fast_bytes)} of fast memory ({UTILIZATION:.0%} of {option}) do not "
+            "hold the dense weights, the KV cache, vLLM itself and the experts of one token in one "
+            f"layer: {amount(least)}",
+            f"{option} {amount(_round_up_memory(least))} at least; "
+            f"{amount(_round_up_memory(exact))} for exact output (one layer's experts){hint}",
+        )
+    if machine.store_memory_bytes < build:
+        yield Problem(
+            f"the first start takes {amount(build)} of host memory to build the store (two or three "
+            f"layers at a time); {amount(machine.store_memory_bytes)} are there",
+            f"--host-memory {amount(_round_up_memory(build))} at least",
+        )

@@ -1,0 +1,24 @@
+"""What a Mixture-of-Experts model is made of: counted from its config.json or its files."""
+
+from vllm_moe_offload.plan.shapes.architectures import MODEL_TYPES
+from vllm_moe_offload.plan.shapes.base import (
+    FORMATS,
+    ExpertFormat,
+    KvShape,
+    ModelShape,
+    ShapeError,
+)
+from vllm_moe_offload.plan.shapes.config import shape_of_config
+from vllm_moe_offload.plan.shapes.known import KnownModel, known_models
+
+__all__ = [
+    "FORMATS",
+    "MODEL_TYPES",
+    "ExpertFormat",
+    "KnownModel",
+    "KvShape",
+    "ModelShape",
+    "ShapeError",
+    "known_models",
+    "shape_of_config",
+]

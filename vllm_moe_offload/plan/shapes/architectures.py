@@ -1,0 +1,238 @@
+"""The parts of each architecture, counted from its config.json.
+
+Compared with transformers' own models in the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_moe_offload.plan.shapes.base import KvShape
+from vllm_moe_offload.plan.shapes.fields import ConfigFields
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What distinguishes one architecture from another.
+
+    Attributes:
+        attention: parameters of all layers' attention.
+        kv: KV cache.
+        moe_layers: layers with routed experts.
+        expert_width: of one routed expert.
+        dense_width: of the MLP of layers without experts.
+        shared: parameters per MoE layer of shared experts, their gate included.
+        router_biases: per MoE layer.
+        expert_biases: of one expert.
+        norms: parameters of one norm over the hidden state.
+        head_biases: of the output layer.
+    """
+
+    attention: int
+    kv: KvShape
+    moe_layers: tuple[int, ...]
+    expert_width: int
+    dense_width: int = 0
+    shared: int = 0
+    router_biases: int = 0
+    expert_biases: int = 0
+    norms: int | None = None
+    head_biases: int = 0
+
+
+def _every_layer(fields: ConfigFields) -> tuple[int, ...]:
+    return tuple(range(fields.integer("num_hidden_layers")))
+
+
+def _heads(fields: ConfigFields) -> tuple[int, int, int]:
+    """Query heads, key-value heads, elements of a head."""
+    heads = fields.integer("num_attention_heads")
+    head = fields.integer("head_dim", default=fields.integer("hidden_size") // heads)
+    return heads, fields.integer("num_key_value_heads", default=heads), head
+
+
+def _attention(fields: ConfigFields, bias: bool = False, gate: bool = False) -> tuple[int, int]:
+    """Parameters of one layer's grouped-query attention; KV elements per token."""
+    hidden = fields.integer("hidden_size")
+    heads, kv_heads, head = _heads(fields)
+    queries, keys = heads * head, kv_heads * head
+    count = hidden * (queries * (3 if gate else 2) + 2 * keys)
+    if bias:
+        count += queries + 2 * keys + hidden
+    return count, 2 * keys
+
+
+def _mixtral(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields)
+    layers = _every_layer(fields)
+    return Parts(
+        attention * len(layers),
+        KvShape(kv * len(layers)),
+        layers,
+        fields.integer("intermediate_size"),
+    )
+
+
+def _phimoe(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields, bias=fields.flag("attention_bias"))
+    layers = _every_layer(fields)
+    return Parts(
+        attention * len(layers),
+        KvShape(kv * len(layers)),
+        layers,
+        fields.integer("intermediate_size"),
+        norms=2 * fields.integer("hidden_size"),  # LayerNorm: weight and bias
+        head_biases=fields.integer("vocab_size") if fields.flag("lm_head_bias") else 0,
+    )
+
+
+def _olmoe(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields, bias=fields.flag("attention_bias"))
+    layers = _every_layer(fields)
+    heads, kv_heads, head = _heads(fields)
+    qk_norms = (heads + kv_heads) * head
+    return Parts(
+        (attention + qk_norms) * len(layers),
+        KvShape(kv * len(layers)),
+        layers,
+        fields.integer("intermediate_size"),
+    )
+
+
+def _sparse_layers(fields: ConfigFields) -> tuple[int, ...]:
+    """Of Qwen's models: every n-th layer, less those named."""
+    step = fields.integer("decoder_sparse_step", default=1)
+    dense = fields.integers("mlp_only_layers")
+    return tuple(
+        layer
+        for layer in _every_layer(fields)
+        if layer not in dense and (layer + 1) % step == 0
+    )
+
+
+def _qwen3_moe(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields, bias=fields.flag("attention_bias"))
+    _, _, head = _heads(fields)
+    count = fields.integer("num_hidden_layers")
+    return Parts(
+        (attention + 2 * head) * count,
+        KvShape(kv * count),
+        _sparse_layers(fields),
+        fields.integer("moe_intermediate_size"),
+        dense_width=fields.integer("intermediate_size", default=0, least=0),
+    )
+
+
+def _qwen3_next(fields: ConfigFields) -> Parts:
+    interval = fields.integer("full_attention_interval", default=4)
+    kinds = fields.layer_kinds(
+        lambda layer: "linear_attention" if (layer + 1) % interval else "full_attention"
+    )
+    num_linear = kinds.count("linear_attention")
+    num_full = len(kinds) - num_linear
+    full, kv = _attention(fields, bias=fields.flag("attention_bias"), gate=True)
+    _, _, head = _heads(fields)
+    linear, state = _gated_delta_net(fields)
+    hidden = fields.integer("hidden_size")
+    shared_width = fields.integer("shared_expert_intermediate_size", default=0, least=0)
+    return Parts(
+        num_full * (full + 2 * head) + num_linear * linear,
+        KvShape(kv * num_full, state_per_request=state * num_linear),
+        _sparse_layers(fields),
+        fields.integer("moe_intermediate_size"),
+        dense_width=fields.integer("intermediate_size", default=0, least=0),
+        shared=3 * hidden * shared_width + hidden if shared_width else 0,
+    )
+
+
+def _gated_delta_net(fields: ConfigFields) -> tuple[int, int]:
+    """Parameters and state elements of one linear-attention layer of Qwen3-Next."""
+    hidden = fields.integer("hidden_size")
+    key_heads = fields.integer("linear_num_key_heads")
+    value_heads = fields.integer("linear_num_value_heads")
+    key_head = fields.integer("linear_key_head_dim")
+    value_head = fields.integer("linear_value_head_dim")
+    kernel = fields.integer("linear_conv_kernel_dim")
+    keys, values = key_heads * key_head, value_heads * value_head
+    channels = 2 * keys + values
+    projections = hidden * (2 * keys + 2 * values + 2 * value_heads) + values * hidden
+    parameters = projections + channels * kernel + 2 * value_heads + value_head
+    return parameters, channels * (kernel - 1) + value_heads * key_head * value_head
+
+
+def _deepseek(fields: ConfigFields) -> Parts:
+    hidden = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    nope, rope = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+    value, latent = fields.integer("v_head_dim"), fields.integer("kv_lora_rank")
+    queries = heads * (nope + rope)
+    if fields.has("q_lora_rank"):
+        rank = fields.integer("q_lora_rank")
+        count = hidden * rank + rank + rank * queries
+    else:
+        count = hidden * queries
+    count += hidden * (latent + rope) + latent
+    count += latent * heads * (nope + value) + heads * value * hidden
+    layers = _every_layer(fields)
+    first = fields.integer("first_k_dense_replace", default=0, least=0)
+    frequency = fields.integer("moe_layer_freq", default=1)
+    width = fields.integer("moe_intermediate_size")
+    shared = fields.integer("n_shared_experts", default=0, least=0)
+    return Parts(
+        count * len(layers),
+        KvShape((latent + rope) * len(layers)),  # the latent; heads are computed from it
+        tuple(layer for layer in layers if layer >= first and layer % frequency == 0),
+        width,
+        dense_width=fields.integer("intermediate_size"),
+        shared=3 * hidden * width * shared,
+    )
+
+
+def _deepseek_v3(fields: ConfigFields) -> Parts:
+    parts = _deepseek(fields)
+    experts = fields.num_experts()
+    return Parts(
+        parts.attention,
+        parts.kv,
+        parts.moe_layers,
+        parts.expert_width,
+        parts.dense_width,
+        parts.shared,
+        router_biases=experts,  # e_score_correction_bias
+    )
+
+
+def _gpt_oss(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields, bias=fields.flag("attention_bias", default=True))
+    heads, _, _ = _heads(fields)
+    hidden, width = fields.integer("hidden_size"), fields.integer("intermediate_size")
+    kinds = fields.layer_kinds(
+        lambda layer: "full_attention" if layer % 2 else "sliding_attention"
+    )
+    num_sliding = kinds.count("sliding_attention")
+    return Parts(
+        (attention + heads) * len(kinds),  # a sink per head
+        KvShape(
+            kv * (len(kinds) - num_sliding),
+            window_per_token=kv * num_sliding,
+            window_tokens=fields.integer("sliding_window") if num_sliding else 0,
+        ),
+        tuple(range(len(kinds))),
+        width,
+        router_biases=fields.num_experts(),
+        expert_biases=2 * width + hidden,
+    )
+
+
+MODEL_TYPES: dict[str, Callable[[ConfigFields], Parts]] = {
+    "mixtral": _mixtral,
+    "phimoe": _phimoe,
+    "olmoe": _olmoe,
+    "qwen3_moe": _qwen3_moe,
+    "qwen3_next": _qwen3_next,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+}
+"""Architectures whose parameters are counted here."""

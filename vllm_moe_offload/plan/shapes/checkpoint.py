@@ -1,0 +1,151 @@
+"""A local checkpoint's exact sizes, from the headers of its safetensors files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_offload.plan.shapes.base import ModelShape, ShapeError
+from vllm_moe_offload.plan.shapes.config import shape_of_config
+from vllm_moe_offload.store.checkpoint_reader import (
+    DTYPES,
+    TensorRange,
+    expert_layer,
+    layer_number,
+    tensor_ranges,
+)
+
+_INDEX = "model.safetensors.index.json"
+_NOT_SERVED = "mtp."  # multi-token prediction, beside the decoder layers
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory with a config.json.
+
+    Attributes:
+        shape: counted from the files' headers where there are files of unquantised experts,
+            else from config.json.
+        is_counted: whether it was counted from the files.
+        file_bytes: of all tensors in the files; 0 without files.
+        expert_layers: decoder layers whose experts the files hold.
+        expert_dtypes: element types of these, by safetensors' names.
+    """
+
+    shape: ModelShape
+    is_counted: bool
+    file_bytes: int
+    expert_layers: tuple[int, ...]
+    expert_dtypes: tuple[str, ...]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        ShapeError: it is not a JSON object.
+        OSError: it cannot be read.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShapeError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ShapeError(f"{path} is not a config.json: it holds no JSON object")
+    return config
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Sizes of the checkpoint in a directory; no tensor is read, no code is run.
+
+    Raises:
+        ShapeError: no config.json, or config and files contradict each other.
+        OSError: a file cannot be read.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ShapeError(f"{directory} is no checkpoint: it has no config.json")
+    shape = shape_of_config(read_config(path), str(path))
+    tensors = list(_tensors(directory))
+    if not tensors:
+        return Checkpoint(shape, False, 0, (), ())
+    layers: Counter[int] = Counter()
+    dtypes = set()
+    dense = 0
+    for name, where in tensors:
+        if name.startswith(_NOT_SERVED):
+            continue
+        layer = expert_layer(name)
+        if layer is not None:
+            layers[layer] += math.prod(where.shape)
+            dtypes.add(where.dtype)
+        elif (layer_number(name) or 0) < shape.num_layers:
+            dense += math.prod(where.shape)
+    counted = dtypes <= DTYPES.keys() and bool(layers)
+    if counted:
+        shape = _recount(shape, directory, layers, dense)
+    elif shape.quantization is None and layers:
+        shape = replace(shape, quantization=f"experts of {', '.join(sorted(dtypes))}")
+    return Checkpoint(
+        shape,
+        counted,
+        sum(where.nbytes for _, where in tensors),
+        tuple(sorted(layers)),
+        tuple(sorted(dtypes)),
+    )
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, TensorRange]]:
+    """All tensors of the files that the index names, or of all files without an index."""
+    index = directory / _INDEX
+    files = sorted(directory.glob("*.safetensors"))
+    if index.is_file():
+        names = read_config(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ShapeError(f"{index} has no weight_map")
+        wanted = {str(name) for name in names.values()}
+        present = {path.name for path in files}
+        if files and not wanted <= present:
+            missing = sorted(wanted - present)
+            raise ShapeError(
+                f"{directory} is incomplete: {len(missing)} of {len(wanted)} files of {_INDEX} "
+                f"are missing, such as {missing[0]}"
+            )
+        files = [path for path in files if path.name in wanted]
+    for path in files:
+        yield from tensor_ranges(path).items()
+
+
+def _recount(
+    shape: ModelShape, directory: Path, layers: Counter[int], dense: int
+) -> ModelShape:
+    """The shape with what the files hold."""
+    served = {layer: count for layer, count in layers.items() if layer < shape.num_layers}
+    if tuple(sorted(served)) != shape.moe_layers:
+        raise ShapeError(
+            f"{directory}: by config.json layers {_listed(shape.moe_layers)} have experts, the "
+            f"files hold experts of layers {_listed(sorted(served))}"
+        )
+    sizes = {count / shape.num_experts for count in served.values()}
+    if len(sizes) != 1 or not (size := sizes.pop()).is_integer():
+        raise ShapeError(
+            f"{directory}: {shape.num_experts} equal experts per layer cannot be made of what "
+            f"the layers' expert tensors hold: {dict(sorted(served.items()))} elements"
+        )
+    return replace(
+        shape,
+        expert_weights=int(size) - shape.expert_biases,
+        dense_parameters=dense,
+        extra_expert_layers=tuple(sorted(layers.keys() - served.keys())),
+    )
+
+
+def _listed(layers: Sequence[int]) -> str:
+    if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers)) or "none"

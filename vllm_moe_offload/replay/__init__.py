@@ -1,0 +1,1 @@
+"""A recorded routing trace, served again without the model."""
