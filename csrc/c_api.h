@@ -180,8 +180,8 @@ VMO_API int32_t vmo_lookahead_foresee(vmo_lookahead* lookahead, vmo_planner* pla
 VMO_API void vmo_follow(float* scores, const float* votes, const float* fade, float gain,
                         float decay, int64_t count);
 
-// Routing of consecutive layers, and the successor model (policy/value.py) that it changes;
-// size = num_layers * num_experts.
+// Routing of consecutive layers, and the successor model (forecast/successor.py) that it
+// changes; size = num_layers * num_experts.
 typedef struct vmo_value_step {
   float* values;           // [requests, size], the model's forecasts, brought up to date
   const float* weights;    // [size, size]

@@ -1,4 +1,5 @@
-// What early answers of a router are worth (vllm_moe_offload/lookahead.py tells the idea).
+// What early answers of a router are worth (vllm_moe_offload/forecast/lookahead.py tells the
+// idea).
 #pragma once
 
 #include <cstdint>

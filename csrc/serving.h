@@ -11,7 +11,7 @@
 namespace vmo {
 
 // Plain data of the caller's, part of the C ABI. What an observer is for: policy/trace.py, and
-// PlainPolicy in policy/base.py.
+// PlainPolicy in policy/plain.py.
 using Observer = ::vmo_observer;
 using LayerOutcome = ::vmo_layer_outcome;
 

@@ -19,7 +19,7 @@ from vllm_moe_offload.step import FloatArray, StepRows
 SMALLEST_SCALE = 2.0**-60
 """Scale at which a request's row is multiplied out, far from where float32 loses digits."""
 SMALLEST_TABLE_SCALE = 2.0**-20
-"""The same for a table; products of two are added up in float32 (``policy/mixture.py``)."""
+"""The same for a table; products of two are added up in float32 (``forecast/mixture.py``)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@
 * *prior*: what the collection knows: the finished requests nearest to a request's own matrix
   (prompt included), else the collection's mean. It also stands in for the history of a
   request that has none yet;
-* *value*: the successor model (``policy/value.py``) on each request's recent routing.
+* *value*: the successor model (``forecast/successor.py``) on each request's recent routing.
 
-Their weights are learned (``policy/mixture.py``).
+Their weights are learned (``forecast/mixture.py``).
 """
 
 from __future__ import annotations

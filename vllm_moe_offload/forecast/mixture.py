@@ -7,7 +7,7 @@ slowest. Their weights are those of a ridge regression of the discounted future 
 
     u_t = (1 - g) * sum over j >= 1 of g**(j - 1) * [share of the requests using it, step t + j]
 
-on the forecasts, by the running sums of ``policy/value.py`` (least squares with eligibility
+on the forecasts, by the running sums of ``forecast/successor.py`` (least squares with eligibility
 traces). All experts share the weights, so a single step is evidence from hundreds of them and
 the first few steps suffice. Old evidence fades, so that a shift of the workload is followed.
 """

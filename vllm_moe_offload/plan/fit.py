@@ -1,6 +1,6 @@
 """Will it fit? What a machine's memory holds of a model, and how fast its link lets it be.
 
-Slots, staging and minimum come from the functions that the server uses (``sizing.py``), so a
+Slots, staging and minimum come from the functions that the server uses (``cache/sizing.py``), so a
 plan says what a start with its options makes.
 """
 
