@@ -128,15 +128,15 @@ int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot) {
 
 int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void* ids,
                           int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
-                          void* rows) {
+                          void* slots) {
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(id_bytes);
     if (id_bytes == 4) {
       vmo::remap(planner->core, layer, static_cast<const int32_t*>(ids), num_ids,
-                 num_padded_ids, static_cast<int32_t*>(rows));
+                 num_padded_ids, static_cast<int32_t*>(slots));
     } else {
       vmo::remap(planner->core, layer, static_cast<const int64_t*>(ids), num_ids,
-                 num_padded_ids, static_cast<int64_t*>(rows));
+                 num_padded_ids, static_cast<int64_t*>(slots));
     }
     return 0;
   });
@@ -146,15 +146,16 @@ int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer, int32
   return planner->core.is_resident(layer, expert) ? 1 : 0;
 }
 
-int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, int32_t id_bytes,
-                             const float* weights, int32_t num_experts, float* out) {
+int32_t vmo_expert_histogram(const void* ids, int64_t num_tokens, int32_t top_k,
+                             int32_t id_bytes, const float* weights, int32_t num_experts,
+                             float* out) {
   return guarded<int32_t>(-1, [&] {
     check_id_bytes(id_bytes);
     if (id_bytes == 4) {
-      vmo::histogram(static_cast<const int32_t*>(ids), num_rows, top_k, weights, num_experts,
+      vmo::histogram(static_cast<const int32_t*>(ids), num_tokens, top_k, weights, num_experts,
                      out);
     } else {
-      vmo::histogram(static_cast<const int64_t*>(ids), num_rows, top_k, weights, num_experts,
+      vmo::histogram(static_cast<const int64_t*>(ids), num_tokens, top_k, weights, num_experts,
                      out);
     }
     return 0;
@@ -163,7 +164,7 @@ int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k, i
 
 vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
                                     int32_t hidden_size, int32_t top_k, int32_t depth,
-                                    int32_t max_rows, float memory, const void* weight,
+                                    int32_t max_tokens, float memory, const void* weight,
                                     int32_t weight_type, const float* bias, float* tried,
                                     float* right, float* trust) {
   return guarded<vmo_lookahead*>(nullptr, [&] {
@@ -173,7 +174,7 @@ vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
     config.hidden_size = hidden_size;
     config.top_k = top_k;
     config.depth = depth;
-    config.max_rows = max_rows;
+    config.max_tokens = max_tokens;
     config.memory = memory;
     const vmo::RouterWeights routers{weight, static_cast<vmo::FloatType>(weight_type), bias};
     const vmo::RouterLookahead core(config, routers, {tried, right, trust});
@@ -185,8 +186,8 @@ void vmo_lookahead_destroy(vmo_lookahead* lookahead) {
   const std::unique_ptr<vmo_lookahead> owner(lookahead);
 }
 
-int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_rows) {
-  return guarded<int32_t>(-1, [&] { return lookahead->core.begin_step(num_rows); });
+int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_tokens) {
+  return guarded<int32_t>(-1, [&] { return lookahead->core.begin_step(num_tokens); });
 }
 
 int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer, const int64_t* ids) {

@@ -19,7 +19,7 @@ VMO_API int32_t vmo_abi_version(void);
 
 VMO_API const char* vmo_last_error(void);
 
-// An id that stands for no expert, as of tokens that are padding: no vote, no need, no row of
+// An id that stands for no expert, as of tokens that are padding: no vote, no need, no slot of
 // its own. Any other id outside [0, num_experts) is an error.
 #define VMO_NO_EXPERT (-1)
 
@@ -42,14 +42,14 @@ typedef struct vmo_counters {
 // Where a planner keeps what it shows; all of it is updated in place.
 typedef struct vmo_planner_view {
   float* scores;              // [num_layers, num_experts], written by a policy
-  const int32_t* page_table;  // the same: row or -1
+  const int32_t* page_table;  // the same: slot or -1
   const uint64_t* last_use;   // the same: clock of the last counted use, 0 if never used
   const vmo_counters* counters;
   const int32_t* num_resident;  // experts in slots whose bytes are there
   // Of the current plan, capacity num_experts each: the first num_experts (misses: num_misses)
   // of its outcome.
   const int32_t* experts;  // distinct, ascending
-  const int32_t* slots;    // their rows
+  const int32_t* slots;    // their slots
   const int32_t* miss_experts;
   const int32_t* miss_slots;
   const int32_t* miss_kinds;  // MissKind (planner.h)
@@ -78,20 +78,20 @@ VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_
                                      float value);
 VMO_API int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot);
 
-// rows[i] = row of ids[i] for i < num_ids. VMO_NO_EXPERT and the padding, i in
-// [num_ids, num_padded_ids), get a row that is needed anyway: that of the first id that is an
+// slots[i] = slot of ids[i] for i < num_ids. VMO_NO_EXPERT and the padding, i in
+// [num_ids, num_padded_ids), get a slot that is needed anyway: that of the first id that is an
 // expert; 0 if there is none. Same integer type in and out. Ids must be planned.
 VMO_API int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void* ids,
                                   int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
-                                  void* rows);
+                                  void* slots);
 
 VMO_API int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer,
                                         int32_t expert);
 
-// out[e] = sum over rows of weight * (times the row chose e); weights NULL means 1 each.
-// ids [num_rows, top_k], VMO_NO_EXPERT counts nowhere; out [num_experts] is overwritten. -1 on
-// an id out of range.
-VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_rows, int32_t top_k,
+// out[e] = sum over tokens of weight * (times the token chose e); weights NULL means 1 each.
+// ids [num_tokens, top_k], VMO_NO_EXPERT counts nowhere; out [num_experts] is overwritten. -1
+// on an id out of range.
+VMO_API int32_t vmo_expert_histogram(const void* ids, int64_t num_tokens, int32_t top_k,
                                      int32_t id_bytes, const float* weights,
                                      int32_t num_experts, float* out);
 
@@ -112,27 +112,27 @@ typedef struct vmo_observer {
   int32_t layers_seen;
 } vmo_observer;
 
-// An expert that is to be read ahead, and the row reserved for it.
-typedef struct vmo_reserved_row {
+// An expert that is to be read ahead, and the slot reserved for it.
+typedef struct vmo_reserved_slot {
   int32_t layer;
   int32_t expert;
   int32_t slot;
-} vmo_reserved_row;
+} vmo_reserved_slot;
 
 // One layer call from the routing on. All memory is the caller's.
 typedef struct vmo_layer_call {
-  const void* ids;           // [num_padded_rows, top_k], VMO_NO_EXPERT among them
-  void* rows;                // like ids, receives every id's row (vmo_planner_remap); or NULL
-  const float* weights;      // [num_rows], the rows' votes; NULL: 1 each
+  const void* ids;           // [num_padded_tokens, top_k], VMO_NO_EXPERT among them
+  void* slots;               // like ids, receives every id's slot (vmo_planner_remap); or NULL
+  const float* weights;      // [num_tokens], the tokens' votes; NULL: 1 each
   vmo_observer* observer;    // or NULL: nobody observes
   vmo_lookahead* lookahead;  // or NULL: nobody looks ahead
   const void* hidden;        // what the router was given; NULL: do not look ahead
-  vmo_reserved_row* reads;   // [max_reads], receives what is to be read ahead
-  int64_t num_rows;          // rows that are tokens; the others are padding
-  int64_t num_padded_rows;
+  vmo_reserved_slot* reads;  // [max_reads], receives what is to be read ahead
+  int64_t num_tokens;        // the others are padding
+  int64_t num_padded_tokens;
   int64_t hidden_stride;  // elements from one row of `hidden` to the next
   int32_t layer;
-  int32_t id_bytes;  // 4 or 8, of ids and rows
+  int32_t id_bytes;  // 4 or 8, of ids and slots
   int32_t top_k;
   uint32_t flags;       // PlanFlags (planner.h)
   int32_t hidden_type;  // 0 float32, 1 bfloat16, 2 float16
@@ -150,7 +150,7 @@ typedef struct vmo_layer_outcome {
   int64_t policy_ns;  // spent on observing and looking ahead
 } vmo_layer_outcome;
 
-// Observes, plans, writes rows and, if nothing is missing, looks ahead; each but planning only
+// Observes, plans, writes slots and, if nothing is missing, looks ahead; each but planning only
 // if the call asks for it. 1: planned; 0: does not fit at once, only observed; -1: error.
 VMO_API int32_t vmo_serve_layer(vmo_planner* planner, const vmo_layer_call* call,
                                 vmo_layer_outcome* outcome);
@@ -161,13 +161,14 @@ VMO_API int32_t vmo_serve_layer(vmo_planner* planner, const vmo_layer_call* call
 // the evidence is float32 [depth, 2, 16] (lookahead.h). All of them stay the caller's.
 VMO_API vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
                                             int32_t hidden_size, int32_t top_k, int32_t depth,
-                                            int32_t max_rows, float memory, const void* weight,
-                                            int32_t weight_type, const float* bias,
-                                            float* tried, float* right, float* trust);
+                                            int32_t max_tokens, float memory,
+                                            const void* weight, int32_t weight_type,
+                                            const float* bias, float* tried, float* right,
+                                            float* trust);
 VMO_API void vmo_lookahead_destroy(vmo_lookahead* lookahead);
 // The layer whose guesses vmo_lookahead_observe judges in this step; -1 on error.
-VMO_API int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_rows);
-// ids int64 [num_rows, top_k]. 0, or -1 on an id out of range.
+VMO_API int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_tokens);
+// ids int64 [num_tokens, top_k]. 0, or -1 on an id out of range.
 VMO_API int32_t vmo_lookahead_observe(vmo_lookahead* lookahead, int32_t layer,
                                       const int64_t* ids);
 // What a layer call would look ahead for, and nothing else of it. Returns how many of the
@@ -186,8 +187,8 @@ typedef struct vmo_value_step {
   float* values;           // [requests, size], the model's forecasts, brought up to date
   const float* weights;    // [size, size]
   const float* states;     // [requests, size], before the step
-  const int32_t* ids;      // [end_layer - first_layer, num_rows, top_k]
-  const int32_t* owners;   // [num_rows], index into running
+  const int32_t* ids;      // [end_layer - first_layer, num_tokens, top_k]
+  const int32_t* owners;   // [num_tokens], index into running
   const int64_t* running;  // [num_running], the requests of the step
   const float* kept;       // [num_running], what the step leaves of a state
   float* scores;           // [num_layers, num_experts]
@@ -196,7 +197,7 @@ typedef struct vmo_value_step {
   int32_t num_experts;
   int32_t first_layer;
   int32_t end_layer;
-  int32_t num_rows;
+  int32_t num_tokens;
   int32_t top_k;
   int32_t num_running;
   float use;  // what a use adds to a state

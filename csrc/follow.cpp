@@ -33,10 +33,10 @@ void change_of(const ValueStep& step, int32_t request, std::vector<float>& chang
   const float fades = step.kept[request] - 1.0F;
   for (size_t i = 0; i < change.size(); ++i) change[i] = fades * state[i];
   for (int32_t layer = 0; layer < step.end_layer - step.first_layer; ++layer) {
-    for (int32_t row = 0; row < step.num_rows; ++row) {
-      if (step.owners[row] != request) continue;
+    for (int32_t token = 0; token < step.num_tokens; ++token) {
+      if (step.owners[token] != request) continue;
       const int32_t* ids =
-          step.ids + (static_cast<int64_t>(layer) * step.num_rows + row) * step.top_k;
+          step.ids + (static_cast<int64_t>(layer) * step.num_tokens + token) * step.top_k;
       for (int32_t k = 0; k < step.top_k; ++k) {
         if (ids[k] == VMO_NO_EXPERT) continue;
         if (ids[k] < 0 || ids[k] >= step.num_experts) {

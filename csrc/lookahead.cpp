@@ -93,22 +93,22 @@ void require(bool condition, const char* name, int32_t value, const char* allowe
 }
 
 // Which experts a layer will probably use, judged by its router's `logits`
-// [num_rows, num_experts]; `slots` [num_experts], the layer's page table, negative for what is
-// absent; `trust` [2, kMarginBins]; `kinds` [num_rows, num_experts] receives each guess's kind.
-// Experts that at least one row uses with a probability of `threshold` or more, most probable
-// first, ties by expert.
-std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num_experts,
+// [num_tokens, num_experts]; `slots` [num_experts], the layer's page table, negative for what
+// is absent; `trust` [2, kMarginBins]; `kinds` [num_tokens, num_experts] receives each guess's
+// kind. Experts that at least one token uses with a probability of `threshold` or more, most
+// probable first, ties by expert.
+std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t num_experts,
                               int32_t top_k, const int32_t* slots, const float* trust,
                               float threshold, uint8_t* kinds) {
   const auto width = static_cast<size_t>(num_experts);
   std::vector<float> scratch;
-  std::vector<float> unused(width, 1.0F);  // probability that no row uses it
-  for (int32_t row = 0; row < num_rows; ++row) {
-    const size_t begin = static_cast<size_t>(row) * width;
-    const float* of_row = logits + static_cast<int64_t>(row) * num_experts;
-    const Scale scale = scale_of(of_row, num_experts, top_k, scratch);
+  std::vector<float> unused(width, 1.0F);  // probability that no token uses it
+  for (int32_t token = 0; token < num_tokens; ++token) {
+    const size_t begin = static_cast<size_t>(token) * width;
+    const float* of_token = logits + static_cast<int64_t>(token) * num_experts;
+    const Scale scale = scale_of(of_token, num_experts, top_k, scratch);
     for (size_t e = 0; e < width; ++e) {
-      const float margin = (of_row[e] - scale.boundary) * scale.bins_per_logit;
+      const float margin = (of_token[e] - scale.boundary) * scale.bins_per_logit;
       const float bin = std::clamp(std::floor(margin) + static_cast<float>(kMarginBins / 2),
                                    0.0F, static_cast<float>(kMarginBins - 1));
       const int32_t kind = static_cast<int32_t>(bin) + (slots[e] < 0 ? kMarginBins : 0);
@@ -126,16 +126,16 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_rows, int32_t num
   return guesses;
 }
 
-// What became of guesses: of their `kinds` [num_rows, num_experts], all are added to `tried`
-// and those in `ids` [num_rows, top_k] to `right`, both [2, kMarginBins]. About rows that chose
-// no expert nothing was guessed.
-void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const int64_t* ids,
+// What became of guesses: of their `kinds` [num_tokens, num_experts], all are added to `tried`
+// and those in `ids` [num_tokens, top_k] to `right`, both [2, kMarginBins]. About tokens that
+// chose no expert nothing was guessed.
+void judge(const uint8_t* kinds, int32_t num_tokens, int32_t num_experts, const int64_t* ids,
            int32_t top_k, float* tried, float* right) {
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const uint8_t* of_row = kinds + row * num_experts;
-    const int64_t* chosen = ids + row * top_k;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    const uint8_t* of_token = kinds + token * num_experts;
+    const int64_t* chosen = ids + token * top_k;
     if (std::count(chosen, chosen + top_k, VMO_NO_EXPERT) == top_k) continue;
-    for (int32_t e = 0; e < num_experts; ++e) tried[of_row[e]] += 1.0F;
+    for (int32_t e = 0; e < num_experts; ++e) tried[of_token[e]] += 1.0F;
     for (int32_t k = 0; k < top_k; ++k) {
       const int64_t id = chosen[k];
       if (id == VMO_NO_EXPERT) continue;
@@ -143,7 +143,7 @@ void judge(const uint8_t* kinds, int32_t num_rows, int32_t num_experts, const in
         throw std::invalid_argument("expert id " + std::to_string(id) + " is outside [0, " +
                                     std::to_string(num_experts) + ")");
       }
-      right[of_row[id]] += 1.0F;
+      right[of_token[id]] += 1.0F;
     }
   }
 }
@@ -159,15 +159,15 @@ RouterLookahead::RouterLookahead(const LookaheadConfig& config, const RouterWeig
   require(config.num_layers > 0, "num_layers", config.num_layers, "positive");
   require(config.hidden_size > 0, "hidden_size", config.hidden_size, "positive");
   require(config.depth > 0, "depth", config.depth, "positive");
-  require(config.max_rows > 0, "max_rows", config.max_rows, "positive");
+  require(config.max_tokens > 0, "max_tokens", config.max_tokens, "positive");
   require(config.top_k > 0 && config.top_k < config.num_experts, "top_k", config.top_k,
           "positive and less than the number of experts");
   require(routers.type != FloatType::kFloat16, "the routers' type", 2, "float32 or bfloat16");
 }
 
-int32_t RouterLookahead::begin_step(int64_t num_rows) {
-  num_rows_ = num_rows;
-  num_asked_ = static_cast<int32_t>(std::min<int64_t>(num_rows, config_.max_rows));
+int32_t RouterLookahead::begin_step(int64_t num_tokens) {
+  num_tokens_ = num_tokens;
+  num_asked_ = static_cast<int32_t>(std::min<int64_t>(num_tokens, config_.max_tokens));
   for (std::vector<uint8_t>& kinds : guesses_) kinds.clear();
   ++num_steps_;
   watched_ = static_cast<int32_t>(num_steps_ % config_.num_layers);
@@ -178,9 +178,9 @@ template <typename Id>
 void RouterLookahead::observe(int32_t layer, const Id* ids) {
   if (layer != watched_) return;
   ids_.clear();
-  for (int32_t row = 0; row < num_asked_; ++row) {
-    const Id* of_row = ids + sampled(row) * config_.top_k;
-    ids_.insert(ids_.end(), of_row, of_row + config_.top_k);
+  for (int32_t token = 0; token < num_asked_; ++token) {
+    const Id* of_token = ids + sampled(token) * config_.top_k;
+    ids_.insert(ids_.end(), of_token, of_token + config_.top_k);
   }
   constexpr size_t kKinds = 2 * kMarginBins;
   const size_t size = kKinds * guesses_.size();
@@ -204,9 +204,9 @@ template void RouterLookahead::observe(int32_t, const int64_t*);
 void RouterLookahead::convert(const void* hidden, FloatType type, int64_t stride) {
   const auto width = static_cast<int64_t>(config_.hidden_size);
   hidden_.resize(static_cast<size_t>(num_asked_ * width));
-  for (int32_t row = 0; row < num_asked_; ++row) {
-    const int64_t begin = sampled(row) * stride;
-    float* to = &hidden_[static_cast<size_t>(row * width)];
+  for (int32_t token = 0; token < num_asked_; ++token) {
+    const int64_t begin = sampled(token) * stride;
+    float* to = &hidden_[static_cast<size_t>(token * width)];
     if (type == FloatType::kFloat32) {
       std::copy_n(static_cast<const float*>(hidden) + begin, width, to);
       continue;
@@ -226,14 +226,14 @@ void RouterLookahead::ask(int32_t layer) {
   for (int64_t e = 0; e < num_experts; ++e) {
     const int64_t router = layer * num_experts + e;
     const float bias = routers_.bias != nullptr ? routers_.bias[router] : 0.0F;
-    for (int64_t row = 0; row < num_asked_; ++row) {
-      const float* given = &hidden_[static_cast<size_t>(row * width)];
+    for (int64_t token = 0; token < num_asked_; ++token) {
+      const float* given = &hidden_[static_cast<size_t>(token * width)];
       const float product =
           routers_.type == FloatType::kFloat32
               ? dot(given, static_cast<const float*>(routers_.weight) + router * width, width)
               : dot(given, static_cast<const uint16_t*>(routers_.weight) + router * width,
                     width);
-      logits_[static_cast<size_t>(row * num_experts + e)] = product + bias;
+      logits_[static_cast<size_t>(token * num_experts + e)] = product + bias;
     }
   }
 }

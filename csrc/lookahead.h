@@ -16,7 +16,7 @@ inline constexpr float kBinsPerDeviation = 4.0F;
 
 // Part of the C ABI.
 using LayerCall = ::vmo_layer_call;
-using ReservedRow = ::vmo_reserved_row;
+using ReservedSlot = ::vmo_reserved_slot;
 
 enum class FloatType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -25,9 +25,9 @@ struct LookaheadConfig {
   int32_t num_experts = 0;
   int32_t hidden_size = 0;
   int32_t top_k = 0;
-  int32_t depth = 0;     // layers ahead
-  int32_t max_rows = 0;  // of a step that are asked about
-  float memory = 1.0F;   // share of the older evidence that a step keeps
+  int32_t depth = 0;       // layers ahead
+  int32_t max_tokens = 0;  // of a step that are asked about
+  float memory = 1.0F;     // share of the older evidence that a step keeps
 };
 
 // The routers of all layers, asked ahead of their layer; the caller owns what it points to.
@@ -52,11 +52,11 @@ class RouterLookahead {
   RouterLookahead(const LookaheadConfig& config, const RouterWeights& routers,
                   const Evidence& evidence);
 
-  // A step of `num_rows` rows begins. Of more than max_rows, evenly spread ones are asked
+  // A step of `num_tokens` tokens begins. Of more than max_tokens, evenly spread ones are asked
   // about. Returns the layer whose guesses observe() will judge.
-  int32_t begin_step(int64_t num_rows);
+  int32_t begin_step(int64_t num_tokens);
 
-  // `layer` routed the step's rows, ids [num_rows, top_k]: were the guesses right? Guesses
+  // `layer` routed the step's tokens, ids [num_tokens, top_k]: were the guesses right? Guesses
   // about one layer per step are judged, which is enough and costs next to nothing. `Id` is
   // int32_t or int64_t.
   template <typename Id>
@@ -67,20 +67,20 @@ class RouterLookahead {
 
   // The layers behind the call's, given what its router was given, nearest first: what is
   // likely and resident becomes expected (Planner::prefetch), for what is likely and absent
-  // rows are reserved, worth chance * `value`, and written to `reads`, until there are
+  // slots are reserved, worth chance * `value`, and written to `reads`, until there are
   // `max_reads`; the layers behind are not asked any more. Returns how many were reserved.
   int32_t foresee(Planner& planner, const LayerCall& call);
 
  private:
-  int64_t sampled(int32_t row) const { return row * num_rows_ / num_asked_; }
+  int64_t sampled(int32_t token) const { return token * num_tokens_ / num_asked_; }
   void convert(const void* hidden, FloatType type, int64_t stride);
   void ask(int32_t layer);
 
   LookaheadConfig config_;
   RouterWeights routers_;
   Evidence evidence_;
-  int64_t num_rows_ = 0;
-  int32_t num_asked_ = 0;  // rows of the step that are asked about
+  int64_t num_tokens_ = 0;
+  int32_t num_asked_ = 0;  // tokens of the step that are asked about
   int64_t num_steps_ = 0;
   int32_t watched_ = 0;                        // layer whose guesses are judged in this step
   std::vector<float> hidden_;                  // [num_asked, hidden_size]

@@ -56,8 +56,8 @@ Planner::Planner(const PlannerConfig& config) : config_(config) {
   require(all <= std::numeric_limits<int32_t>::max(),
           "num_layers * num_experts must fit in 31 bits, got " + std::to_string(all));
 
-  // Everything fits: (layer, expert) gets row layer * num_experts + expert, so that each
-  // layer's rows are one contiguous view in logical order and ids need no remapping.
+  // Everything fits: (layer, expert) gets slot layer * num_experts + expert, so that each
+  // layer's slots are one contiguous view in logical order and ids need no remapping.
   fixed_slots_ = config.num_slots >= all;
   slots_.resize(static_cast<size_t>(config.num_slots) +
                 static_cast<size_t>(config.num_staging_slots));
@@ -77,9 +77,9 @@ Planner::Planner(const PlannerConfig& config) : config_(config) {
   const int32_t num_pools = config.scope == Scope::kPerLayer ? config.num_layers : 1;
   slots_per_pool_ = config.num_slots / num_pools;
   occupied_.assign(static_cast<size_t>(num_pools), 0);
-  const auto num_rows = static_cast<int32_t>(slots_.size());
+  const auto num_slots = static_cast<int32_t>(slots_.size());
   if (!fixed_slots_) {
-    for (int32_t row = num_rows - 1; row >= 0; --row) free_.push_back(row);
+    for (int32_t slot = num_slots - 1; slot >= 0; --slot) free_.push_back(slot);
   }
   if (config.order == Order::kRecency) {
     newer_.resize(slots_.size() + occupied_.size());
@@ -270,7 +270,7 @@ void Planner::check_plannable(int32_t layer) const {
               std::to_string(config_.num_layers) + ")");
 }
 
-// Finds or makes rows for plan_.experts, and opens the plan; false if they do not fit.
+// Finds or makes slots for plan_.experts, and opens the plan; false if they do not fit.
 bool Planner::place_need(int32_t layer, uint32_t flags) {
   const bool transient = (flags & kPlanTransient) != 0;
   const bool unpinned = (flags & kPlanUnpinned) != 0;
@@ -333,7 +333,7 @@ bool Planner::place_need(int32_t layer, uint32_t flags) {
     const auto i = static_cast<size_t>(missing);
     const int32_t key = key_of(layer, plan_.experts[i]);
     const int32_t index = fixed_slots_ ? key : take_free();
-    // In a row of its own an expert may stay: nobody is displaced.
+    // In a slot of its own an expert may stay: nobody is displaced.
     const bool leaves = transient && !fixed_slots_;
     occupy(index, key, instant ? SlotState::kResident : SlotState::kLoading, leaves);
     Slot& slot = slots_[static_cast<size_t>(index)];
@@ -423,8 +423,7 @@ void Planner::trim(int32_t layer, bool unpinned) {
                      [&](int32_t a, int32_t b) { return outscores(key_in(a), key_in(b)); });
   }
   const auto num_over = static_cast<size_t>(over);
-  if (num_over > fresh_.size())
-    throw std::logic_error("more rows occupied than there are slots");
+  if (num_over > fresh_.size()) throw std::logic_error("more slots occupied than may be");
   collect_victims(layer, num_over, unpinned);
   size_t next_victim = 0;
   for (size_t i = fresh_.size() - num_over; i < fresh_.size(); ++i) {

@@ -1,7 +1,7 @@
-// Which expert lies in which row, and what one layer call has to change about it.
+// Which expert lies in which slot, and what one layer call has to change about it.
 //
 // Rows are alike. Between layer calls at most num_slots of them are occupied; what a layer call
-// misses goes into free rows at first, and who has to leave for it is decided when the call is
+// misses goes into free slots at first, and who has to leave for it is decided when the call is
 // done (finish()): its misses compete with what is cached by the scores of that moment, which
 // a policy may have brought up to date while they were read.
 //
@@ -36,7 +36,7 @@ struct PlannerConfig {
   int32_t num_layers = 0;
   int32_t num_experts = 0;
   int32_t num_slots = 0;          // experts that stay between layer calls
-  int32_t num_staging_slots = 0;  // rows beyond that, for the misses of a layer call
+  int32_t num_staging_slots = 0;  // slots beyond that, for the misses of a layer call
   Order order = Order::kScore;
   Scope scope = Scope::kGlobal;
   bool admission = true;  // a miss must outscore a resident to replace it
@@ -53,14 +53,14 @@ enum PlanFlags : uint32_t {
 };
 
 enum class MissKind : int32_t {
-  kRead = 0,   // the record must be read into the row
-  kAwait = 1,  // a prefetch into this row is under way: wait for it
+  kRead = 0,   // the record must be read into the slot
+  kAwait = 1,  // a prefetch into this slot is under way: wait for it
 };
 
 // One layer call. Vectors are reserved for num_experts once: their addresses never change.
 struct Plan {
   std::vector<int32_t> experts;  // distinct experts needed, ascending
-  std::vector<int32_t> slots;    // their rows
+  std::vector<int32_t> slots;    // their slots
   std::vector<int32_t> miss_experts;
   std::vector<int32_t> miss_slots;
   std::vector<int32_t> miss_kinds;
@@ -76,7 +76,7 @@ class Planner {
   explicit Planner(const PlannerConfig& config);
 
   // Plans one layer call for `ids` (any order, repeats and VMO_NO_EXPERT allowed). Misses get
-  // free rows; those for which there is none evict the least valuable residents at once.
+  // free slots; those for which there is none evict the least valuable residents at once.
   // Returns false and changes nothing if the distinct experts do not fit at once.
   // Needed experts stay pinned until finish(). Throws std::invalid_argument on an id
   // outside [0, num_experts) and std::logic_error if a plan is still open. `Id` is int32_t or
@@ -89,10 +89,10 @@ class Planner {
   }
   const Plan& current() const { return plan_; }
 
-  // Ends the open plan: unpins, empties transient rows, and decides who stays: while more than
-  // num_slots rows are occupied, the least valuable go, misses of this call that do not
+  // Ends the open plan: unpins, empties transient slots, and decides who stays: while more than
+  // num_slots slots are occupied, the least valuable go, misses of this call that do not
   // outscore a resident (admission) among them; its hits stay. Every read of the plan must have
-  // ended; one that was not completed leaves its row empty.
+  // ended; one that was not completed leaves its slot empty.
   void finish();
 
   // A shadow's share of a step, all reads instant: for each of `num_layers` layers from
@@ -166,20 +166,20 @@ class Planner {
   std::vector<int32_t> page_table_;
   std::vector<float> scores_;
   std::vector<uint64_t> last_use_;
-  std::vector<int32_t> free_;      // stack of rows, lowest on top at first
-  std::vector<int32_t> occupied_;  // per pool (a layer's, or all): rows that are not transient
+  std::vector<int32_t> free_;      // stack of slots, lowest on top at first
+  std::vector<int32_t> occupied_;  // per pool (a layer's, or all): slots that are not transient
   int32_t slots_per_pool_ = 0;
-  // Per key, 0 for what has a row to stay in, else infinity: scores + barrier has its least
+  // Per key, 0 for what has a slot to stay in, else infinity: scores + barrier has its least
   // where the victim may be. Kept beside the slots because it is scanned as a whole.
   std::vector<float> barrier_;
   // Recency order only: per pool a ring of its slots from the oldest use to the newest, in
-  // which slot (number of rows) + pool stands for the two ends.
+  // which slot (number of slots) + pool stands for the two ends.
   std::vector<int32_t> newer_;
   std::vector<int32_t> older_;
   std::vector<uint8_t> needed_;    // bitmap scratch [num_experts]
   std::vector<int32_t> victims_;   // scratch: keys, best victim first
   std::vector<int32_t> missing_;   // scratch: expert indices in plan_.experts
-  std::vector<int32_t> fresh_;     // scratch: rows of the misses that compete
+  std::vector<int32_t> fresh_;     // scratch: slots of the misses that compete
   std::vector<int32_t> expected_;  // slots that are, or were until released, expected
   Plan plan_;
   int32_t open_layer_ = -1;

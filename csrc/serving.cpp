@@ -24,7 +24,7 @@ template <typename Id>
 void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t num_experts) {
   ++observer.layers_seen;
   if (observer.ids == nullptr && observer.follows == 0) return;
-  const int64_t num_ids = call.num_rows * call.top_k;
+  const int64_t num_ids = call.num_tokens * call.top_k;
   if (num_ids != observer.ids_per_layer) {
     throw std::invalid_argument("layer " + std::to_string(call.layer) + " routed " +
                                 std::to_string(num_ids) + " ids, the step has " +
@@ -32,7 +32,7 @@ void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t n
   }
   const int64_t begin = static_cast<int64_t>(call.layer) * num_experts;
   float* votes = observer.votes + begin;
-  histogram(ids, call.num_rows, call.top_k, call.weights, num_experts, votes);
+  histogram(ids, call.num_tokens, call.top_k, call.weights, num_experts, votes);
   if (observer.ids != nullptr) {
     std::transform(ids, ids + num_ids, observer.ids + call.layer * num_ids,
                    [](Id id) { return static_cast<int32_t>(id); });
@@ -51,7 +51,7 @@ template <typename Id>
 bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
            LayerOutcome& outcome) {
   const auto* ids = static_cast<const Id*>(call.ids);
-  const int64_t num_ids = call.num_rows * call.top_k;
+  const int64_t num_ids = call.num_tokens * call.top_k;
   const Clock::time_point began = Clock::now();
   if (call.observer != nullptr) {
     observe(*call.observer, ids, call, planner.config().num_experts);
@@ -66,9 +66,9 @@ bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
   outcome.num_experts = static_cast<int32_t>(plan.experts.size());
   outcome.num_hits = plan.num_hits;
   outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
-  if (call.rows != nullptr) {
-    remap(planner, call.layer, ids, num_ids, call.num_padded_rows * call.top_k,
-          static_cast<Id*>(call.rows));
+  if (call.slots != nullptr) {
+    remap(planner, call.layer, ids, num_ids, call.num_padded_tokens * call.top_k,
+          static_cast<Id*>(call.slots));
   }
   if (outcome.num_misses > 0 || lookahead == nullptr || call.hidden == nullptr) return true;
 
@@ -81,17 +81,17 @@ bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
 }  // namespace
 
 template <typename Id>
-void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,
+void histogram(const Id* ids, int64_t num_tokens, int32_t top_k, const float* weights,
                int32_t num_experts, float* out) {
   std::fill_n(out, num_experts, 0.0F);
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const float weight = weights != nullptr ? weights[row] : 1.0F;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    const float weight = weights != nullptr ? weights[token] : 1.0F;
     for (int32_t j = 0; j < top_k; ++j) {
-      const Id id = ids[row * top_k + j];
+      const Id id = ids[token * top_k + j];
       if (id == VMO_NO_EXPERT) continue;
       if (id < 0 || id >= num_experts) {
-        throw std::invalid_argument("expert id " + std::to_string(id) + " of row " +
-                                    std::to_string(row) + " is outside [0, " +
+        throw std::invalid_argument("expert id " + std::to_string(id) + " of token " +
+                                    std::to_string(token) + " is outside [0, " +
                                     std::to_string(num_experts) + ")");
       }
       out[id] += weight;
@@ -101,22 +101,23 @@ void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weig
 
 template <typename Id>
 void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
-           int64_t num_padded_ids, Id* rows) {
+           int64_t num_padded_ids, Id* slots) {
   const int32_t num_experts = planner.config().num_experts;
-  const auto row_of = [&](Id id) {
+  const auto slot_of = [&](Id id) {
     const bool valid = id >= 0 && id < num_experts;
-    const int32_t row = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
-    if (row < 0) {
+    const int32_t slot = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
+    if (slot < 0) {
       throw std::logic_error("expert " + std::to_string(id) + " of layer " +
-                             std::to_string(layer) + " has no row");
+                             std::to_string(layer) + " has no slot");
     }
-    return static_cast<Id>(row);
+    return static_cast<Id>(slot);
   };
   const auto is_expert = [](Id id) { return id != VMO_NO_EXPERT; };
   const Id* needed = std::find_if(ids, ids + num_ids, is_expert);
-  const Id any_row = needed != ids + num_ids ? row_of(*needed) : Id{0};
-  for (int64_t i = 0; i < num_ids; ++i) rows[i] = is_expert(ids[i]) ? row_of(ids[i]) : any_row;
-  std::fill(rows + num_ids, rows + num_padded_ids, any_row);
+  const Id any_slot = needed != ids + num_ids ? slot_of(*needed) : Id{0};
+  for (int64_t i = 0; i < num_ids; ++i)
+    slots[i] = is_expert(ids[i]) ? slot_of(ids[i]) : any_slot;
+  std::fill(slots + num_ids, slots + num_padded_ids, any_slot);
 }
 
 template void histogram(const int32_t*, int64_t, int32_t, const float*, int32_t, float*);

@@ -1,4 +1,4 @@
-// One layer call from the routing to the rows, with all that is due at it, in a single native
+// One layer call from the routing to the slots, with all that is due at it, in a single native
 // call: at one token per step an interpreter would take as long for it as the kernel's tenth.
 #pragma once
 
@@ -15,19 +15,19 @@ namespace vmo {
 using Observer = ::vmo_observer;
 using LayerOutcome = ::vmo_layer_outcome;
 
-// out[e] = sum over rows of weight * (times the row chose e); weights null means 1 each.
+// out[e] = sum over tokens of weight * (times the token chose e); weights null means 1 each.
 // VMO_NO_EXPERT counts nowhere. Throws std::invalid_argument on any other id that is no expert.
 template <typename Id>
-void histogram(const Id* ids, int64_t num_rows, int32_t top_k, const float* weights,
+void histogram(const Id* ids, int64_t num_tokens, int32_t top_k, const float* weights,
                int32_t num_experts, float* out);
 
-// Writes the row of every planned id. VMO_NO_EXPERT, and ids from num_ids on, which are
-// padding, get that of the first expert; row 0 if there is none.
+// Writes the slot of every planned id. VMO_NO_EXPERT, and ids from num_ids on, which are
+// padding, get that of the first expert; slot 0 if there is none.
 template <typename Id>
 void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
-           int64_t num_padded_ids, Id* rows);
+           int64_t num_padded_ids, Id* slots);
 
-// Observes, plans, names rows and, if nothing is missing, looks ahead with `lookahead`, which
+// Observes, plans, names slots and, if nothing is missing, looks ahead with `lookahead`, which
 // is that of the call or null. False if the need does not fit: then nothing but the observation
 // happened.
 bool serve_layer(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,

@@ -37,7 +37,7 @@ from vllm_moe_offload.cache.pool import SlotPool  # noqa: E402
 from vllm_moe_offload.cache.sizing import cache_shape  # noqa: E402
 from vllm_moe_offload.policy import Policy, make_policy  # noqa: E402
 from vllm_moe_offload.runtime import OffloadRuntime  # noqa: E402
-from vllm_moe_offload.step import StepRows  # noqa: E402
+from vllm_moe_offload.step import StepTokens  # noqa: E402
 from vllm_moe_offload.transfer import TransferEngine  # noqa: E402
 
 POLICIES = ("lru", "lru-layer", "lfu", "lrfu", "trace")
@@ -95,12 +95,12 @@ class Setup:
         self.cache = ExpertCache(shape, made.rules)
         self.runtime = OffloadRuntime(
             cache=self.cache,
-            pool=SlotPool(LAYOUT, shape.num_rows),
+            pool=SlotPool(LAYOUT, shape.num_pool_slots),
             transfer=cast(TransferEngine, _InstantTransfer()),
             policy=made,
         )
         rng = np.random.default_rng(0)
-        # Every policy can hold as many experts of each layer, whatever its staging rows.
+        # Every policy can hold as many experts of each layer, whatever its staging slots.
         usable = experts if shape.holds_everything else shape.num_slots // layers - 2
         subsets = [rng.permutation(experts)[:usable] for _ in range(layers)]
         self.steps = [
@@ -149,11 +149,11 @@ class Setup:
         """
         self._learning_ns = 0
         self._position += 1
-        rows = _rows(self._requests, self._position)
+        tokens = _rows(self._requests, self._position)
         ids = self.steps[routing % ROUTINGS]
         begin_layer, end_layer = self.runtime.begin_layer, self.runtime.end_layer
         before = time.perf_counter_ns()
-        self.runtime.begin_step(rows)
+        self.runtime.begin_step(tokens)
         began = time.perf_counter_ns()
         for layer in range(self.layers):
             begin_layer(layer, ids[layer])
@@ -169,9 +169,9 @@ def _routing(
     return torch.from_numpy(np.stack(rows).astype(np.int32))
 
 
-def _rows(requests: list[str], position: int) -> StepRows:
+def _rows(requests: list[str], position: int) -> StepTokens:
     count = len(requests)
-    return StepRows.of_lengths(
+    return StepTokens.of_lengths(
         requests,
         np.ones(count, np.int64),
         np.full(count, position, np.int64),

@@ -26,7 +26,7 @@ from scripts.harness.report import Bar, write_report  # noqa: E402
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
 from vllm_moe_offload.policy.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402
-from vllm_moe_offload.step import StepRows  # noqa: E402
+from vllm_moe_offload.step import StepTokens  # noqa: E402
 
 SIZES = ((12, 16, 4, 1), (12, 16, 4, 8), (24, 32, 4, 8), (48, 128, 8, 1), (48, 128, 8, 32))
 """Layers, experts, top-k, requests."""
@@ -50,7 +50,7 @@ def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) ->
         logits = logits + generator.gumbel(size=logits.shape)
         ids = np.argpartition(-logits, top_k - 1, axis=2)[:, :, :top_k].astype(np.int32)
         ids = np.ascontiguousarray(ids.transpose(1, 0, 2))
-        rows = StepRows.of_lengths(
+        tokens = StepTokens.of_lengths(
             names,
             np.ones(requests, np.int64),
             np.full(requests, step),
@@ -61,7 +61,7 @@ def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) ->
             for layer_ids in ids
         ]
         began = time.perf_counter()
-        policy.begin_step(rows)
+        policy.begin_step(tokens)
         policy.catch_up()
         scored = time.perf_counter()
         observing = 0.0

@@ -26,7 +26,7 @@ from scripts.harness.report import Bar, write_report  # noqa: E402
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
 from vllm_moe_offload.policy.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402
-from vllm_moe_offload.step import StepRows  # noqa: E402
+from vllm_moe_offload.step import StepTokens  # noqa: E402
 
 BASE = {"layers": 30, "experts": 2048, "entries": 10_000, "requests": 8, "top_k": 1}
 VARIED: dict[str, tuple[int, ...]] = {
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
     ids: np.ndarray
     votes: np.ndarray
-    rows: StepRows
+    tokens: StepTokens
     ended: list[str]
 
 
@@ -107,7 +107,7 @@ class Batch:
         ids = self.workload.step([kind for _, kind in self.running])
         names = [name for name, _ in self.running]
         count = len(names)
-        rows = StepRows.of_lengths(
+        rows = StepTokens.of_lengths(
             names,
             np.ones(count, np.int64),
             np.array([step - self.started[name] for name in names]),
@@ -136,7 +136,7 @@ def time_step(policy: TracePolicy, cache: ExpertCache, step: Step) -> dict[str, 
     began = time.perf_counter()
     for name in step.ended:
         policy.end_request(name)
-    policy.begin_step(step.rows)
+    policy.begin_step(step.tokens)
     policy.catch_up()
     scored = time.perf_counter()
     for layer, ids in enumerate(step.ids):

@@ -86,7 +86,11 @@ def draw_slots() -> Figure:
     _text(axes, 53.5, 22.4, "kernel wants, read with O_DIRECT", size=8.5)
 
     _text(
-        axes, 2, 16.8, "Slot pool in memory: rows of one tensor, shared by all layers", size=10
+        axes,
+        2,
+        16.8,
+        "Slot pool in memory: slots are rows of one tensor, shared by all layers",
+        size=10,
     )
     held = {slot: key for key, slot in cached.items()}
     for row in range(8):
@@ -99,12 +103,12 @@ def draw_slots() -> Figure:
                 Rectangle((x, 10.5), 4.4, 3.6, facecolor="none", edgecolor=INK, ls="--")
             )
         _text(axes, x + 2.2, 8.9, f"row {row}", size=7, align="center")
-    _text(axes, 53.5, 12.3, "dashed: staging rows, for what is", size=8.5)
+    _text(axes, 53.5, 12.3, "dashed: staging slots, for what is", size=8.5)
     _text(axes, 53.5, 9.9, "used once and not kept", size=8.5)
 
     _text(axes, 2, 4.2, "The router of layer 2 says  topk_ids = [4, 7].", size=9)
     _arrow(axes, (37, 4.2), (43, 4.2))
-    _text(axes, 44, 4.2, "vLLM's kernel is given  [2, 5]: the rows of 2.4 and 2.7.", size=9)
+    _text(axes, 44, 4.2, "vLLM's kernel is given  [2, 5]: the slots of 2.4 and 2.7.", size=9)
     _text(
         axes, 2, 1.4, "weights[row] is what weights[expert] would be, so the output is.", size=9
     )

@@ -83,8 +83,8 @@ class Recorder:
             begin(rows)
 
         def record(layer: int, topk_ids: Any, hidden: Any = None) -> Any:
-            if runtime.num_step_rows is not None:
-                self.steps[-1].append(topk_ids[: runtime.num_step_rows].numpy().copy())
+            if runtime.num_step_tokens is not None:
+                self.steps[-1].append(topk_ids[: runtime.num_step_tokens].numpy().copy())
             return begin_layer(layer, topk_ids, hidden)
 
         runtime.begin_step, runtime.begin_layer = begin_step, record

@@ -1,7 +1,7 @@
 """A device that is numpy: copies and kernels run later, in any order that streams allow.
 
 More hostile than a real one: copies of one lane may overtake each other, a copy makes a mess of
-its row for as long as it runs, and everything is put off until somebody waits for it.
+its slot for as long as it runs, and everything is put off until somebody waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class DeviceError(RuntimeError):
 @dataclass(eq=False)
 class Copy:
     source: np.ndarray
-    row: int
+    slot: int
     barrier: int  # kernels and joins that must have run
     bytes_when_queued: bytes
     started: bool = False
@@ -34,21 +34,21 @@ class SimulatedDevice:
     """A Copier, and the compute stream beside it.
 
     Attributes:
-        rows: what the pool holds, by parameter.
+        slots: what the pool holds, by parameter.
         fail: methods that raise DeviceError at their next call.
         most_queued: most copies of a lane that were queued and not done.
     """
 
     layout: ExpertLayout
     arena: np.ndarray
-    num_rows: int
+    num_slots: int
     seed: int = 0
     fail: set[str] = field(default_factory=set)
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self.rows = {
-            spec.name: np.full((self.num_rows, spec.nbytes), 0xEE, np.uint8)
+        self.slots = {
+            spec.name: np.full((self.num_slots, spec.nbytes), 0xEE, np.uint8)
             for spec in self.layout.tensors
         }
         self._parts = []
@@ -63,7 +63,7 @@ class SimulatedDevice:
         self._tickets: dict[int, list[Copy]] = {}
         self._lanes: list[list[Copy]] = [[], []]
         self._under_way: list[Copy] = []
-        self.copied: list[tuple[int, int]] = []  # lane, row, in the order of queueing
+        self.copied: list[tuple[int, int]] = []  # lane, slot, in the order of queueing
 
     # ---- what a copier does --------------------------------------------------------------
 
@@ -71,11 +71,11 @@ class SimulatedDevice:
         self._maybe_fail("copy")
         assert pairs
         copies = []
-        for host_row, row in pairs:
-            assert 0 <= row < self.num_rows
-            source = self.arena[host_row]
-            copies.append(Copy(source, row, self._barrier, source.tobytes()))
-            self.copied.append((lane, row))
+        for host_slot, slot in pairs:
+            assert 0 <= slot < self.num_slots
+            source = self.arena[host_slot]
+            copies.append(Copy(source, slot, self._barrier, source.tobytes()))
+            self.copied.append((lane, slot))
         ticket = max(self._tickets, default=-1) + 1
         self._tickets[ticket] = copies
         self._lanes[lane] += copies
@@ -152,16 +152,16 @@ class SimulatedDevice:
         return bool(choices)
 
     def _run(self, copy: Copy) -> None:
-        assert copy.source.tobytes() == copy.bytes_when_queued, "its host row was overwritten"
+        assert copy.source.tobytes() == copy.bytes_when_queued, "its host slot was overwritten"
         if not copy.started:
-            clash = [o for o in self._under_way if o.started and o.row == copy.row]
-            assert not clash, f"two copies write into row {copy.row} at once"
+            clash = [o for o in self._under_way if o.started and o.slot == copy.slot]
+            assert not clash, f"two copies write into slot {copy.slot} at once"
             copy.started = True
-            for rows in self.rows.values():
-                rows[copy.row] = 0xAA
+            for slots in self.slots.values():
+                slots[copy.slot] = 0xAA
             return
         for name, begin, end in self._parts:
-            self.rows[name][copy.row] = copy.source[begin:end]
+            self.slots[name][copy.slot] = copy.source[begin:end]
         copy.done = True
         self._under_way.remove(copy)
 

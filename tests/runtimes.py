@@ -12,7 +12,7 @@ from vllm_moe_offload.forecast.coactivation import RoutingPredictor
 from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import TransferEngine
 from vllm_moe_offload.transfer.prefetch import Prefetcher
@@ -26,7 +26,7 @@ class Foresight(RoutingPredictor):
     def __init__(self) -> None:
         self.likely = np.zeros((LAYERS, EXPERTS), np.float32)
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         pass
 
     def observe(self, layer: int, ids: np.ndarray) -> None:
@@ -62,7 +62,7 @@ def runtime_of(
     policy = make_policy(mode, store.num_layers, store.num_experts)
     shape = CacheShape(store.num_layers, store.num_experts, slots, staging)
     cache = ExpertCache(shape, policy.rules)
-    pool = SlotPool(store.layout, shape.num_rows)
+    pool = SlotPool(store.layout, shape.num_pool_slots)
     transfer = TransferEngine(store, pool.destinations())
     prefetcher = Prefetcher(cache, transfer, policy, predictor) if predictor else None
     return OffloadRuntime(
@@ -75,9 +75,9 @@ def runtime_of(
     )
 
 
-def decode_rows(requests: list[str], position: int = 1) -> StepRows:
+def decode_tokens(requests: list[str], position: int = 1) -> StepTokens:
     count = len(requests)
-    return StepRows.of_lengths(
+    return StepTokens.of_lengths(
         requests,
         np.ones(count, np.int64),
         np.full(count, position),
@@ -85,30 +85,30 @@ def decode_rows(requests: list[str], position: int = 1) -> StepRows:
     )
 
 
-def assert_rows_hold(runtime: OffloadRuntime, store, layer: int, ids, rows) -> None:
+def assert_slots_hold(runtime: OffloadRuntime, store, layer: int, ids, slots) -> None:
     wanted = layer_tensors(store.layout, store.num_experts, layer)
-    ids, rows = ids[ids != NO_EXPERT], rows[ids != NO_EXPERT]
+    ids, slots = ids[ids != NO_EXPERT], slots[ids != NO_EXPERT]
     for name, tensor in wanted.items():
         have = runtime.pool.bytes_of(name)
-        for expert, row in zip(ids.reshape(-1), rows.reshape(-1), strict=True):
-            assert (have[int(row)] == tensor[int(expert)]).all(), (name, layer, expert, row)
+        for expert, slot in zip(ids.reshape(-1), slots.reshape(-1), strict=True):
+            assert (have[int(slot)] == tensor[int(expert)]).all(), (name, layer, expert, slot)
 
 
 def run_layer(runtime: OffloadRuntime, store, layer: int, ids: torch.Tensor) -> None:
     """One layer call as the integration makes it; checks every byte the kernel would read."""
-    rows = runtime.begin_layer(layer, ids)
-    if rows is not None:
+    slots = runtime.begin_layer(layer, ids)
+    if slots is not None:
         if runtime.cache.shape.holds_everything:  # ids pass through, of no expert too
-            rows = rows + layer * EXPERTS  # the layer sees only its own rows
-        assert_rows_hold(runtime, store, layer, ids, rows)
+            slots = slots + layer * EXPERTS  # the layer sees only its own slots
+        assert_slots_hold(runtime, store, layer, ids, slots)
         runtime.end_layer(layer)
         return
     covered = torch.zeros_like(ids, dtype=torch.bool)
-    for wave_rows, in_wave in runtime.waves(layer, ids):
+    for wave_slots, in_wave in runtime.waves(layer, ids):
         assert not bool((covered & in_wave).any())
-        assert_rows_hold(runtime, store, layer, ids[in_wave], wave_rows[in_wave])
+        assert_slots_hold(runtime, store, layer, ids[in_wave], wave_slots[in_wave])
         covered |= in_wave
-        assert bool((wave_rows >= 0).all())
+        assert bool((wave_slots >= 0).all())
     assert torch.equal(covered, ids != NO_EXPERT)
 
 

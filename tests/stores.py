@@ -12,7 +12,7 @@ from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, sto
 
 
 def layout_of(*sizes: int) -> ExpertLayout:
-    """Layout of tensors ``t0``, ``t1``, ... with rows of these bytes."""
+    """Layout of tensors ``t0``, ``t1``, ... with slots of these bytes."""
     return ExpertLayout(
         tuple(TensorSpec(f"t{i}", (size,), "uint8", size) for i, size in enumerate(sizes))
     )
@@ -40,7 +40,7 @@ def identity(**changes: object) -> StoreIdentity:
 def layer_tensors(
     layout: ExpertLayout, num_experts: int, layer: int, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Rows of one layer, different for every layer, expert, tensor and seed."""
+    """Slots of one layer, different for every layer, expert, tensor and seed."""
     rng = np.random.default_rng([seed, layer])
     return {
         spec.name: rng.integers(0, 256, (num_experts, spec.nbytes), dtype=np.uint8)
@@ -73,10 +73,10 @@ def aligned(nbytes: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
 
 
-def rows_for(layout: ExpertLayout, num_rows: int) -> dict[str, np.ndarray]:
+def slots_for(layout: ExpertLayout, num_slots: int) -> dict[str, np.ndarray]:
     """Destinations of a transfer engine, filled with 0xEE."""
-    rows = {}
+    slots = {}
     for spec in layout.tensors:
-        rows[spec.name] = aligned(num_rows * spec.nbytes).reshape(num_rows, spec.nbytes)
-        rows[spec.name].fill(0xEE)
-    return rows
+        slots[spec.name] = aligned(num_slots * spec.nbytes).reshape(num_slots, spec.nbytes)
+        slots[spec.name].fill(0xEE)
+    return slots

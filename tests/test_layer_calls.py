@@ -16,7 +16,7 @@ from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.native import NO_EXPERT, NativeError
 from vllm_moe_offload.policy import Policy, make_policy
 from vllm_moe_offload.policy.shadow import bind_policy
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.transfer import Transfer
 from vllm_moe_offload.transfer.prefetch import Prefetcher
 
@@ -24,13 +24,13 @@ LAYERS, EXPERTS, TOP_K = 4, 8, 2
 POLICIES = ("lru", "lru-layer", "lfu", "lrfu", "lrfu:half_life=3", "trace")
 
 
-def serve(policy: Policy, routings: list[np.ndarray], rows: list[StepRows]) -> ExpertCache:
+def serve(policy: Policy, routings: list[np.ndarray], steps: list[StepTokens]) -> ExpertCache:
     """Serves steps ``[layers, tokens, top_k]``; reads take no time."""
     shape = CacheShape(LAYERS, EXPERTS, 12, EXPERTS)
     cache = ExpertCache(shape, policy.rules)
     bind_policy(policy, cache)
     calls = LayerCalls(cache, policy, None)
-    for step, of_step in zip(routings, rows, strict=True):
+    for step, of_step in zip(routings, steps, strict=True):
         calls.begin_step(of_step)
         for layer in range(LAYERS):
             ids = torch.from_numpy(step[layer])
@@ -49,7 +49,7 @@ class NoTransfer:
     has_news = False
 
 
-def workload(dtype: type) -> tuple[list[np.ndarray], list[StepRows]]:
+def workload(dtype: type) -> tuple[list[np.ndarray], list[StepTokens]]:
     """Twenty steps; two requests decode, a third one's prompt of five tokens joins once."""
     generator = np.random.default_rng(3)
     routings, steps = [], []
@@ -58,7 +58,7 @@ def workload(dtype: type) -> tuple[list[np.ndarray], list[StepRows]]:
         names = ["a", "b", "c"][: len(lengths)]
         is_prefill = np.array([False, False, True])[: len(lengths)]
         first = np.full(len(lengths), step)
-        steps.append(StepRows.of_lengths(names, lengths, first, is_prefill))
+        steps.append(StepTokens.of_lengths(names, lengths, first, is_prefill))
         order = generator.random((LAYERS, int(lengths.sum()), EXPERTS)).argsort(axis=2)
         routings.append(np.ascontiguousarray(order[:, :, :TOP_K], dtype))
     return routings, steps
@@ -70,17 +70,17 @@ def workload(dtype: type) -> tuple[list[np.ndarray], list[StepRows]]:
 def test_native_observer_equals_observe(
     spec: str, dtype: type, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    routings, rows = workload(dtype)
+    routings, steps = workload(dtype)
     if padded:
         for routing in routings:
             routing[:, 0] = NO_EXPERT
             routing[1, 1, 0] = NO_EXPERT
     native = make_policy(spec, LAYERS, EXPERTS)
     assert native.native_observer(1, TOP_K), "this test would compare a path with itself"
-    cache = serve(native, routings, rows)
+    cache = serve(native, routings, steps)
     by_call = make_policy(spec, LAYERS, EXPERTS)
-    monkeypatch.setattr(by_call, "native_observer", lambda num_rows, top_k: 0)
-    other = serve(by_call, routings, rows)
+    monkeypatch.setattr(by_call, "native_observer", lambda num_tokens, top_k: 0)
+    other = serve(by_call, routings, steps)
     np.testing.assert_array_equal(cache.scores, other.scores)
     np.testing.assert_array_equal(cache.page_table, other.page_table)
     assert cache.counters.tolist() == other.counters.tolist()
@@ -95,7 +95,7 @@ def test_a_layer_call_of_another_size_than_its_step_is_refused(spec: str) -> Non
     bind_policy(policy, cache)
     calls = LayerCalls(cache, policy, None)
     one = np.ones(1, np.int64)
-    calls.begin_step(StepRows.of_lengths(["a"], one, 0 * one, np.zeros(1, np.bool_)))
+    calls.begin_step(StepTokens.of_lengths(["a"], one, 0 * one, np.zeros(1, np.bool_)))
     first = torch.zeros((1, TOP_K), dtype=torch.int32)
     assert calls.plan(0, first, torch.empty_like(first), None)
     cache.finish()
@@ -111,21 +111,21 @@ def test_tokens_of_no_expert_count_nowhere(
     spec: str, dtype: type, by_call: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps with a request that routes nowhere, against the same in which it has no say."""
-    routings, rows = workload(dtype)
+    routings, steps = workload(dtype)
     caches = []
     for marked in (True, False):
         policy = make_policy(spec, LAYERS, EXPERTS)
         if by_call:
-            monkeypatch.setattr(policy, "native_observer", lambda num_rows, top_k: 0)
-        steps = [routing.copy() for routing in routings]
-        weighed = [replace(step, weights=step.weights.copy()) for step in rows]
-        for step, of_step in zip(steps, weighed, strict=True):
+            monkeypatch.setattr(policy, "native_observer", lambda num_tokens, top_k: 0)
+        routed = [routing.copy() for routing in routings]
+        weighed = [replace(step, weights=step.weights.copy()) for step in steps]
+        for step, of_step in zip(routed, weighed, strict=True):
             if marked:
                 step[:, 0] = NO_EXPERT
-            else:  # chooses what the row behind it chooses, and has no say
+            else:  # chooses what the token behind it chooses, and has no say
                 step[:, 0] = step[:, 1]
                 of_step.weights[0] = 0.0
-        caches.append(serve(policy, steps, weighed))
+        caches.append(serve(policy, routed, weighed))
     with_them, without = caches
     np.testing.assert_array_equal(with_them.scores, without.scores)
     np.testing.assert_array_equal(with_them.page_table, without.page_table)
@@ -134,17 +134,17 @@ def test_tokens_of_no_expert_count_nowhere(
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_ids_of_no_expert_get_a_row_that_is_needed_anyway(dtype: torch.dtype) -> None:
+def test_ids_of_no_expert_get_a_slot_that_is_needed_anyway(dtype: torch.dtype) -> None:
     calls, cache = calls_of(num_tokens=3)
     ids = torch.tensor([[-1, -1], [5, -1], [2, 5], [7, 7]], dtype=dtype)
-    rows = torch.full_like(ids, 99)
-    assert calls.plan(0, ids, rows, None)
+    slots = torch.full_like(ids, 99)
+    assert calls.plan(0, ids, slots, None)
     assert cache.experts.tolist() == [2, 5]
     two, five = cache.slots.tolist()
-    assert rows.tolist() == [[five, five], [five, five], [two, five], [five, five]]
+    assert slots.tolist() == [[five, five], [five, five], [two, five], [five, five]]
     cache.finish()
-    assert calls.plan(1, torch.full_like(ids, -1), rows, None)
-    assert not rows.any()
+    assert calls.plan(1, torch.full_like(ids, -1), slots, None)
+    assert not slots.any()
     assert cache.experts.size == 0
 
 
@@ -155,7 +155,7 @@ def test_other_negative_ids_are_refused(
 ) -> None:
     calls, _ = calls_of(num_tokens=1, spec=spec)
     if by_call:
-        monkeypatch.setattr(calls._policy, "native_observer", lambda num_rows, top_k: 0)
+        monkeypatch.setattr(calls._policy, "native_observer", lambda num_tokens, top_k: 0)
     ids = torch.tensor([[-1, -2]])
     with pytest.raises(NativeError, match=r"expert id -2 .*outside \[0, 8\)"):
         calls.plan(0, ids, torch.empty_like(ids), None)
@@ -174,7 +174,7 @@ WRONG_IDS = {
 def test_tensors_of_ids_are_checked(wrong: str, with_request: bool) -> None:
     calls, _ = calls_of(num_tokens=2)
     if not with_request:
-        calls.rows = None
+        calls.tokens = None
     ids = WRONG_IDS[wrong]
     right = torch.zeros((2, TOP_K), dtype=torch.int32)
     form = re.escape(
@@ -209,9 +209,9 @@ def test_fewer_ids_than_the_step_has_tokens_are_refused() -> None:
 )
 def test_weights_of_a_step_are_checked(weights: np.ndarray, got: str) -> None:
     calls, _ = calls_of(num_tokens=4)
-    rows = replace(rows_of(4), weights=weights)
+    tokens = replace(tokens_of(4), weights=weights)
     with pytest.raises(ValueError, match=rf"contiguous float32 \[tokens\], got {got}"):
-        calls.begin_step(rows)
+        calls.begin_step(tokens)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_hidden_states_are_checked(hidden: torch.Tensor) -> None:
     assert calls.plan(0, ids, torch.empty_like(ids), torch.zeros((3, 16))[:2])
 
 
-def rows_of(num_tokens: int) -> StepRows:
+def tokens_of(num_tokens: int) -> StepTokens:
     one = np.ones(num_tokens, np.int64)
     names = [f"r{index}" for index in range(num_tokens)]
-    return StepRows.of_lengths(names, one, 0 * one, one < 0)
+    return StepTokens.of_lengths(names, one, 0 * one, one < 0)
 
 
 def calls_of(
@@ -255,5 +255,5 @@ def calls_of(
             cache, cast(Transfer, NoTransfer()), policy, RouterLookahead(routers, TOP_K, 1)
         )
     calls = LayerCalls(cache, policy, prefetcher)
-    calls.begin_step(rows_of(num_tokens))
+    calls.begin_step(tokens_of(num_tokens))
     return calls, cache

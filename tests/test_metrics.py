@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.runtimes import EXPERTS, LAYERS, decode_rows, ids_of, run_layer, runtime_of
+from tests.runtimes import EXPERTS, LAYERS, decode_tokens, ids_of, run_layer, runtime_of
 from tests.stores import build, layout_of
 from vllm_moe_offload.cache.planner import COUNTER_NAMES
 from vllm_moe_offload.metrics import (
@@ -239,7 +239,7 @@ def test_the_runtime_publishes_from_its_start_to_its_end(tmp_path, slots):
         assert published() == expected_of(runtime)
         assert published()["resident_experts"] == slots
     for step in range(6):
-        runtime.begin_step(decode_rows(["a"], step + 1))
+        runtime.begin_step(decode_tokens(["a"], step + 1))
         for layer in range(LAYERS):
             run_layer(runtime, store, layer, ids_of(step % EXPERTS, (step * 3 + layer + 1) % 8))
         assert published() == expected_of(runtime)

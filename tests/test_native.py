@@ -24,7 +24,7 @@ STRUCTS = {
     "vmo_observer": native.Observer,
     "vmo_planner_view": native.PlannerView,
     "vmo_read": native.Read,
-    "vmo_reserved_row": native.ReservedRow,
+    "vmo_reserved_slot": native.ReservedSlot,
     "vmo_value_step": native.ValueStep,
 }
 NUMBERS = {

@@ -1,4 +1,4 @@
-"""The runtime: whatever is routed, evicted, prefetched or cancelled, rows hold the right bytes."""
+"""The runtime: whatever is routed, evicted, prefetched or cancelled, slots hold the right bytes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.runtimes import (
     LAYERS,
     TOP_K,
     Foresight,
-    assert_rows_hold,
-    decode_rows,
+    assert_slots_hold,
+    decode_tokens,
     ids_of,
     run_layer,
     runtime_of,
@@ -36,7 +36,7 @@ from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import TransferError
 
@@ -71,19 +71,19 @@ class Serving(RuleBasedStateMachine):
         likely = data.draw(st.lists(chance, min_size=size, max_size=size))
         self.foresight.likely = np.array(likely, np.float32).reshape(LAYERS, EXPERTS)
 
-    @rule(data=st.data(), requests=st.integers(1, 3), tokens=st.integers(1, 3))
-    def step(self, data: st.DataObject, requests: int, tokens: int) -> None:
-        rows = StepRows.of_lengths(
+    @rule(data=st.data(), requests=st.integers(1, 3), length=st.integers(1, 3))
+    def step(self, data: st.DataObject, requests: int, length: int) -> None:
+        tokens = StepTokens.of_lengths(
             [f"r{index}" for index in range(requests)],
-            np.full(requests, tokens),
+            np.full(requests, length),
             np.full(requests, self.position),
-            np.full(requests, tokens > 1),
+            np.full(requests, length > 1),
         )
-        self.position += tokens
-        self.runtime.begin_step(rows)
+        self.position += length
+        self.runtime.begin_step(tokens)
         expert = st.integers(0, EXPERTS - 1)
         for layer in range(LAYERS):
-            count = requests * tokens
+            count = requests * length
             ids = data.draw(
                 st.lists(
                     st.lists(expert, min_size=TOP_K, max_size=TOP_K, unique=True),
@@ -107,13 +107,13 @@ class Serving(RuleBasedStateMachine):
     @invariant()
     def every_slot_has_one_expert_and_its_bytes(self) -> None:
         cache = self.runtime.cache
-        rows = cache.page_table[cache.page_table >= 0]
-        assert len(set(rows.tolist())) == rows.size
+        slots = cache.page_table[cache.page_table >= 0]
+        assert len(set(slots.tolist())) == slots.size
         for layer, expert in np.argwhere(cache.page_table >= 0).tolist():
             if cache.is_resident(layer, expert):
                 ids = np.array([expert])
-                row = np.array([cache.page_table[layer, expert]])
-                assert_rows_hold(self.runtime, self.store, layer, ids, row)
+                slot = np.array([cache.page_table[layer, expert]])
+                assert_slots_hold(self.runtime, self.store, layer, ids, slot)
 
     def teardown(self) -> None:
         if hasattr(self, "runtime"):
@@ -137,7 +137,7 @@ def test_any_serving(store) -> None:
 
 
 def one_step(runtime: OffloadRuntime, store, experts: list[tuple[int, int]]) -> None:
-    runtime.begin_step(decode_rows(["a"]))
+    runtime.begin_step(decode_tokens(["a"]))
     for layer, pair in enumerate(experts):
         run_layer(runtime, store, layer, ids_of(*pair))
 
@@ -146,7 +146,7 @@ def test_what_was_foreseen_is_no_demand(store) -> None:
     foresight = Foresight()
     runtime = runtime_of(store, 8, 2, predictor=foresight)
     foresight.likely[1, [2, 3]] = 0.9
-    runtime.begin_step(decode_rows(["a"]))
+    runtime.begin_step(decode_tokens(["a"]))
     run_layer(runtime, store, 0, ids_of(0, 1))
     runtime.prefetcher.settle()  # the budget allows one read at a time at first
     assert runtime.cache.count("prefetch_issued") == 1
@@ -195,12 +195,12 @@ def test_prefetching_changes_no_byte_and_no_need(store) -> None:
 
 @pytest.mark.parametrize("slots", [2, 3, 12, LAYERS * EXPERTS])
 @pytest.mark.parametrize("with_request", [True, False])
-def test_ids_of_no_expert_need_no_rows(store, slots: int, with_request: bool) -> None:
+def test_ids_of_no_expert_need_no_slots(store, slots: int, with_request: bool) -> None:
     """In one call, in waves and where ids pass through; the last expert is one of the needed."""
     runtime = runtime_of(store, slots, 0)
     ids = torch.tensor([[-1, -1], [2, EXPERTS - 1], [-1, 0], [3, 1]], dtype=torch.int32)
     if with_request:
-        runtime.begin_step(decode_rows(["a", "b", "c", "d"]))
+        runtime.begin_step(decode_tokens(["a", "b", "c", "d"]))
     for layer in range(LAYERS):
         run_layer(runtime, store, layer, ids)
     needed = runtime.cache.count("hits") + runtime.cache.count("misses")
@@ -209,16 +209,16 @@ def test_ids_of_no_expert_need_no_rows(store, slots: int, with_request: bool) ->
 
 
 @pytest.mark.parametrize("slots", [2, 12])
-def test_a_call_that_needs_nothing_gets_row_0(store, slots: int) -> None:
+def test_a_call_that_needs_nothing_gets_slot_0(store, slots: int) -> None:
     runtime = runtime_of(store, slots, 1)
-    rows = runtime.begin_layer(0, torch.full((3, TOP_K), -1))
-    assert rows is not None
-    assert not rows.any()
+    slots = runtime.begin_layer(0, torch.full((3, TOP_K), -1))
+    assert slots is not None
+    assert not slots.any()
     runtime.end_layer(0)
-    runtime.begin_step(decode_rows([]))
-    rows = runtime.begin_layer(0, torch.full((3, TOP_K), 5))  # padding alone
-    assert rows is not None
-    assert not rows.any()
+    runtime.begin_step(decode_tokens([]))
+    slots = runtime.begin_layer(0, torch.full((3, TOP_K), 5))  # padding alone
+    assert slots is not None
+    assert not slots.any()
     runtime.end_layer(0)
     assert runtime.cache.count("misses") == 0
     runtime.close()
@@ -227,12 +227,12 @@ def test_a_call_that_needs_nothing_gets_row_0(store, slots: int) -> None:
 def test_prefill_is_not_predicted() -> None:
     predictor = CrossLayerPredictor(LAYERS, EXPERTS, depth=2)
     for position in range(200):
-        predictor.begin_step(decode_rows(["a"], position))
+        predictor.begin_step(decode_tokens(["a"], position))
         for layer in range(LAYERS):
             predictor.observe(layer, np.array([[layer, layer + 1]]))
         predictor.end_step()
-    rows = StepRows.of_lengths(["b"], np.array([5]), np.array([0]), np.array([True]))
-    predictor.begin_step(rows)
+    tokens = StepTokens.of_lengths(["b"], np.array([5]), np.array([0]), np.array([True]))
+    predictor.begin_step(tokens)
     predictor.observe(0, np.zeros((5, 2), np.int64))
     assert predictor.probabilities(0, 1) is None
 
@@ -243,7 +243,7 @@ def test_a_read_error_ends_the_call_and_leaves_nothing_behind(tmp_path: Path) ->
     runtime = runtime_of(store, 8, 2, predictor=foresight)
     foresight.likely[1, 0] = 0.9
     os.truncate(store.path, store.record_offset(1, 0))
-    runtime.begin_step(decode_rows(["a"]))
+    runtime.begin_step(decode_tokens(["a"]))
     run_layer(runtime, store, 0, ids_of(0, 1))
     with pytest.raises(TransferError, match=r"expert [01] of layer 1"):
         run_layer(runtime, store, 1, ids_of(0, 1))
@@ -268,7 +268,7 @@ def test_the_policy_catches_up_while_a_read_is_under_way(store, monkeypatch) -> 
             return original(*arguments)
 
         monkeypatch.setattr(owner, name, noted)
-    runtime.begin_step(decode_rows(["a"]))
+    runtime.begin_step(decode_tokens(["a"]))
     run_layer(runtime, store, 0, ids_of(0, 1))
     assert calls == ["begin_read", "catch_up", "end_read"]
     runtime.close()
@@ -286,15 +286,15 @@ def test_serving_observes_scores_and_counts_as_replay_does(store, id_type) -> No
     votes = np.zeros(EXPERTS, np.float32)
     for position in range(150):
         requests = ["a", "b", "c"][: 1 + position % 3]
-        rows = decode_rows(requests, position)
-        runtime.begin_step(rows)
-        policy.begin_step(rows)
+        tokens = decode_tokens(requests, position)
+        runtime.begin_step(tokens)
+        policy.begin_step(tokens)
         for layer in range(LAYERS):
             chosen = [generator.choice(EXPERTS, TOP_K, False, popular[layer]) for _ in requests]
             ids = np.stack(chosen).astype(np.int32)
             run_layer(runtime, store, layer, torch.from_numpy(ids).to(id_type))
             votes[:] = 0
-            np.add.at(votes, ids, rows.weights[:, None])
+            np.add.at(votes, ids, tokens.weights[:, None])
             policy.observe(layer, ids, votes)
             assert cache.plan(layer, ids, PLAN_INSTANT)
             if cache.outcome.num_misses:

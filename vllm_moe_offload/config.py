@@ -51,7 +51,7 @@ class OffloadConfig(BaseModel):
     cache_gb: Annotated[
         float | str,
         Field(
-            description="Fast memory for experts, staging rows included: a number of GiB, a "
+            description="Fast memory for experts, staging slots included: a number of GiB, a "
             'share of all experts such as "25%", or "auto" (all experts if they fit beside '
             "the KV cache, else what is left after it).",
             json_schema_extra={"unit": "GiB"},

@@ -18,9 +18,9 @@ import torch
 from vllm_moe_offload.cache.planner import PLAN_TRANSIENT, ExpertCache
 from vllm_moe_offload.forecast.lookahead import FLOAT_TYPES
 from vllm_moe_offload.forecast.predictor import LIKELY
-from vllm_moe_offload.native import LayerCall, ReservedRow, check, core, last_error
+from vllm_moe_offload.native import LayerCall, ReservedSlot, check, core, last_error
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.transfer.prefetch import Prefetcher, Read
 
 _ID_BYTES = {torch.int32: 4, torch.int64: 8}
@@ -30,7 +30,7 @@ class LayerCalls:
     """Layer calls of the steps of one runtime.
 
     Attributes:
-        rows: of the step that runs; None: no request stands behind what is called.
+        tokens: of the step that runs; None: no request stands behind what is called.
         num_tokens: tokens of the step that runs.
         policy_ns: time that tracing, scoring and predicting took while nothing was waited for.
         prefetch_ns: the same of beginning and ending reads ahead.
@@ -39,7 +39,7 @@ class LayerCalls:
     def __init__(
         self, cache: ExpertCache, policy: Policy, prefetcher: Prefetcher | None
     ) -> None:
-        self.rows: StepRows | None = None
+        self.tokens: StepTokens | None = None
         self.num_tokens = 0
         self.policy_ns = 0
         self.prefetch_ns = 0
@@ -51,38 +51,38 @@ class LayerCalls:
         self._serve_call = cache.server_of(self._call)
         self._make_room(8)
         self._observer = 0
-        self._ready_ns = 0  # when the last layer's rows were; 0: no layer was called yet
+        self._ready_ns = 0  # when the last layer's slots were; 0: no layer was called yet
 
     def _make_room(self, num_reads: int) -> None:
-        self._reads: npt.NDArray[np.void] = np.zeros(num_reads, ReservedRow)
+        self._reads: npt.NDArray[np.void] = np.zeros(num_reads, ReservedSlot)
         self._call.reads = self._reads.ctypes.data
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A forward pass for real requests begins.
 
         Raises:
-            ValueError: its weights are not what :class:`StepRows` says.
+            ValueError: its weights are not what :class:`StepTokens` says.
         """
         began = time.perf_counter_ns()
-        weights = rows.weights
+        weights = tokens.weights
         if weights.dtype != np.float32 or weights.ndim != 1 or not weights.flags.c_contiguous:
             raise ValueError(
                 "weights of a step must be contiguous float32 [tokens], got "
                 f"{weights.dtype} {list(weights.shape)}, strides {list(weights.strides)}"
             )
-        self.rows = rows  # keeps the weights
+        self.tokens = tokens  # keeps the weights
         self.num_tokens = weights.size
         self._call.weights = weights.ctypes.data
         self._ready_ns = 0
-        self._policy.begin_step(rows)
+        self._policy.begin_step(tokens)
         if self._prefetcher is not None:
-            self._prefetcher.begin_step(rows)
+            self._prefetcher.begin_step(tokens)
         self.policy_ns += time.perf_counter_ns() - began
 
     def end_step(self) -> None:
         """All its layers ran."""
         began = time.perf_counter_ns()
-        self.rows = None
+        self.tokens = None
         self._policy.end_step()
         if self._prefetcher is not None:
             self._prefetcher.end_step()
@@ -90,7 +90,7 @@ class LayerCalls:
 
     def extent(self, topk_ids: torch.Tensor | npt.NDArray[Any]) -> tuple[int, int]:
         """Rows of ``topk_ids`` that are tokens, and the flags to plan them with."""
-        if self.rows is None:
+        if self.tokens is None:
             return len(topk_ids), PLAN_TRANSIENT
         return self.num_tokens, 0
 
@@ -107,7 +107,7 @@ class LayerCalls:
             layer: index among the MoE layers.
             topk_ids: contiguous int32 or int64 ``[tokens or more, top_k]`` in RAM; rows beyond
                 the tokens and ids of -1 are padding, which needs nothing and counts nowhere.
-            slot_ids: like ``topk_ids``, receives their rows; padding gets a row that is needed
+            slot_ids: like ``topk_ids``, receives their slots; padding gets one that is needed
                 anyway, or 0 if none is.
             hidden: what the router was given; for prediction only.
 
@@ -118,7 +118,7 @@ class LayerCalls:
             ValueError: a tensor is not what is said above.
             NativeError: an id is no expert, or the step has another number of ids.
         """
-        if self.rows is None:
+        if self.tokens is None:
             return self.plan_again(layer, topk_ids, slot_ids)
         prefetcher = self._prefetcher
         if prefetcher is not None:
@@ -182,9 +182,9 @@ class LayerCalls:
         call = self._call
         call.layer = layer
         call.ids = topk_ids.data_ptr()
-        call.rows = slot_ids.data_ptr()
-        call.num_rows = num_tokens
-        call.num_padded_rows = num_padded
+        call.slots = slot_ids.data_ptr()
+        call.num_tokens = num_tokens
+        call.num_padded_tokens = num_padded
         call.id_bytes = id_bytes
         call.top_k = top_k
         call.flags = flags
@@ -229,7 +229,7 @@ class LayerCalls:
         check(
             core.vmo_expert_histogram(
                 call.ids,
-                call.num_rows,
+                call.num_tokens,
                 call.top_k,
                 call.id_bytes,
                 call.weights,
@@ -253,7 +253,7 @@ class LayerCalls:
     def read_ahead(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Begins what :meth:`plan`, which found nothing missing, said is to be read ahead."""
         prefetcher = self._prefetcher
-        if prefetcher is None or self.rows is None:
+        if prefetcher is None or self.tokens is None:
             return
         began = time.perf_counter_ns()
         if prefetcher.predictor.native_handle:
@@ -273,9 +273,9 @@ class LayerCalls:
         reads: list[Read] = self._reads[:count].tolist()
         return reads
 
-    def rows_are_ready(self, *, in_ns: int) -> None:
+    def slots_are_ready(self, *, in_ns: int) -> None:
         """The kernel begins in so many nanoseconds: from then on computing hides reads."""
-        if self._prefetcher is not None and self.rows is not None:
+        if self._prefetcher is not None and self.tokens is not None:
             self._ready_ns = time.perf_counter_ns() + in_ns
 
 

@@ -101,8 +101,8 @@ class Observer(ctypes.Structure):
     )
 
 
-class ReservedRow(ctypes.Structure):
-    """``vmo_reserved_row``: an expert to be read ahead, and the row reserved for it."""
+class ReservedSlot(ctypes.Structure):
+    """``vmo_reserved_slot``: an expert to be read ahead, and the slot reserved for it."""
 
     _fields_ = (("layer", c_int32), ("expert", c_int32), ("slot", c_int32))
 
@@ -112,14 +112,14 @@ class LayerCall(ctypes.Structure):
 
     _fields_ = (
         ("ids", c_void_p),
-        ("rows", c_void_p),
+        ("slots", c_void_p),
         ("weights", c_void_p),
         ("observer", c_void_p),
         ("lookahead", c_void_p),
         ("hidden", c_void_p),
         ("reads", c_void_p),
-        ("num_rows", c_int64),
-        ("num_padded_rows", c_int64),
+        ("num_tokens", c_int64),
+        ("num_padded_tokens", c_int64),
         ("hidden_stride", c_int64),
         ("layer", c_int32),
         ("id_bytes", c_int32),
@@ -165,7 +165,7 @@ class ValueStep(ctypes.Structure):
         ("num_experts", c_int32),
         ("first_layer", c_int32),
         ("end_layer", c_int32),
-        ("num_rows", c_int32),
+        ("num_tokens", c_int32),
         ("top_k", c_int32),
         ("num_running", c_int32),
         ("use", c_float),

@@ -1,7 +1,7 @@
-"""One per worker: a layer call goes in, rows with the right bytes in them come out.
+"""One per worker: a layer call goes in, slots with the right bytes in them come out.
 
 Wires policy, cache, store and transfer together. Knows nothing of vLLM: the integration
-tells it which request each row of a step belongs to, and calls :meth:`begin_layer` and
+tells it which request each token of a step belongs to, and calls :meth:`begin_layer` and
 :meth:`end_layer` around every layer's kernel.
 """
 
@@ -28,7 +28,7 @@ from vllm_moe_offload.metrics import CounterFile
 from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.policy.shadow import bind_policy
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.transfer import Transfer, TransferError
@@ -42,7 +42,7 @@ class OffloadRuntime:
 
     Attributes:
         cache: page table and counters.
-        pool: the rows that kernels read.
+        pool: the slots that kernels read.
         stall_ns: time that layer calls spent waiting for reads.
     """
 
@@ -95,28 +95,28 @@ class OffloadRuntime:
         return not self._passes_ids_through or self._recorder is not None
 
     @property
-    def num_step_rows(self) -> int | None:
-        """Rows of the step that runs; None if no request stands behind it."""
-        return None if self._calls.rows is None else self._calls.num_tokens
+    def num_step_tokens(self) -> int | None:
+        """Slots of the step that runs; None if no request stands behind it."""
+        return None if self._calls.tokens is None else self._calls.num_tokens
 
     @property
     def wants_hidden(self) -> bool:
         """Whether the layer calls of the step that runs should be given ``hidden``."""
-        return self.prefetcher is not None and self._calls.rows is not None
+        return self.prefetcher is not None and self._calls.tokens is not None
 
     # ---- steps and requests ----------------------------------------------------------
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A forward pass for real requests begins; it ends with the last layer."""
         if self._is_dummy:
             return  # a warm-up that went through the scheduler's door
         self._step_began_ns = time.perf_counter_ns()
-        self._calls.begin_step(rows)
+        self._calls.begin_step(tokens)
         if self._recorder is not None:
-            self._recorder.begin_step(rows)
+            self._recorder.begin_step(tokens)
 
     def _end_step(self) -> None:
-        if self._calls.rows is None:
+        if self._calls.tokens is None:
             return
         self.num_tokens += self._calls.num_tokens
         self._calls.end_step()
@@ -141,7 +141,7 @@ class OffloadRuntime:
     def dummy_run(self) -> Iterator[None]:
         """While open, layer calls are for shapes only: nothing is read, counted or kept.
 
-        Their results are thrown away, so any row will do. (Serving them for real would
+        Their results are thrown away, so any slot will do. (Serving them for real would
         read the whole model at every start.)
         """
         before, self._is_dummy = self._is_dummy, True
@@ -155,16 +155,16 @@ class OffloadRuntime:
     def begin_layer(
         self, layer: int, topk_ids: torch.Tensor, hidden: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Makes the experts of ``topk_ids`` resident; returns their rows.
+        """Makes the experts of ``topk_ids`` resident; returns their slots.
 
         Args:
             layer: index among the MoE layers.
-            topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's rows and
+            topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's and
                 ids of -1 are padding, for which nothing is fetched or counted.
             hidden: what the router was given, ``[tokens, hidden]``; for prediction only.
 
         Returns:
-            Rows of the layer's parameters, shaped and typed like ``topk_ids``; or None if
+            Slots of the layer's parameters, shaped and typed like ``topk_ids``; or None if
             the experts do not fit at once: then :meth:`waves` serves the call. A result
             must be followed by :meth:`end_layer` once the kernel is done.
 
@@ -176,19 +176,19 @@ class OffloadRuntime:
         topk_ids = topk_ids.contiguous()
         slot_ids = torch.empty_like(topk_ids)
         planned = self._calls.plan(layer, topk_ids, slot_ids, hidden)
-        if self._recorder is not None and self._calls.rows is not None:
+        if self._recorder is not None and self._calls.tokens is not None:
             self._recorder.observe(layer, topk_ids.numpy()[: self._calls.num_tokens])
         if not planned:
             if self.prefetcher is None:
                 return None
-            self.prefetcher.drop_all()  # rows in flight may be all that was wanting
+            self.prefetcher.drop_all()  # slots in flight may be all that was wanting
             if not self._calls.plan_again(layer, topk_ids, slot_ids):
                 return None
         self._fill(layer, hidden)
         return topk_ids if self._passes_ids_through else slot_ids
 
     def end_layer(self, layer: int) -> None:
-        """The kernel of the layer is done with its rows."""
+        """The kernel of the layer is done with its slots."""
         if self._is_dummy:
             return
         self.cache.finish()
@@ -205,9 +205,9 @@ class OffloadRuntime:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Serves a layer whose experts do not fit at once, some experts at a time.
 
-        Follows a :meth:`begin_layer` that returned None. Yields, per wave, rows like
+        Follows a :meth:`begin_layer` that returned None. Yields, per wave, slots like
         ``topk_ids`` and a bool mask of the entries that belong to the wave (the others
-        point at a valid row and must weigh nothing). The consumer runs the kernel before
+        point at a valid slot and must weigh nothing). The consumer runs the kernel before
         it asks for the next wave. Ends the layer by itself.
         """
         self._warn_of_waves()
@@ -227,11 +227,11 @@ class OffloadRuntime:
                 )
             self._read_misses(layer)
             # One more entry than experts, the last: NO_EXPERT is in no wave.
-            rows = np.full(self.cache.shape.num_experts + 1, self.cache.slots[0], ids.dtype)
-            rows[self.cache.experts] = self.cache.slots
+            slots = np.full(self.cache.shape.num_experts + 1, self.cache.slots[0], ids.dtype)
+            slots[self.cache.experts] = self.cache.slots
             in_wave = np.zeros(self.cache.shape.num_experts + 1, np.bool_)
             in_wave[self.cache.experts] = True
-            yield torch.from_numpy(rows[ids]), torch.from_numpy(in_wave[ids])
+            yield torch.from_numpy(slots[ids]), torch.from_numpy(in_wave[ids])
             self.cache.finish()
         if layer == self._last_layer:
             self._end_step()
@@ -247,22 +247,22 @@ class OffloadRuntime:
         if not self._warned_of_waves:
             self._warned_of_waves = True
             logger.warning(
-                "MoE offload: the cache (%d rows) is smaller than what one layer call needs; "
+                "MoE offload: the cache (%d slots) is smaller than what one layer call needs; "
                 "such calls run in waves, and their output equals plain vLLM's only up to the "
                 "rounding of a split sum. For exact output raise cache_gb to one layer at least.",
-                self.cache.shape.num_rows,
+                self.cache.shape.num_pool_slots,
             )
 
     def _fill(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Reads what the open plan misses, and begins prefetches meanwhile."""
         self._copies_ns = 0
         if self.cache.outcome.num_misses:
-            prefetcher = self.prefetcher if self._calls.rows is not None else None
+            prefetcher = self.prefetcher if self._calls.tokens is not None else None
             self._read_misses(layer, prefetcher, hidden)
         else:
             self._calls.read_ahead(layer, hidden)
         # On a device the kernel still waits for its misses, and the link has no room meanwhile.
-        self._calls.rows_are_ready(in_ns=self._copies_ns)
+        self._calls.slots_are_ready(in_ns=self._copies_ns)
 
     def _read_misses(
         self,
@@ -270,26 +270,28 @@ class OffloadRuntime:
         prefetcher: Prefetcher | None = None,
         hidden: torch.Tensor | None = None,
     ) -> None:
-        experts, rows, kinds = (array.tolist() for array in self.cache.misses)
+        experts, slots, kinds = (array.tolist() for array in self.cache.misses)
         if not experts:
             return
         began = time.perf_counter_ns()
-        planned = list(zip(experts, rows, kinds, strict=True))
-        requests = [(layer, expert, row) for expert, row, kind in planned if kind == MISS_READ]
-        awaited = [row for _, row, kind in planned if kind == MISS_AWAIT]
+        planned = list(zip(experts, slots, kinds, strict=True))
+        requests = [
+            (layer, expert, slot) for expert, slot, kind in planned if kind == MISS_READ
+        ]
+        awaited = [slot for _, slot, kind in planned if kind == MISS_AWAIT]
         try:
             pending = self._transfer.begin_read(requests)
             if prefetcher is not None:
-                for row in awaited:
-                    prefetcher.promote(row)
+                for slot in awaited:
+                    prefetcher.promote(slot)
                 prefetcher.pass_layer(layer)
             # While the disk is busy all this costs nothing, and who stays is decided after it.
             self.policy.catch_up()
             if prefetcher is not None:
                 prefetcher.begin(prefetcher.foresee(layer, hidden))
             self._transfer.end_read(pending)
-            for _, _, row in requests:
-                self.cache.complete(row, True)
+            for _, _, slot in requests:
+                self.cache.complete(slot, True)
             if requests and prefetcher is not None and not awaited:
                 read_ns = self._transfer.expert_ns
                 if read_ns is not None:
@@ -297,20 +299,20 @@ class OffloadRuntime:
                 else:
                     read_ns = (time.perf_counter_ns() - began) / len(requests)
                 prefetcher.measured(read_ns=read_ns)
-            for row in awaited:
-                self._await(row)
+            for slot in awaited:
+                self._await(slot)
         except TransferError:
-            # All reads of the batch ended: finish() empties the rows that were to be filled.
+            # All reads of the batch ended: finish() empties the slots that were to be filled.
             if self.prefetcher is not None:
                 self.prefetcher.settle()
             self.cache.finish()
-            self._calls.rows = None
+            self._calls.tokens = None
             raise
         self.stall_ns += time.perf_counter_ns() - began
 
-    def _await(self, row: int) -> None:
-        assert self.prefetcher is not None  # nobody else reserves rows
-        self.prefetcher.await_row(row)
+    def _await(self, slot: int) -> None:
+        assert self.prefetcher is not None  # nobody else reserves slots
+        self.prefetcher.await_slot(slot)
 
     def load_everything(self) -> None:
         """Fills a cache that holds all experts, in store order, as plain vLLM's start does."""

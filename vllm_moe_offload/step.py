@@ -14,21 +14,21 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
-class StepRows:
-    """Which token rows of the running step belong to which request.
+class StepTokens:
+    """Which tokens of the running step belong to which request.
 
     Attributes:
         requests: identifiers of the requests in the step, one per request.
-        request_of_row: int32 ``[rows]``, index into ``requests``.
-        positions: int64 ``[rows]``, position of the token in its request.
+        request_of_token: int32 ``[tokens]``, index into ``requests``.
+        positions: int64 ``[tokens]``, position of the token in its request.
         is_prefill: bool ``[requests]``, whether the request is still reading its prompt.
-        weights: float32 ``[rows]``; a request's rows share one vote, so that a prefill
+        weights: float32 ``[tokens]``; a request's tokens share one vote, so that a prefill
             chunk of 512 tokens weighs as much as a decode token:
-            ``1 / (rows of the request) / (requests in the step)``.
+            ``1 / (tokens of the request) / (requests in the step)``.
     """
 
     requests: Sequence[str]
-    request_of_row: npt.NDArray[np.int32]
+    request_of_token: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int64]
     is_prefill: npt.NDArray[np.bool_]
     weights: FloatArray
@@ -40,19 +40,19 @@ class StepRows:
         lengths: npt.NDArray[np.integer[Any]],
         first_positions: npt.NDArray[np.integer[Any]],
         is_prefill: npt.NDArray[np.bool_],
-    ) -> StepRows:
-        """Rows of a step in which request i computes ``lengths[i]`` tokens in a row."""
+    ) -> StepTokens:
+        """Tokens of a step in which request i computes ``lengths[i]`` tokens in a row."""
         count = len(requests)
         lengths = np.asarray(lengths, np.int64)
-        request_of_row = np.repeat(np.arange(count, dtype=np.int32), lengths)
+        request_of_token = np.repeat(np.arange(count, dtype=np.int32), lengths)
         starts = np.cumsum(lengths) - lengths
-        offsets = np.arange(request_of_row.size, dtype=np.int64) - starts[request_of_row]
-        positions = np.asarray(first_positions, np.int64)[request_of_row] + offsets
+        offsets = np.arange(request_of_token.size, dtype=np.int64) - starts[request_of_token]
+        positions = np.asarray(first_positions, np.int64)[request_of_token] + offsets
         share = 1.0 / (np.maximum(lengths, 1) * max(count, 1))
         return cls(
             requests,
-            request_of_row,
+            request_of_token,
             positions,
             is_prefill,
-            share.astype(np.float32)[request_of_row],
+            share.astype(np.float32)[request_of_token],
         )

@@ -13,24 +13,26 @@ void require(bool condition, const std::string& message) {
 
 void check_config(const CopierConfig& config) {
   require(config.records != nullptr, "the records' address is null");
-  require(config.num_host_rows > 0 && config.num_device_rows > 0,
-          "rows must be positive, got " + std::to_string(config.num_host_rows) +
-              " in host memory and " + std::to_string(config.num_device_rows) +
+  require(config.num_host_slots > 0 && config.num_device_slots > 0,
+          "slots must be positive, got " + std::to_string(config.num_host_slots) +
+              " in host memory and " + std::to_string(config.num_device_slots) +
               " on the device");
   require(!config.tensors.empty(), "a record needs at least one tensor");
-  for (const TensorRows& tensor : config.tensors) {
-    require(tensor.rows != nullptr && tensor.row_bytes > 0, "a tensor without rows or bytes");
+  for (const TensorSlots& tensor : config.tensors) {
+    require(tensor.slots != nullptr && tensor.slot_bytes > 0,
+            "a tensor without slots or bytes");
     require(tensor.record_offset <= config.record_bytes &&
-                tensor.row_bytes <= config.record_bytes - tensor.record_offset,
-            "a tensor of " + std::to_string(tensor.row_bytes) + " bytes at " +
+                tensor.slot_bytes <= config.record_bytes - tensor.record_offset,
+            "a tensor of " + std::to_string(tensor.slot_bytes) + " bytes at " +
                 std::to_string(tensor.record_offset) + " is not in a record of " +
                 std::to_string(config.record_bytes));
   }
 }
 
-void check_row(const char* where, int32_t row, int32_t num_rows) {
-  require(row >= 0 && row < num_rows, std::string(where) + " row " + std::to_string(row) +
-                                          " is outside [0, " + std::to_string(num_rows) + ")");
+void check_slot(const char* where, int32_t slot, int32_t num_slots) {
+  require(slot >= 0 && slot < num_slots, std::string(where) + " slot " + std::to_string(slot) +
+                                             " is outside [0, " + std::to_string(num_slots) +
+                                             ")");
 }
 
 }  // namespace
@@ -39,7 +41,7 @@ Copier::Copier(const CopierConfig& config) : config_(config) {
   check_config(config);
   const DeviceGuard guard(config.device);
   registration_ = std::make_unique<HostRegistration>(
-      config.records, config.record_bytes * static_cast<uint64_t>(config.num_host_rows));
+      config.records, config.record_bytes * static_cast<uint64_t>(config.num_host_slots));
   // Of no use to copy engines, which work in order; but gather kernels of demands go first.
   int least = 0;
   int greatest = 0;
@@ -72,9 +74,9 @@ void Copier::set_engine(CopyEngine engine) {
   engine_ = engine;
 }
 
-int32_t Copier::copy(int32_t lane, const RowPair* pairs, int32_t num_pairs) {
+int32_t Copier::copy(int32_t lane, const SlotPair* pairs, int32_t num_pairs) {
   require(lane == 0 || lane == 1, "lane " + std::to_string(lane) + " is not 0 or 1");
-  require(num_pairs > 0, "a copy needs at least one pair of rows");
+  require(num_pairs > 0, "a copy needs at least one pair of slots");
   for (int32_t i = 0; i < num_pairs; ++i) check(pairs[i]);
   const DeviceGuard guard(config_.device);
   const cudaStream_t stream = lanes_[static_cast<size_t>(lane)]->get();
@@ -90,12 +92,12 @@ int32_t Copier::copy(int32_t lane, const RowPair* pairs, int32_t num_pairs) {
   return ticket;
 }
 
-void Copier::check(const RowPair& pair) const {
-  check_row("host", pair.host_row, config_.num_host_rows);
-  check_row("device", pair.device_row, config_.num_device_rows);
+void Copier::check(const SlotPair& pair) const {
+  check_slot("host", pair.host_slot, config_.num_host_slots);
+  check_slot("device", pair.device_slot, config_.num_device_slots);
 }
 
-void Copier::queue(const RowPair* pairs, int32_t num_pairs, cudaStream_t stream) {
+void Copier::queue(const SlotPair* pairs, int32_t num_pairs, cudaStream_t stream) {
   if (engine_ == CopyEngine::kGather) {
     gather_records(registration_->device_address(), config_.record_bytes, config_.tensors,
                    pairs, num_pairs, stream);
@@ -103,10 +105,11 @@ void Copier::queue(const RowPair* pairs, int32_t num_pairs, cudaStream_t stream)
   }
   for (int32_t i = 0; i < num_pairs; ++i) {
     const char* record =
-        config_.records + static_cast<uint64_t>(pairs[i].host_row) * config_.record_bytes;
-    for (const TensorRows& tensor : config_.tensors) {
-      char* row = tensor.rows + static_cast<uint64_t>(pairs[i].device_row) * tensor.row_bytes;
-      check_cuda(cudaMemcpyAsync(row, record + tensor.record_offset, tensor.row_bytes,
+        config_.records + static_cast<uint64_t>(pairs[i].host_slot) * config_.record_bytes;
+    for (const TensorSlots& tensor : config_.tensors) {
+      char* slot =
+          tensor.slots + static_cast<uint64_t>(pairs[i].device_slot) * tensor.slot_bytes;
+      check_cuda(cudaMemcpyAsync(slot, record + tensor.record_offset, tensor.slot_bytes,
                                  cudaMemcpyHostToDevice, stream),
                  "cudaMemcpyAsync");
     }

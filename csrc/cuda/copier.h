@@ -1,4 +1,4 @@
-// Copies records from host memory into rows of a pool on a device, beside the compute stream.
+// Copies records from host memory into slots of a pool on a device, beside the compute stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,16 +20,16 @@ enum class CopyEngine : int32_t {
 
 struct CopierConfig {
   int32_t device = 0;
-  char* records = nullptr;  // host memory [num_host_rows, record_bytes], the caller's
+  char* records = nullptr;  // host memory [num_host_slots, record_bytes], the caller's
   uint64_t record_bytes = 0;
-  int32_t num_host_rows = 0;
-  int32_t num_device_rows = 0;
-  std::vector<TensorRows> tensors;
+  int32_t num_host_slots = 0;
+  int32_t num_device_slots = 0;
+  std::vector<TensorSlots> tensors;
 };
 
 // Lane 0 is for demands, lane 1 for prefetches; each is a stream. Not thread safe. Every
-// function throws CudaError if the device reports an error, and std::invalid_argument on a row,
-// lane or ticket that does not exist.
+// function throws CudaError if the device reports an error, and std::invalid_argument on a
+// slot, lane or ticket that does not exist.
 class Copier {
  public:
   // Page-locks the records' memory.
@@ -43,7 +43,7 @@ class Copier {
 
   // Queues the copies; returns a ticket for all of them, valid until release(). On an error
   // nothing of the call is under way any more.
-  int32_t copy(int32_t lane, const RowPair* pairs, int32_t num_pairs);
+  int32_t copy(int32_t lane, const SlotPair* pairs, int32_t num_pairs);
   bool done(int32_t ticket);
   void wait(int32_t ticket);
   // What is queued on `compute` from now on waits for the ticket's copies.
@@ -53,9 +53,9 @@ class Copier {
   void after_compute(cudaStream_t compute);
 
  private:
-  void check(const RowPair& pair) const;
+  void check(const SlotPair& pair) const;
   Event& event_of(int32_t ticket);
-  void queue(const RowPair* pairs, int32_t num_pairs, cudaStream_t stream);
+  void queue(const SlotPair* pairs, int32_t num_pairs, cudaStream_t stream);
   int32_t take_ticket();
 
   const CopierConfig config_;

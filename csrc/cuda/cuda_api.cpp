@@ -30,8 +30,8 @@ Result guarded(Result failure, Body&& body) noexcept {
 
 cudaStream_t stream_of(uint64_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
-static_assert(sizeof(vmo_row_pair) == sizeof(vmo::RowPair) &&
-                  offsetof(vmo_row_pair, device_row) == offsetof(vmo::RowPair, device_row),
+static_assert(sizeof(vmo_slot_pair) == sizeof(vmo::SlotPair) &&
+                  offsetof(vmo_slot_pair, device_slot) == offsetof(vmo::SlotPair, device_slot),
               "the same pair");
 
 }  // namespace
@@ -43,18 +43,18 @@ int32_t vmo_cuda_api_version(void) { return VMO_CUDA_API_VERSION; }
 const char* vmo_cuda_last_error(void) { return last_error.c_str(); }
 
 vmo_copier* vmo_copier_create(int32_t device, void* records, uint64_t record_bytes,
-                              int32_t num_host_rows, int32_t num_device_rows,
-                              const vmo_tensor_rows* tensors, int32_t num_tensors) {
+                              int32_t num_host_slots, int32_t num_device_slots,
+                              const vmo_tensor_slots* tensors, int32_t num_tensors) {
   return guarded<vmo_copier*>(nullptr, [&] {
     vmo::CopierConfig config;
     config.device = device;
     config.records = static_cast<char*>(records);
     config.record_bytes = record_bytes;
-    config.num_host_rows = num_host_rows;
-    config.num_device_rows = num_device_rows;
+    config.num_host_slots = num_host_slots;
+    config.num_device_slots = num_device_slots;
     for (int32_t i = 0; i < num_tensors; ++i) {
-      config.tensors.push_back({tensors[i].record_offset, tensors[i].row_bytes,
-                                static_cast<char*>(tensors[i].rows)});
+      config.tensors.push_back({tensors[i].record_offset, tensors[i].slot_bytes,
+                                static_cast<char*>(tensors[i].slots)});
     }
     return std::make_unique<vmo_copier>(config).release();
   });
@@ -69,10 +69,10 @@ int32_t vmo_copier_set_engine(vmo_copier* copier, int32_t engine) {
   });
 }
 
-int32_t vmo_copier_copy(vmo_copier* copier, int32_t lane, const vmo_row_pair* pairs,
+int32_t vmo_copier_copy(vmo_copier* copier, int32_t lane, const vmo_slot_pair* pairs,
                         int32_t num_pairs) {
   return guarded<int32_t>(-1, [&] {
-    return copier->core.copy(lane, reinterpret_cast<const vmo::RowPair*>(pairs), num_pairs);
+    return copier->core.copy(lane, reinterpret_cast<const vmo::SlotPair*>(pairs), num_pairs);
   });
 }
 

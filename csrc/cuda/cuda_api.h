@@ -21,30 +21,30 @@ VMO_API const char* vmo_cuda_last_error(void);
 
 typedef struct vmo_copier vmo_copier;
 
-// One tensor of a record: `row_bytes` from `record_offset` on, to row r of the device at
-// rows + r * row_bytes.
-typedef struct vmo_tensor_rows {
+// One tensor of a record: `slot_bytes` from `record_offset` on, to slot r of the device at
+// slots + r * slot_bytes.
+typedef struct vmo_tensor_slots {
   uint64_t record_offset;
-  uint64_t row_bytes;
-  void* rows;
-} vmo_tensor_rows;
+  uint64_t slot_bytes;
+  void* slots;
+} vmo_tensor_slots;
 
-typedef struct vmo_row_pair {
-  int32_t host_row;
-  int32_t device_row;
-} vmo_row_pair;
+typedef struct vmo_slot_pair {
+  int32_t host_slot;
+  int32_t device_slot;
+} vmo_slot_pair;
 
-// Page-locks `records` [num_host_rows, record_bytes], which stays the caller's and must live
+// Page-locks `records` [num_host_slots, record_bytes], which stays the caller's and must live
 // longer than the copier.
 VMO_API vmo_copier* vmo_copier_create(int32_t device, void* records, uint64_t record_bytes,
-                                      int32_t num_host_rows, int32_t num_device_rows,
-                                      const vmo_tensor_rows* tensors, int32_t num_tensors);
+                                      int32_t num_host_slots, int32_t num_device_slots,
+                                      const vmo_tensor_slots* tensors, int32_t num_tensors);
 // Waits for all copies.
 VMO_API void vmo_copier_destroy(vmo_copier* copier);
 // 0 cudaMemcpyAsync, 1 gather kernel.
 VMO_API int32_t vmo_copier_set_engine(vmo_copier* copier, int32_t engine);
 // lane 0 demand, 1 prefetch. A ticket, or -1: then nothing of the call is under way.
-VMO_API int32_t vmo_copier_copy(vmo_copier* copier, int32_t lane, const vmo_row_pair* pairs,
+VMO_API int32_t vmo_copier_copy(vmo_copier* copier, int32_t lane, const vmo_slot_pair* pairs,
                                 int32_t num_pairs);
 // 1: all copies of the ticket are complete; 0: not yet.
 VMO_API int32_t vmo_copier_done(vmo_copier* copier, int32_t ticket);

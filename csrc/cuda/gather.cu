@@ -18,8 +18,8 @@ constexpr int32_t kMaxPairs = 256;     // per launch
 constexpr uint64_t kChunkBytes = 16ULL * kThreads * kLoadsInFlight;
 
 struct Tensor {
-  TensorRows where;
-  uint64_t num_chunks = 0;  // of one row
+  TensorSlots where;
+  uint64_t num_chunks = 0;  // of one slot
   int32_t unit_bytes = 1;   // that source, target and length are multiples of
 };
 
@@ -31,7 +31,7 @@ struct GatherArguments {
   int32_t num_tensors = 0;
   int32_t num_pairs = 0;
   Tensor tensors[kMaxGatherTensors];
-  RowPair pairs[kMaxPairs];
+  SlotPair pairs[kMaxPairs];
 };
 static_assert(sizeof(GatherArguments) <= 4096, "arguments of a kernel");
 
@@ -63,17 +63,17 @@ __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ GatherArguments arguments) {
   const uint64_t num_chunks = arguments.chunks_per_pair * arguments.num_pairs;
   for (uint64_t index = blockIdx.x; index < num_chunks; index += gridDim.x) {
-    const RowPair pair = arguments.pairs[index / arguments.chunks_per_pair];
+    const SlotPair pair = arguments.pairs[index / arguments.chunks_per_pair];
     uint64_t chunk = index % arguments.chunks_per_pair;
     int32_t t = 0;
     while (chunk >= arguments.tensors[t].num_chunks) chunk -= arguments.tensors[t++].num_chunks;
     const Tensor& tensor = arguments.tensors[t];
-    const uint64_t row_bytes = tensor.where.row_bytes;
+    const uint64_t slot_bytes = tensor.where.slot_bytes;
     const uint64_t begin = chunk * kChunkBytes;
-    const uint64_t bytes = row_bytes - begin < kChunkBytes ? row_bytes - begin : kChunkBytes;
-    const char* source = arguments.records + pair.host_row * arguments.record_bytes +
+    const uint64_t bytes = slot_bytes - begin < kChunkBytes ? slot_bytes - begin : kChunkBytes;
+    const char* source = arguments.records + pair.host_slot * arguments.record_bytes +
                          tensor.where.record_offset + begin;
-    char* target = tensor.where.rows + pair.device_row * row_bytes + begin;
+    char* target = tensor.where.slots + pair.device_slot * slot_bytes + begin;
     if (tensor.unit_bytes == 16) {
       copy_chunk<uint4>(source, target, bytes);
     } else if (tensor.unit_bytes == 4) {
@@ -92,7 +92,7 @@ int32_t unit_bytes_of(uint64_t addresses_and_lengths) {
 }  // namespace
 
 void gather_records(const char* records, uint64_t record_bytes,
-                    const std::vector<TensorRows>& tensors, const RowPair* pairs,
+                    const std::vector<TensorSlots>& tensors, const SlotPair* pairs,
                     int32_t num_pairs, cudaStream_t stream) {
   if (tensors.size() > static_cast<size_t>(kMaxGatherTensors)) {
     throw std::invalid_argument("the gather kernel takes records of at most " +
@@ -102,14 +102,14 @@ void gather_records(const char* records, uint64_t record_bytes,
   GatherArguments arguments;
   arguments.records = records;
   arguments.record_bytes = record_bytes;
-  for (const TensorRows& where : tensors) {
-    if (where.row_bytes == 0) continue;
+  for (const TensorSlots& where : tensors) {
+    if (where.slot_bytes == 0) continue;
     Tensor& tensor = arguments.tensors[arguments.num_tensors++];
     tensor.where = where;
-    tensor.num_chunks = (where.row_bytes + kChunkBytes - 1) / kChunkBytes;
+    tensor.num_chunks = (where.slot_bytes + kChunkBytes - 1) / kChunkBytes;
     tensor.unit_bytes = unit_bytes_of(reinterpret_cast<uintptr_t>(records) | record_bytes |
-                                      where.record_offset | where.row_bytes |
-                                      reinterpret_cast<uintptr_t>(where.rows));
+                                      where.record_offset | where.slot_bytes |
+                                      reinterpret_cast<uintptr_t>(where.slots));
     arguments.chunks_per_pair += tensor.num_chunks;
   }
   if (arguments.num_tensors == 0) return;

@@ -1,4 +1,4 @@
-// Copies records from mapped host memory into rows of several tensors, by a kernel.
+// Copies records from mapped host memory into slots of several tensors, by a kernel.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,17 +8,17 @@
 
 namespace vmo {
 
-// One tensor of a record: `row_bytes` from `record_offset` on, to row r at `rows` + r *
-// row_bytes.
-struct TensorRows {
+// One tensor of a record: `slot_bytes` from `record_offset` on, to slot r at `slots` + r *
+// slot_bytes.
+struct TensorSlots {
   uint64_t record_offset = 0;
-  uint64_t row_bytes = 0;
-  char* rows = nullptr;
+  uint64_t slot_bytes = 0;
+  char* slots = nullptr;
 };
 
-struct RowPair {
-  int32_t host_row = 0;
-  int32_t device_row = 0;
+struct SlotPair {
+  int32_t host_slot = 0;
+  int32_t device_slot = 0;
 };
 
 // Most tensors of a record that the kernel takes.
@@ -28,7 +28,7 @@ inline constexpr int32_t kMaxGatherTensors = 16;
 // A fixed, small grid: the link is the limit, and kernels beside it need the processors.
 // Throws CudaError, and std::invalid_argument on more than kMaxGatherTensors tensors.
 void gather_records(const char* records, uint64_t record_bytes,
-                    const std::vector<TensorRows>& tensors, const RowPair* pairs,
+                    const std::vector<TensorSlots>& tensors, const SlotPair* pairs,
                     int32_t num_pairs, cudaStream_t stream);
 
 }  // namespace vmo

@@ -10,7 +10,7 @@ from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.replay.run import plan_waves
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 PREFILL_AT, PREFILL_SEEN, PREFILL_TOKENS = 96, 16, 512
@@ -50,32 +50,32 @@ def _around_prefill(trace: RoutingTrace, name: str, pair: int) -> np.ndarray:
     prompt = generator.integers(0, trace.ids.shape[0] - PREFILL_TOKENS)
     found = np.zeros((2, 2), np.int64)
 
-    def step(tokens: np.ndarray, rows: StepRows) -> tuple[int, int]:
-        ids = np.ascontiguousarray(trace.ids[tokens].transpose(1, 0, 2), np.int32)
+    def step(places: np.ndarray, tokens: StepTokens) -> tuple[int, int]:
+        ids = np.ascontiguousarray(trace.ids[places].transpose(1, 0, 2), np.int32)
         before = cache.count("hits"), cache.count("misses")
-        policy.begin_step(rows)
+        policy.begin_step(tokens)
         for layer in range(layers):
             votes = np.zeros(experts, np.float32)
-            np.add.at(votes, ids[layer], rows.weights[:, None])
+            np.add.at(votes, ids[layer], tokens.weights[:, None])
             policy.observe(layer, ids[layer], votes)
             plan_waves(cache, policy, layer, ids[layer], PLAN_INSTANT)
         policy.end_step()
         hits = cache.count("hits") - before[0]
         return hits, hits + cache.count("misses") - before[1]
 
-    def rows_of(names: list[str], lengths: list[int], first: list[int]) -> StepRows:
+    def tokens_of(names: list[str], lengths: list[int], first: list[int]) -> StepTokens:
         is_prefill = np.array([name == "b" for name in names])
-        return StepRows.of_lengths(names, np.array(lengths), np.array(first), is_prefill)
+        return StepTokens.of_lengths(names, np.array(lengths), np.array(first), is_prefill)
 
     for position in range(PREFILL_AT):
-        counted = step(np.array([mine + position]), rows_of(["a"], [1], [position]))
+        counted = step(np.array([mine + position]), tokens_of(["a"], [1], [position]))
         if position >= PREFILL_AT - PREFILL_SEEN:
             found[0] += counted
     tokens = np.append(mine + PREFILL_AT, prompt + np.arange(PREFILL_TOKENS))
-    step(tokens, rows_of(["a", "b"], [1, PREFILL_TOKENS], [PREFILL_AT, 0]))
+    step(tokens, tokens_of(["a", "b"], [1, PREFILL_TOKENS], [PREFILL_AT, 0]))
     policy.end_request("b")
     for position in range(PREFILL_AT + 1, PREFILL_AT + PREFILL_SEEN):
-        found[1] += step(np.array([mine + position]), rows_of(["a"], [1], [position]))
+        found[1] += step(np.array([mine + position]), tokens_of(["a"], [1], [position]))
     return found
 
 

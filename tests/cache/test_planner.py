@@ -174,7 +174,7 @@ class PlannerMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             rows = self.cache.page_table[self.cache.page_table >= 0]
             assert rows.size == np.unique(rows).size
-            assert rows.size == 0 or rows.max() < self.shape.num_rows
+            assert rows.size == 0 or rows.max() < self.shape.num_pool_slots
 
     @invariant()
     def pinned_experts_never_move(self) -> None:
@@ -436,7 +436,7 @@ def test_other_ids_that_are_no_expert_are_errors(wrong: int) -> None:
     with pytest.raises(NativeError, match=rf"id {wrong} at position 1 is outside \[0, 4\)"):
         cache.plan(0, np.array([-1, wrong], np.int64))
     assert cache.plan(0, ids(1))
-    with pytest.raises(NativeError, match=rf"expert {wrong} of layer 0 has no row"):
+    with pytest.raises(NativeError, match=rf"expert {wrong} of layer 0 has no slot"):
         cache.remap(0, np.array([-1, wrong], np.int64), np.zeros(2, np.int64))
 
 

@@ -9,11 +9,11 @@ from vllm_moe_offload.cache.planner import SCOPE_PER_LAYER
 from vllm_moe_offload.cache.sizing import (
     auto_cache_bytes,
     auto_host_bytes,
-    cache_rows,
     cache_shape,
+    cache_slots,
     device_available_bytes,
     device_reserve_bytes,
-    host_rows,
+    host_slots,
 )
 from vllm_moe_offload.config import GIB, OptionError
 from vllm_moe_offload.policy import POLICIES
@@ -22,7 +22,7 @@ MODEL = {"num_layers": 4, "num_experts": 8, "top_k": 2}
 
 
 def rows(cache_gb, expert_bytes=GIB // 4, auto_bytes=3 * GIB):
-    return cache_rows(cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **MODEL)
+    return cache_slots(cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **MODEL)
 
 
 def test_rows_of_each_kind_of_size():
@@ -59,7 +59,7 @@ def test_shape_uses_no_more_rows_and_fits_a_layer_if_it_can(
     shape = cache_shape(
         count, num_layers=num_layers, num_experts=num_experts, top_k=top_k, rules=rules
     )
-    assert shape.num_rows <= count
+    assert shape.num_pool_slots <= count
     assert shape.holds_everything == (count >= total)
     own = shape.num_slots
     if rules.scope == SCOPE_PER_LAYER:
@@ -79,12 +79,12 @@ def test_auto_takes_everything_if_it_fits_beside_the_kv_cache():
 
 def test_host_rows_of_each_kind_of_size():
     sizes = {"record_bytes": GIB // 4, "num_layers": 4, "num_experts": 8}
-    assert host_rows(2, auto_bytes=0, **sizes) == 8
-    assert host_rows("50%", auto_bytes=0, **sizes) == 16
-    assert host_rows("auto", auto_bytes=3 * GIB, **sizes) == 12
-    assert host_rows("auto", auto_bytes=300 * GIB, **sizes) == 32
+    assert host_slots(2, auto_bytes=0, **sizes) == 8
+    assert host_slots("50%", auto_bytes=0, **sizes) == 16
+    assert host_slots("auto", auto_bytes=3 * GIB, **sizes) == 12
+    assert host_slots("auto", auto_bytes=300 * GIB, **sizes) == 32
     with pytest.raises(OptionError) as caught:
-        host_rows("auto", auto_bytes=GIB // 4, **sizes)
+        host_slots("auto", auto_bytes=GIB // 4, **sizes)
     assert "host_gb='auto' holds 1 of 32" in str(caught.value)
     assert "Minimum: 0.500 GiB; 8.000 GiB hold all" in str(caught.value)
 

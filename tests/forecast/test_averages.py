@@ -8,7 +8,7 @@ import pytest
 from vllm_moe_offload.forecast import averages
 from vllm_moe_offload.forecast.averages import FadingTables, StepUses, UseAverages
 from vllm_moe_offload.policy.trace import TracePolicy
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 SIZE = LAYERS * EXPERTS
@@ -18,7 +18,7 @@ HALF_LIVES = (1.0, 5.0)
 def some_step(
     generator: np.random.Generator, requests: list[int], lengths: list[int]
 ) -> StepUses:
-    rows = StepRows.of_lengths(
+    rows = StepTokens.of_lengths(
         [str(request) for request in requests],
         np.array(lengths),
         np.zeros(len(lengths), np.int64),
@@ -31,7 +31,7 @@ def some_step(
 
 def test_ids_of_no_expert_are_no_uses() -> None:
     one = np.ones(2, np.int64)
-    rows = StepRows.of_lengths(["a", "b"], one, 0 * one, one < 0)
+    rows = StepTokens.of_lengths(["a", "b"], one, 0 * one, one < 0)
     ids = np.array([[[1, -1], [-1, -1]], [[-1, 0], [7, 2]]], np.int32)
     uses = StepUses.of_step(ids, rows, np.array([4, 6]), EXPERTS)
     assert uses.keys.tolist() == [1, EXPERTS, EXPERTS + 7, EXPERTS + 2]
@@ -82,7 +82,7 @@ def test_averages_are_those_of_fading_tables(longest: int) -> None:
 def test_an_expert_of_every_token_reaches_the_weight() -> None:
     averages = UseAverages(HALF_LIVES, np.zeros((2, SIZE), np.float32))
     averages.add(0)
-    rows = StepRows.of_lengths(["a"], np.array([1]), np.array([0]), np.array([False]))
+    rows = StepTokens.of_lengths(["a"], np.array([1]), np.array([0]), np.array([False]))
     ids = np.broadcast_to(np.array([3, 4], np.int32), (LAYERS, 1, TOP_K))
     for _ in range(300):
         averages.take_in(StepUses.of_step(ids, rows, np.array([0]), EXPERTS), 1)
@@ -114,10 +114,10 @@ def test_scores_do_not_depend_on_when_tables_are_multiplied_out(
         generator = np.random.default_rng(5)
         policy = TracePolicy(LAYERS, EXPERTS, fallback=0)
         for step in range(60):
-            rows = StepRows.of_lengths(
+            tokens = StepTokens.of_lengths(
                 ["a", "b"], np.ones(2, int), np.full(2, step), np.zeros(2, np.bool_)
             )
-            policy.begin_step(rows)
+            policy.begin_step(tokens)
             policy.catch_up()
             taste = 0.2 * np.roll(np.arange(EXPERTS), step // 10)  # changes now and then
             order = np.argsort(generator.random((LAYERS, 2, EXPERTS)) + taste, axis=2)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_moe_offload.forecast.coactivation import MAX_ROWS, CrossLayerPredictor
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.forecast.coactivation import MAX_TOKENS, CrossLayerPredictor
+from vllm_moe_offload.step import StepTokens
 
 LAYERS, EXPERTS = 4, 8
 
 
-def rows_of(count: int, *, prefill: bool = False) -> StepRows:
-    return StepRows.of_lengths(
+def rows_of(count: int, *, prefill: bool = False) -> StepTokens:
+    return StepTokens.of_lengths(
         [f"r{index}" for index in range(count)],
         np.ones(count, np.int64),
         np.arange(count),
@@ -78,10 +78,10 @@ def test_nothing_is_predicted_too_early_or_in_prefill() -> None:
     fresh.begin_step(rows_of(1))
     fresh.observe(0, np.array([[3]]))
     assert fresh.probabilities(0, 1) is None
-    for rows in (rows_of(1, prefill=True), rows_of(MAX_ROWS + 1)):
+    for tokens in (rows_of(1, prefill=True), rows_of(MAX_TOKENS + 1)):
         predictor = taught()
-        predictor.begin_step(rows)
-        predictor.observe(0, np.zeros((rows.request_of_row.size, 1), np.int64))
+        predictor.begin_step(tokens)
+        predictor.observe(0, np.zeros((tokens.request_of_token.size, 1), np.int64))
         assert predictor.probabilities(0, 1) is None
         predictor.end_step()
 

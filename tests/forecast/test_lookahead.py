@@ -8,16 +8,16 @@ import torch
 
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
 from vllm_moe_offload.forecast import lookahead
-from vllm_moe_offload.forecast.lookahead import MAX_ROWS, NUM_BINS, RouterLookahead, Routers
+from vllm_moe_offload.forecast.lookahead import MAX_TOKENS, NUM_BINS, RouterLookahead, Routers
 from vllm_moe_offload.native import NO_EXPERT, NativeError
 from vllm_moe_offload.policy import TracePolicy
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 12, 2, 37
 
 
-def decode_rows(count: int) -> StepRows:
-    return StepRows.of_lengths(
+def decode_tokens(count: int) -> StepTokens:
+    return StepTokens.of_lengths(
         [f"r{index}" for index in range(count)],
         np.ones(count, np.int64),
         np.arange(count),
@@ -88,7 +88,7 @@ def test_guesses_are_those_of_the_reference(
             cache.finish()
         absent = cache.page_table[1] < 0
         hidden = torch.randn((rows, HIDDEN), generator=generator).to(given)
-        ahead.begin_step(decode_rows(rows))
+        ahead.begin_step(decode_tokens(rows))
         wanted = []
         for distance in (0, 1):
             logits = model.logits(1 + distance, hidden).numpy()
@@ -113,7 +113,7 @@ def test_guesses_are_trusted_as_far_as_they_were_right(alike: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     for _ in range(600):
         hidden = torch.randn((2, HIDDEN), generator=generator)
-        ahead.begin_step(decode_rows(2))
+        ahead.begin_step(decode_tokens(2))
         for layer in range(LAYERS):
             ahead.observe(layer, model.ids(layer, hidden if alike else hidden.flip(1)))
             named(ahead, layer, hidden)
@@ -128,7 +128,7 @@ def test_guesses_are_trusted_as_far_as_they_were_right(alike: bool) -> None:
 def test_padding_is_not_looked_at() -> None:
     model = Model(alike=True)
     ahead = model.lookahead(depth=1)
-    ahead.begin_step(decode_rows(1))
+    ahead.begin_step(decode_tokens(1))
     hidden = torch.randn((4, HIDDEN), generator=torch.Generator().manual_seed(3))
     found = named(ahead, 0, hidden)
     assert {expert for _, expert in found} == set(model.ids(1, hidden[:1])[0].tolist())
@@ -137,7 +137,7 @@ def test_padding_is_not_looked_at() -> None:
 def test_nothing_is_said_about_what_lies_beyond() -> None:
     ahead = Model(alike=True).lookahead()
     hidden = torch.randn((3, HIDDEN), generator=torch.Generator().manual_seed(3))
-    ahead.begin_step(decode_rows(3))
+    ahead.begin_step(decode_tokens(3))
     assert not named(ahead, LAYERS - 1, hidden)
     assert not named(ahead, 0, None)
     assert {layer for layer, _ in named(ahead, 0, hidden)} == {1, 2}
@@ -149,14 +149,14 @@ def test_of_a_long_prompt_a_sample_is_looked_at() -> None:
     model = Model(alike=True)
     model.bias[...] = 0
     ahead = model.lookahead(depth=1)
-    count = 10 * MAX_ROWS
+    count = 10 * MAX_TOKENS
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn((count, HIDDEN), generator=generator)
     hidden[:, :] = hidden[:1]
     hidden[count // 2 :] = torch.randn((1, HIDDEN), generator=generator)
-    rows = StepRows.of_lengths(["a"], np.array([count]), np.array([0]), np.array([True]))
+    tokens = StepTokens.of_lengths(["a"], np.array([count]), np.array([0]), np.array([True]))
     for _ in range(30):
-        ahead.begin_step(rows)
+        ahead.begin_step(tokens)
         for layer in range(LAYERS):
             ahead.observe(layer, model.ids(layer, hidden))
             found = named(ahead, layer, hidden)
@@ -171,7 +171,7 @@ def test_the_nearest_and_most_likely_are_named_if_not_all_can_be(max_reads: int)
     model = Model(alike=False)
     ahead = model.lookahead()
     hidden = torch.randn((1, HIDDEN), generator=torch.Generator().manual_seed(6))
-    ahead.begin_step(decode_rows(1))
+    ahead.begin_step(decode_tokens(1))
     everything = named(ahead, 0, hidden)
     assert len(everything) > max_reads
     cache = empty_cache()
@@ -190,7 +190,7 @@ def test_rows_of_no_expert_say_nothing_about_guesses() -> None:
     for count in (1, 2):
         ahead = model.lookahead(depth=1)
         for _ in range(2 * LAYERS):
-            ahead.begin_step(decode_rows(count))
+            ahead.begin_step(decode_tokens(count))
             for layer in range(LAYERS):
                 chosen = model.ids(layer, hidden[:count])
                 chosen[1:] = NO_EXPERT
@@ -203,7 +203,7 @@ def test_rows_of_no_expert_say_nothing_about_guesses() -> None:
 
 def test_one_choice_of_no_expert_is_right_about_none() -> None:
     ahead = Model(alike=True).lookahead()
-    ahead.begin_step(decode_rows(1))
+    ahead.begin_step(decode_tokens(1))
     named(ahead, 0, torch.ones((1, HIDDEN)))
     before = ahead._right.sum()
     ahead.observe(1, np.array([[3, NO_EXPERT]]))
@@ -212,7 +212,7 @@ def test_one_choice_of_no_expert_is_right_about_none() -> None:
 
 def test_an_id_that_is_no_expert_is_an_error() -> None:
     ahead = Model(alike=True).lookahead()
-    ahead.begin_step(decode_rows(1))
+    ahead.begin_step(decode_tokens(1))
     named(ahead, 0, torch.ones((1, HIDDEN)))
     with pytest.raises(NativeError, match=r"expert id 12 is outside \[0, 12\)"):
         ahead.observe(1, np.array([[3, EXPERTS]]))
@@ -225,6 +225,6 @@ def test_what_is_impossible_is_an_error() -> None:
     with pytest.raises(NativeError, match="depth must be positive, got 0"):
         RouterLookahead(routers, 1, 0)
     ahead = RouterLookahead(routers, 1, 1)
-    ahead.begin_step(decode_rows(1))
+    ahead.begin_step(decode_tokens(1))
     with pytest.raises(NativeError, match="the planner is one of another model"):
         ahead.foresee(0, torch.zeros(1, EXPERTS), empty_cache(), 1.0, 1)

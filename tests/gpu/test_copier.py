@@ -34,16 +34,16 @@ def current_stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def random_arena(layout, num_rows):
-    arena = aligned_buffer(num_rows * layout.record_bytes).reshape(num_rows, -1)
+def random_arena(layout, num_slots):
+    arena = aligned_buffer(num_slots * layout.record_bytes).reshape(num_slots, -1)
     arena[:] = np.random.default_rng(0).integers(0, 256, arena.shape, dtype=np.uint8)
     return arena
 
 
 @contextlib.contextmanager
-def copier_of(layout, num_host_rows, num_rows, engine="memcpy"):
-    arena = random_arena(layout, num_host_rows)
-    pool = SlotPool(layout, num_rows, device=DEVICE)
+def copier_of(layout, num_host_slots, num_slots, engine="memcpy"):
+    arena = random_arena(layout, num_host_slots)
+    pool = SlotPool(layout, num_slots, device=DEVICE)
     torch.cuda.synchronize()  # its zeros are there
     copier = CudaCopier(pool, arena, compute_stream=current_stream, engine=engine)
     try:
@@ -52,12 +52,12 @@ def copier_of(layout, num_host_rows, num_rows, engine="memcpy"):
         copier.close()
 
 
-def assert_copied(pool, arena, host_row, row):
+def assert_copied(pool, arena, host_slot, slot):
     begin = 0
     for spec in (*pool.layout.direct, *pool.layout.tail):
-        wanted = torch.from_numpy(arena[host_row, begin : begin + spec.nbytes].copy())
-        have = pool.tensors[spec.name][row].reshape(-1).view(torch.uint8).cpu()
-        assert torch.equal(have, wanted), (spec.name, host_row, row)
+        wanted = torch.from_numpy(arena[host_slot, begin : begin + spec.nbytes].copy())
+        have = pool.tensors[spec.name][slot].reshape(-1).view(torch.uint8).cpu()
+        assert torch.equal(have, wanted), (spec.name, host_slot, slot)
         begin += spec.nbytes
 
 
@@ -81,20 +81,20 @@ def test_every_byte_arrives_and_no_other_changes(layout, engine):
         copier.wait_on_host(ticket)
         assert copier.done(ticket)
         copier.release(ticket)
-        for host_row, row in pairs:
-            assert_copied(pool, arena, host_row, row)
-        for row in (2, 4, 5):
+        for host_slot, slot in pairs:
+            assert_copied(pool, arena, host_slot, slot)
+        for slot in (2, 4, 5):
             for tensor in pool.tensors.values():
-                assert not bool(tensor[row].any())
+                assert not bool(tensor[slot].any())
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_more_rows_than_one_launch_takes(engine):
+def test_more_slots_than_one_launch_takes(engine):
     with copier_of(layout_of(48, 100), 600, 600, engine) as (copier, pool, arena):
-        ticket = copier.copy(PREFETCH_LANE, [(row, 599 - row) for row in range(600)])
+        ticket = copier.copy(PREFETCH_LANE, [(slot, 599 - slot) for slot in range(600)])
         copier.wait_on_host(ticket)
-        for row in range(600):
-            assert_copied(pool, arena, row, 599 - row)
+        for slot in range(600):
+            assert_copied(pool, arena, slot, 599 - slot)
 
 
 def test_the_gather_kernel_and_memcpy_give_the_same_bits():
@@ -128,7 +128,7 @@ BUSY_CYCLES = 200_000_000
 @pytest.mark.parametrize("lane", [DEMAND_LANE, PREFETCH_LANE])
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_copies_wait_for_kernels_that_were_launched_before(engine, lane, own_stream):
-    """A kernel that still reads a row keeps what the row held (write after read)."""
+    """A kernel that still reads a slot keeps what the slot held (write after read)."""
     layout = layout_of(1 << 20)
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     with (
@@ -161,13 +161,13 @@ def test_kernels_wait_for_copies_that_were_joined(engine):
     """Read after write: the host never waits, the kernel does."""
     layout = layout_of(64 << 20)
     with copier_of(layout, 2, 2, engine) as (copier, pool, arena):
-        for host_row in (0, 1, 0, 1):
+        for host_slot in (0, 1, 0, 1):
             copier.after_compute()
-            ticket = copier.copy(DEMAND_LANE, [(host_row, 0), (1 - host_row, 1)])
+            ticket = copier.copy(DEMAND_LANE, [(host_slot, 0), (1 - host_slot, 1)])
             copier.join(ticket)
             copier.release(ticket)
             seen = pool.tensors["t0"].clone()
-            wanted = torch.from_numpy(arena[[host_row, 1 - host_row]])
+            wanted = torch.from_numpy(arena[[host_slot, 1 - host_slot]])
             assert torch.equal(seen.cpu(), wanted)
 
 
@@ -183,8 +183,8 @@ def test_tickets_are_used_again_and_wrong_ones_refused():
                 call(0)
         for lane, pairs, message in [
             (2, [(0, 0)], "lane 2"),
-            (DEMAND_LANE, [(2, 0)], r"host row 2 is outside \[0, 2\)"),
-            (DEMAND_LANE, [(0, -1)], r"device row -1 is outside \[0, 2\)"),
+            (DEMAND_LANE, [(2, 0)], r"host slot 2 is outside \[0, 2\)"),
+            (DEMAND_LANE, [(0, -1)], r"device slot -1 is outside \[0, 2\)"),
         ]:
             with pytest.raises(CudaError, match=message):
                 copier.copy(lane, pairs)
@@ -225,37 +225,37 @@ def test_an_error_of_the_device_does_not_linger():
 # ---- the whole way -------------------------------------------------------------------------
 
 
-def assert_row(store, pool, layer, expert, row):
+def assert_slot(store, pool, layer, expert, slot):
     for name, wanted in expected_layer(store.layout, store.num_experts, layer).items():
-        have = pool.tensors[name][row].cpu()
+        have = pool.tensors[name][slot].cpu()
         assert torch.equal(have, torch.from_numpy(wanted[expert])), (name, layer, expert)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("host_rows", [3, 17, 1000])
-def test_transfer_from_file_to_device(tmp_path, engine, host_rows):
+@pytest.mark.parametrize("host_slots", [3, 17, 1000])
+def test_transfer_from_file_to_device(tmp_path, engine, host_slots):
     store = build(tmp_path, num_layers=4, num_experts=8)
     pool = SlotPool(store.layout, 8, device=DEVICE)
     transfer = cuda_transfer(
         store,
         pool,
-        host_rows=host_rows,
+        host_slots=host_slots,
         compute_stream=current_stream,
         engine=engine,
         verify=True,
     )
     try:
         assert transfer.expert_ns > 0
-        chance = random.Random(host_rows)
+        chance = random.Random(host_slots)
         for _ in range(50):
             chosen = chance.sample([(layer, e) for layer in range(4) for e in range(8)], 8)
-            requests = [(*expert, row) for row, expert in enumerate(chosen)]
+            requests = [(*expert, slot) for slot, expert in enumerate(chosen)]
             begun = transfer.prefetch(requests[5:])
             transfer.read(requests[:5])
-            for *_, row in requests[5 : 5 + begun]:
-                transfer.await_row(row)
+            for *_, slot in requests[5 : 5 + begun]:
+                transfer.await_slot(slot)
             for request in requests[: 5 + begun]:
-                assert_row(store, pool, *request)
+                assert_slot(store, pool, *request)
             assert transfer.poll() == []
     finally:
         transfer.close()
@@ -268,4 +268,4 @@ def test_a_damaged_record_never_reaches_the_device(tmp_path):
     store.path.write_bytes(content)
     pool = SlotPool(store.layout, 2, device=DEVICE)
     with pytest.raises(TransferError, match=r"expert 3 of layer 2.*checksum"):
-        cuda_transfer(store, pool, host_rows=100, compute_stream=current_stream, verify=True)
+        cuda_transfer(store, pool, host_slots=100, compute_stream=current_stream, verify=True)

@@ -37,12 +37,12 @@ class SimulatedGpu(HostMemory):
     def build(
         self, store: ExpertStore, shape: CacheShape, options: OffloadConfig
     ) -> tuple[SlotPool, DeviceTransfer]:
-        pool = SlotPool(store.layout, shape.num_rows, device=CPU)
+        pool = SlotPool(store.layout, shape.num_pool_slots, device=CPU)
         host = HostTier(store, int(self._host_share * store.num_layers * store.num_experts))
         host.fill()
-        self.device = SimulatedDevice(store.layout, host.arena, shape.num_rows)
+        self.device = SimulatedDevice(store.layout, host.arena, shape.num_pool_slots)
         self.device.rows = {
-            name: tensor.view(shape.num_rows, -1).view(torch.uint8).numpy()
+            name: tensor.view(shape.num_pool_slots, -1).view(torch.uint8).numpy()
             for name, tensor in pool.tensors.items()
         }
         return pool, DeviceTransfer(host, self.device)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from vllm.model_executor.layers.fused_moe import get_config
 
-from tests.runtimes import EXPERTS, LAYERS, TOP_K, assert_rows_hold, decode_rows, runtime_of
+from tests.runtimes import EXPERTS, LAYERS, TOP_K, assert_slots_hold, decode_tokens, runtime_of
 from tests.stores import MIXED, build
-from vllm_moe_offload.forecast.lookahead import sampled_rows
+from vllm_moe_offload.forecast.lookahead import sampled_tokens
 from vllm_moe_offload.integration import device_calls, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
 
 pytestmark = pytest.mark.vllm
@@ -67,7 +67,7 @@ class Model:
     def step(self, ids, rows=None):
         """One step in which every layer routes alike; checks results and rows."""
         tokens = ids.shape[0]
-        self.runtime.begin_step(rows or decode_rows([f"r{i}" for i in range(tokens)]))
+        self.runtime.begin_step(rows or decode_tokens([f"r{i}" for i in range(tokens)]))
         for layer in self.layers:
             self.call(layer, ids)
 
@@ -92,7 +92,9 @@ def test_the_map_names_rows_with_the_experts_bytes(store, dtype):
             used = ids.unique()
             assert slot_map.dtype == torch.int32
             assert (slot_map >= 0).nonzero().reshape(-1).tolist() == used.tolist()
-            assert_rows_hold(model.runtime, store, layer.moe_layer, used, slot_map[used.long()])
+            assert_slots_hold(
+                model.runtime, store, layer.moe_layer, used, slot_map[used.long()]
+            )
 
         layer.check = check
     for _ in range(3):
@@ -104,7 +106,7 @@ def test_the_map_names_rows_with_the_experts_bytes(store, dtype):
 
 def test_padding_of_a_graph_is_neither_planned_nor_mapped(store):
     model = Model(store, slots=10, staging=2)
-    rows = decode_rows(["a"])
+    rows = decode_tokens(["a"])
     model.step(ids_of([1, 5], [7, 0], [7, 0]), rows)
     mapped = (model.layers[0].maps[0] >= 0).nonzero().reshape(-1)
     assert mapped.tolist() == [1, 5]
@@ -113,7 +115,7 @@ def test_padding_of_a_graph_is_neither_planned_nor_mapped(store):
 
 def test_padding_without_an_expert_stays_on_the_device(store):
     model = Model(store, slots=10, staging=2)
-    model.runtime.begin_step(decode_rows(["a"]))
+    model.runtime.begin_step(decode_tokens(["a"]))
     for layer in model.layers:
         out, x = model.call(layer, ids_of([1, 5], [-1, -1], [-1, -1]))
         torch.testing.assert_close(out[0], x[0])
@@ -133,14 +135,14 @@ def test_waves_cover_every_expert_once(store, monkeypatch):
     monkeypatch.setattr(device_calls, "UPLOADS", 2)  # more waves than maps under way
     model = Model(store, slots=2, staging=0, mode="lru")
     ids = torch.arange(EXPERTS, dtype=torch.int32).view(-1, TOP_K)
-    model.runtime.begin_step(decode_rows([f"r{i}" for i in range(len(ids))]))
+    model.runtime.begin_step(decode_tokens([f"r{i}" for i in range(len(ids))]))
     for layer in model.layers:
         out, x = model.call(layer, ids)
         torch.testing.assert_close(out, x)
         maps = torch.stack(layer.maps)[:, :-1]
         assert len(maps) == EXPERTS // 2
         assert ((maps >= 0).sum(0) == 1).all()
-    assert model.runtime.num_step_rows is None  # the step ended with its last layer
+    assert model.runtime.num_step_tokens is None  # the step ended with its last layer
 
 
 def test_everything_fits_nothing_is_asked(store):
@@ -185,7 +187,7 @@ def test_dummy_runs_read_the_first_row_and_count_nothing(store):
     assert all(layer.maps[0].tolist() == [0] * EXPERTS + [-1] for layer in model.layers)
     assert model.runtime.read_bytes == before
     assert model.runtime.num_tokens == 0
-    assert model.runtime.num_step_rows is None
+    assert model.runtime.num_step_tokens is None
 
 
 def test_an_error_in_the_kernel_leaves_no_plan_open(store):
@@ -196,7 +198,7 @@ def test_an_error_in_the_kernel_leaves_no_plan_open(store):
         raise RuntimeError("kernel")
 
     model.layers[0].quant_method.apply = fail
-    model.runtime.begin_step(decode_rows(["a"]))
+    model.runtime.begin_step(decode_tokens(["a"]))
     with pytest.raises(RuntimeError, match="kernel"):
         model.call(model.layers[0], ids_of([1, 5]))
     assert get_config() is None  # what the call overrode does not outlive it
@@ -226,12 +228,12 @@ def test_the_sampled_rows_of_hidden_are_there(store, tokens):
     looks = Looks()
     model = Model(store, slots=10, staging=2, prefetcher=looks)
     ids = ids_of([1, 5]).repeat(tokens, 1)
-    rows = StepRows.of_lengths(
+    rows = StepTokens.of_lengths(
         ["a"], np.array([tokens]), np.array([0]), np.array([True], np.bool_)
     )
     model.step(ids, rows)
     x = torch.arange(tokens * HIDDEN, dtype=torch.float32).view(-1, HIDDEN)
-    sample = sampled_rows(tokens)
+    sample = sampled_tokens(tokens)
     assert len(looks.seen) == LAYERS
     for _, hidden, stride in looks.seen:
         assert hidden.shape == x.shape

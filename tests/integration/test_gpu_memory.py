@@ -43,7 +43,7 @@ def rows(host_gb="auto", ranks=1):
         num_layers=LAYERS, num_experts=EXPERTS, layout=SimpleNamespace(record_bytes=RECORD)
     )
     shape = SimpleNamespace(holds_everything=False)
-    return memory._host_rows(store, shape, OffloadConfig(host_gb=host_gb))
+    return memory._host_slots(store, shape, OffloadConfig(host_gb=host_gb))
 
 
 def test_all_experts_where_the_memory_is_said_to_be_there(monkeypatch):

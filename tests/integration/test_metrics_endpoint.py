@@ -86,7 +86,7 @@ def check(server, num_ranks=1, times=3):
     assert sorted(first) == [str(rank) for rank in range(num_ranks)]
     for told in first.values():
         assert told["cache_bytes"] == HALF_BYTES / num_ranks
-        assert told["slots"] == HALF_ROWS - 2  # the rest are staging rows
+        assert told["slots"] == HALF_ROWS - 2  # the rest are staging slots
         assert told["hits_total"] == told["misses_total"] == told["resident_experts"] == 0
     for seed, length in ((1, 5), (2, 60), (3, 300)):
         complete(server, prompt(seed, length))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from vllm_moe_offload.cache.sizing import build_peak_bytes, cache_rows, cache_shape
+from vllm_moe_offload.cache.sizing import build_peak_bytes, cache_shape, cache_slots
 from vllm_moe_offload.config import GIB, parse_options
 from vllm_moe_offload.plan.fit import (
     BATCH_TOKENS,
@@ -63,7 +63,7 @@ def test_a_plan_that_works_is_within_its_memory_and_is_what_the_server_makes(
         "num_experts": shape.num_experts,
         "top_k": shape.top_k,
     }
-    rows = cache_rows(options.cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+    rows = cache_slots(options.cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
     rules = make_policy(options.mode, 1, 1).rules
     assert result.cache == cache_shape(rows, rules=rules, **sizes)
     # The KV cache holds what it must, and a request no longer than allowed.

@@ -102,19 +102,19 @@ def test_shadows_count_what_their_policies_count(concurrency: int) -> None:
     for step in range(schedule.num_steps):
         for request in schedule.ended[step]:
             policy.end_request(str(request))
-        rows = schedule.rows(step)
-        tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
-        ids = np.ascontiguousarray(trace.ids[tokens].transpose(1, 0, 2), dtype=np.int32)
-        policy.begin_step(rows)
+        tokens = schedule.tokens(step)
+        places = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
+        ids = np.ascontiguousarray(trace.ids[places].transpose(1, 0, 2), dtype=np.int32)
+        policy.begin_step(tokens)
         policy.catch_up()
         for layer, layer_ids in enumerate(ids):
             votes = np.zeros(16, np.float32)
-            np.add.at(votes, layer_ids, rows.weights[:, None])
+            np.add.at(votes, layer_ids, tokens.weights[:, None])
             policy.observe(layer, layer_ids, votes)
             cache.plan(layer, layer_ids, PLAN_INSTANT)
             cache.finish()
         policy.end_step()
-    policy.end_request(rows.requests[0])  # no longer puts the last step off
+    policy.end_request(tokens.requests[0])  # no longer puts the last step off
     fallback = policy._fallback
     assert fallback is not None
     assert fallback.switches == 0

@@ -9,7 +9,7 @@ from scripts.synthetic_trace import synthetic_trace
 from vllm_moe_offload.policy import POLICIES, make_policy
 from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.replay.run import replay
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 2
 SERVING = [name for name in POLICIES if name != "belady"]
@@ -22,9 +22,9 @@ EVERY = [
 ]
 
 
-def rows_of(requests: list[str], lengths: list[int], position: int = 0) -> StepRows:
+def rows_of(requests: list[str], lengths: list[int], position: int = 0) -> StepTokens:
     count = len(requests)
-    return StepRows.of_lengths(
+    return StepTokens.of_lengths(
         requests,
         np.array(lengths),
         np.full(count, position),
@@ -32,14 +32,14 @@ def rows_of(requests: list[str], lengths: list[int], position: int = 0) -> StepR
     )
 
 
-def step(policy: Policy, rows: StepRows, ids: np.ndarray) -> None:
+def step(policy: Policy, tokens: StepTokens, ids: np.ndarray) -> None:
     """One step; ids ``[layers, rows, top_k]``."""
-    policy.begin_step(rows)
+    policy.begin_step(tokens)
     policy.catch_up()
     for layer, layer_ids in enumerate(ids):
         votes = np.zeros(EXPERTS, np.float32)
         for row, chosen in enumerate(layer_ids):
-            votes[chosen] += rows.weights[row]
+            votes[chosen] += tokens.weights[row]
         policy.observe(layer, layer_ids, votes)
     policy.end_step()
 

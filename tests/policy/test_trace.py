@@ -100,12 +100,12 @@ def test_a_request_that_waits_keeps_counting() -> None:
 
 def test_the_layer_just_passed_is_worth_least() -> None:
     policy = TracePolicy(2, EXPERTS, value=0, prior=0)
-    rows = rows_of(["a"], [1])
+    tokens = rows_of(["a"], [1])
     ids = np.array([[[1, 2]], [[1, 2]]], np.int32)
     votes = np.zeros(EXPERTS, np.float32)
     votes[[1, 2]] = 1
     for _ in range(3):
-        policy.begin_step(rows)
+        policy.begin_step(tokens)
         policy.catch_up()
         policy.observe(0, ids[0], votes)
         after_first = policy.scores[:, 1].copy()

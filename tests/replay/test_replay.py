@@ -14,7 +14,7 @@ from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.replay.run import capacity_slots, replay, replay_recorded
 from vllm_moe_offload.replay.schedule import ReplayError, decode_schedule, recorded_schedule
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
@@ -37,8 +37,8 @@ def tiny_trace(*lens: int, layers: int = 1, experts: int = 4, top_k: int = 1) ->
 def requests_by_step(trace: RoutingTrace, concurrency: int, count: int | None = None) -> list:
     schedule = decode_schedule(trace, concurrency, count)
     return [
-        list(zip(map(int, rows.requests), rows.positions.tolist(), strict=True))
-        for rows in map(schedule.rows, range(schedule.num_steps))
+        list(zip(map(int, tokens.requests), tokens.positions.tolist(), strict=True))
+        for tokens in map(schedule.tokens, range(schedule.num_steps))
     ]
 
 
@@ -67,7 +67,7 @@ def test_empty_requests_are_skipped() -> None:
 def test_prompts_are_marked() -> None:
     trace = synthetic_trace(requests=1, tokens=3, prompt=2, seed=1)
     schedule = decode_schedule(trace, 1)
-    flags = [bool(schedule.rows(step).is_prefill[0]) for step in range(schedule.num_steps)]
+    flags = [bool(schedule.tokens(step).is_prefill[0]) for step in range(schedule.num_steps)]
     assert flags[:3] == [True, True, False]
 
 
@@ -170,14 +170,14 @@ class Server:
             limit_bytes=1 << 24,
         )
 
-    def step(self, rows: StepRows, ids: np.ndarray) -> None:
-        self.policy.begin_step(rows)
-        self.recorder.begin_step(rows)
+    def step(self, tokens: StepTokens, ids: np.ndarray) -> None:
+        self.policy.begin_step(tokens)
+        self.recorder.begin_step(tokens)
         for layer, layer_ids in enumerate(ids):
             votes = np.zeros(self.experts, np.float32)
             for row, chosen in enumerate(layer_ids):
                 for expert in chosen:
-                    votes[expert] += rows.weights[row]
+                    votes[expert] += tokens.weights[row]
             self.policy.observe(layer, layer_ids, votes)
             self.recorder.observe(layer, layer_ids)
             self.call(layer, layer_ids)
@@ -191,8 +191,8 @@ class Server:
         needed = np.unique(ids).astype(np.int32)
         resident = self.cache.page_table[layer, needed] >= 0
         order = np.concatenate([needed[resident], needed[~resident]])
-        for begin in range(0, order.size, self.cache.shape.num_rows):
-            wave = order[begin : begin + self.cache.shape.num_rows].copy()
+        for begin in range(0, order.size, self.cache.shape.num_pool_slots):
+            wave = order[begin : begin + self.cache.shape.num_pool_slots].copy()
             assert self.cache.plan(layer, wave)
             self.read_and_finish()
 
@@ -237,7 +237,7 @@ def test_a_recorded_trace_replays_to_what_the_server_counted(
         ]
         first = np.array([running[name] for name in scheduled])
         is_prefill = np.array([running[name] < prompts[name] for name in scheduled])
-        rows = StepRows.of_lengths(scheduled, np.array(lengths), first, is_prefill)
+        rows = StepTokens.of_lengths(scheduled, np.array(lengths), first, is_prefill)
         centre = generator.integers(0, 16, (3, sum(lengths), 1))
         ids = (centre + np.array([0, 3])) % 16
         server.step(rows, ids.astype(np.int32))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_moe_offload.step import StepRows
-from vllm_moe_offload.trace.activation import ActivationTracer
+from vllm_moe_offload.step import StepTokens
+from vllm_moe_offload.trace.activation import ExpertTracer
 
 LAYERS, EXPERTS = 2, 5
 
 
-def rows_of(*parts: tuple[str, int, int, bool]) -> StepRows:
+def rows_of(*parts: tuple[str, int, int, bool]) -> StepTokens:
     """Parts are (request, first position, tokens, is prefill)."""
     names, first, lengths, prefill = zip(*parts, strict=True)
-    return StepRows.of_lengths(
+    return StepTokens.of_lengths(
         list(names), np.array(lengths), np.array(first), np.array(prefill, np.bool_)
     )
 
@@ -23,9 +23,9 @@ def rows_of(*parts: tuple[str, int, int, bool]) -> StepRows:
 def run(request: pytest.FixtureRequest):
     """Feeds one step, in either of the two ways."""
 
-    def feed(tracer: ActivationTracer, rows: StepRows, ids: list) -> None:
+    def feed(tracer: ExpertTracer, tokens: StepTokens, ids: list) -> None:
         table = np.array(ids, np.int32)
-        tracer.begin_step(rows)
+        tracer.begin_step(tokens)
         if request.param == "per step":
             tracer.observe_step(table)
         else:
@@ -36,7 +36,7 @@ def run(request: pytest.FixtureRequest):
 
 
 def test_prefill_and_decode_are_counted_apart(run) -> None:
-    tracer = ActivationTracer(LAYERS, EXPERTS)
+    tracer = ExpertTracer(LAYERS, EXPERTS)
     run(tracer, rows_of(("a", 0, 2, True)), [[[0, 1], [0, 2]], [[3, 4], [3, 1]]])
     run(tracer, rows_of(("a", 2, 1, False)), [[[4, 1]], [[0, 1]]])
     activation = tracer.get("a")
@@ -47,7 +47,7 @@ def test_prefill_and_decode_are_counted_apart(run) -> None:
 
 
 def test_every_request_of_a_batch_has_its_own(run) -> None:
-    tracer = ActivationTracer(LAYERS, EXPERTS)
+    tracer = ExpertTracer(LAYERS, EXPERTS)
     rows = rows_of(("a", 5, 1, False), ("b", 0, 2, True), ("c", 9, 1, False))
     layer = [[0], [1], [1], [2]]
     run(tracer, rows, [layer, layer])
@@ -57,7 +57,7 @@ def test_every_request_of_a_batch_has_its_own(run) -> None:
 
 
 def test_what_is_computed_again_is_not_counted_again(run) -> None:
-    tracer = ActivationTracer(LAYERS, EXPERTS)
+    tracer = ExpertTracer(LAYERS, EXPERTS)
     run(tracer, rows_of(("a", 0, 2, True)), [[[0], [1]]] * 2)
     run(tracer, rows_of(("a", 2, 1, False)), [[[2]]] * 2)
     # Preempted: three old positions again, and one new one.
@@ -68,7 +68,7 @@ def test_what_is_computed_again_is_not_counted_again(run) -> None:
 
 
 def test_ids_of_no_expert_count_nowhere(run) -> None:
-    tracer = ActivationTracer(LAYERS, EXPERTS)
+    tracer = ExpertTracer(LAYERS, EXPERTS)
     run(
         tracer,
         rows_of(("a", 0, 2, True), ("b", 0, 1, False)),
@@ -80,7 +80,7 @@ def test_ids_of_no_expert_count_nowhere(run) -> None:
 
 
 def test_positions_from_the_prefix_cache_are_absent_and_known(run) -> None:
-    tracer = ActivationTracer(LAYERS, EXPERTS)
+    tracer = ExpertTracer(LAYERS, EXPERTS)
     run(tracer, rows_of(("a", 48, 1, True)), [[[0]]] * 2)
     activation = tracer.get("a")
     assert activation.num_cached == 48
@@ -88,7 +88,7 @@ def test_positions_from_the_prefix_cache_are_absent_and_known(run) -> None:
 
 
 def test_finished_requests_leave() -> None:
-    tracer = ActivationTracer(LAYERS, EXPERTS)
+    tracer = ExpertTracer(LAYERS, EXPERTS)
     tracer.begin_step(rows_of(("a", 0, 1, False), ("b", 0, 1, False)))
     assert len(tracer) == 2
     assert tracer.end_request("a") is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.trace.routing import TraceError, load_trace
 
@@ -47,17 +47,17 @@ def step(
 ) -> None:
     """Parts are (request, first position, tokens, is prefill)."""
     names, first, lengths, prefill = zip(*parts, strict=True)
-    rows = StepRows.of_lengths(
+    tokens = StepTokens.of_lengths(
         list(names), np.array(lengths), np.array(first), np.array(prefill)
     )
     table = np.array(
         [
             ids_of(ord(names[request][0]), int(position), again)
-            for request, position in zip(rows.request_of_row, rows.positions, strict=True)
+            for request, position in zip(tokens.request_of_token, tokens.positions, strict=True)
         ],
         np.int32,
     ).transpose(1, 0, 2)
-    target.begin_step(rows)
+    target.begin_step(tokens)
     for layer in range(layers):
         target.observe(layer, table[layer])
     if layers == LAYERS:
@@ -156,7 +156,7 @@ def test_the_limit_stops_recording_with_one_warning(tmp_path: Path, caplog) -> N
             step(target, ("a", position, 1, False))
     assert not target.is_recording
     assert [record.getMessage() for record in caplog.records] == [
-        "MoE offload: record_trace stopped after 4 rows, because the trace would outgrow "
+        "MoE offload: record_trace stopped after 4 tokens, because the trace would outgrow "
         f"record_trace_limit_gb ({4 * row_bytes / 2**30:.3g} GiB); what was recorded is kept"
     ]
     target.close()

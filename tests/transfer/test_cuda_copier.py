@@ -1,6 +1,6 @@
 """The CUDA copier's own code, compiled for the CPU over a stub of the CUDA runtime.
 
-Shows that tickets, row and offset arithmetic, the gather kernel's loops and the C ABI are right.
+Shows that tickets, slot and offset arithmetic, the gather kernel's loops and the C ABI are right.
 What streams and devices do is for ``tests/gpu``.
 """
 
@@ -44,45 +44,45 @@ def stubbed_library(tmp_path_factory):
 
 
 class FakeDevicePool:
-    """Rows in RAM that are said to be on a CUDA device, with guards around each tensor."""
+    """Slots in RAM that are said to be on a CUDA device, with guards around each tensor."""
 
     GUARD = 64
 
-    def __init__(self, layout, num_rows, offset=0, device="cuda:0"):
+    def __init__(self, layout, num_slots, offset=0, device="cuda:0"):
         self.layout = layout
-        self.num_rows = num_rows
+        self.num_slots = num_slots
         self.device = torch.device(device)
-        self.buffers, self.rows = {}, {}
+        self.buffers, self.slots = {}, {}
         for spec in layout.tensors:
             begin = self.GUARD + offset
-            nbytes = num_rows * spec.nbytes
+            nbytes = num_slots * spec.nbytes
             buffer = aligned(begin + nbytes + self.GUARD)
             buffer.fill(0xEE)
             self.buffers[spec.name] = buffer
-            self.rows[spec.name] = buffer[begin : begin + nbytes].reshape(num_rows, -1)
+            self.slots[spec.name] = buffer[begin : begin + nbytes].reshape(num_slots, -1)
 
     def addresses(self):
-        return {name: rows.ctypes.data for name, rows in self.rows.items()}
+        return {name: slots.ctypes.data for name, slots in self.slots.items()}
 
     def assert_guards(self):
         for name, buffer in self.buffers.items():
-            outside = buffer.size - self.rows[name].size
-            begin = self.rows[name].ctypes.data - buffer.ctypes.data
+            outside = buffer.size - self.slots[name].size
+            begin = self.slots[name].ctypes.data - buffer.ctypes.data
             assert (buffer[:begin] == 0xEE).all(), name
             assert (buffer[buffer.size - (outside - begin) :] == 0xEE).all(), name
 
 
-def random_arena(layout, num_rows):
-    arena = aligned(num_rows * layout.record_bytes).reshape(num_rows, -1)
+def random_arena(layout, num_slots):
+    arena = aligned(num_slots * layout.record_bytes).reshape(num_slots, -1)
     arena[:] = np.random.default_rng(0).integers(0, 256, arena.shape, dtype=np.uint8)
     return arena
 
 
-def assert_copied(pool, arena, host_row, row):
+def assert_copied(pool, arena, host_slot, slot):
     begin = 0
     for spec in (*pool.layout.direct, *pool.layout.tail):
-        wanted = arena[host_row, begin : begin + spec.nbytes]
-        assert (pool.rows[spec.name][row] == wanted).all(), (spec.name, host_row, row)
+        wanted = arena[host_slot, begin : begin + spec.nbytes]
+        assert (pool.slots[spec.name][slot] == wanted).all(), (spec.name, host_slot, slot)
         begin += spec.nbytes
 
 
@@ -107,21 +107,21 @@ def test_every_byte_arrives_and_no_other_changes(layout, offset, engine):
     ticket = copier.copy(DEMAND_LANE, pairs)
     copier.wait_on_host(ticket)
     assert copier.done(ticket)
-    for host_row, row in pairs:
-        assert_copied(pool, arena, host_row, row)
-    for row in (2, 4, 5):
-        assert all((rows[row] == 0xEE).all() for rows in pool.rows.values())
+    for host_slot, slot in pairs:
+        assert_copied(pool, arena, host_slot, slot)
+    for slot in (2, 4, 5):
+        assert all((slots[slot] == 0xEE).all() for slots in pool.slots.values())
     pool.assert_guards()
     copier.close()
 
 
-def test_more_rows_than_one_launch_takes():
+def test_more_slots_than_one_launch_takes():
     layout = layout_of(48, 100)
     pool, arena = FakeDevicePool(layout, 600), random_arena(layout, 600)
     copier = CudaCopier(pool, arena, compute_stream=lambda: 0, engine="gather")
-    copier.copy(PREFETCH_LANE, [(row, 599 - row) for row in range(600)])
-    for row in range(600):
-        assert_copied(pool, arena, row, 599 - row)
+    copier.copy(PREFETCH_LANE, [(slot, 599 - slot) for slot in range(600)])
+    for slot in range(600):
+        assert_copied(pool, arena, slot, 599 - slot)
     copier.close()
 
 
@@ -141,8 +141,8 @@ def test_tickets_are_used_again_and_wrong_ones_refused():
                 call(wrong)
     for lane, pairs, message in [
         (2, [(0, 0)], "lane 2 is not 0 or 1"),
-        (DEMAND_LANE, [(2, 0)], r"host row 2 is outside \[0, 2\)"),
-        (DEMAND_LANE, [(0, 1), (0, -1)], r"device row -1 is outside \[0, 2\)"),
+        (DEMAND_LANE, [(2, 0)], r"host slot 2 is outside \[0, 2\)"),
+        (DEMAND_LANE, [(0, 1), (0, -1)], r"device slot -1 is outside \[0, 2\)"),
     ]:
         with pytest.raises(CudaError, match=message):
             copier.copy(lane, pairs)
@@ -182,25 +182,25 @@ def test_too_many_tensors_for_the_kernel():
 
 
 @pytest.mark.parametrize("engine", ["memcpy", "gather"])
-@pytest.mark.parametrize("host_rows", [3, 17, 1000])
-def test_the_whole_way(tmp_path, engine, host_rows):
+@pytest.mark.parametrize("host_slots", [3, 17, 1000])
+def test_the_whole_way(tmp_path, engine, host_slots):
     store = build(tmp_path, num_layers=4, num_experts=8)
     pool = FakeDevicePool(store.layout, 8)
     transfer = cuda_transfer(
-        store, pool, host_rows=host_rows, compute_stream=lambda: 0, engine=engine, verify=True
+        store, pool, host_slots=host_slots, compute_stream=lambda: 0, engine=engine, verify=True
     )
     assert transfer.expert_ns > 0
-    chance = np.random.default_rng(host_rows)
+    chance = np.random.default_rng(host_slots)
     for _ in range(20):
         chosen = chance.choice(32, 8, replace=False)
-        requests = [(int(c) // 8, int(c) % 8, row) for row, c in enumerate(chosen)]
+        requests = [(int(c) // 8, int(c) % 8, slot) for slot, c in enumerate(chosen)]
         begun = transfer.prefetch(requests[5:])
         transfer.read(requests[:5])
-        for *_, row in requests[5 : 5 + begun]:
-            transfer.await_row(row)
-        for layer, expert, row in requests[: 5 + begun]:
+        for *_, slot in requests[5 : 5 + begun]:
+            transfer.await_slot(slot)
+        for layer, expert, slot in requests[: 5 + begun]:
             for name, wanted in layer_tensors(store.layout, 8, layer).items():
-                assert (pool.rows[name][row] == wanted[expert]).all()
+                assert (pool.slots[name][slot] == wanted[expert]).all()
     assert transfer.poll() == []
     transfer.close()
     pool.assert_guards()

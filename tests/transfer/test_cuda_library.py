@@ -9,7 +9,7 @@ import torch
 from tests.stores import MIXED, aligned, build
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.transfer import cuda, cuda_library
-from vllm_moe_offload.transfer.cuda import CudaCopier, cuda_transfer, tensor_rows
+from vllm_moe_offload.transfer.cuda import CudaCopier, cuda_transfer, tensor_slots
 from vllm_moe_offload.transfer.cuda_library import CudaError
 
 needs_library = pytest.mark.skipif(
@@ -18,10 +18,10 @@ needs_library = pytest.mark.skipif(
 
 
 class PoolOnNoDevice:
-    """Of a device that no machine has; its rows are never written."""
+    """Of a device that no machine has; its slots are never written."""
 
     layout = MIXED
-    num_rows = 4
+    num_slots = 4
 
     def __init__(self, device: str = "cuda:250") -> None:
         self.device = torch.device(device)
@@ -30,8 +30,8 @@ class PoolOnNoDevice:
         return {spec.name: 4096 * (i + 1) for i, spec in enumerate(MIXED.tensors)}
 
 
-def arena_of(num_rows=3, nbytes=MIXED.record_bytes):
-    return aligned(num_rows * nbytes).reshape(num_rows, nbytes)
+def arena_of(num_slots=3, nbytes=MIXED.record_bytes):
+    return aligned(num_slots * nbytes).reshape(num_slots, nbytes)
 
 
 @needs_library
@@ -43,33 +43,33 @@ def test_errors_name_call_code_and_message():
 @needs_library
 def test_arguments_are_checked_before_the_device_is_asked():
     library = cuda_library.cuda_library()
-    tensors = tensor_rows(PoolOnNoDevice())
+    tensors = tensor_slots(PoolOnNoDevice())
     arena = arena_of()
 
-    def create(host_rows=3, device_rows=4, record_bytes=MIXED.record_bytes):
+    def create(host_slots=3, device_slots=4, record_bytes=MIXED.record_bytes):
         handle = library.vmo_copier_create(
-            0, arena.ctypes.data, record_bytes, host_rows, device_rows, tensors, len(tensors)
+            0, arena.ctypes.data, record_bytes, host_slots, device_slots, tensors, len(tensors)
         )
         assert not handle
         return str(cuda_library.last_cuda_error())
 
-    assert "got 0 in host memory and 4 on the device" in create(host_rows=0)
-    assert "got 3 in host memory and -1 on the device" in create(device_rows=-1)
+    assert "got 0 in host memory and 4 on the device" in create(host_slots=0)
+    assert "got 3 in host memory and -1 on the device" in create(device_slots=-1)
     assert "is not in a record of 8000" in create(record_bytes=8000)
 
 
 def test_tensors_lie_in_record_order():
-    rows = tensor_rows(PoolOnNoDevice())
+    slots = tensor_slots(PoolOnNoDevice())
     names = [spec.name for spec in (*MIXED.direct, *MIXED.tail)]
     assert names == ["t0", "t2", "t1", "t3", "t4"]
-    assert [(r.record_offset, r.row_bytes) for r in rows] == [
+    assert [(r.record_offset, r.slot_bytes) for r in slots] == [
         (0, 8192),
         (8192, 4096),
         (12288, 100),
         (12388, 11520),
         (23908, 1),
     ]
-    assert [r.rows for r in rows] == [4096, 3 * 4096, 2 * 4096, 4 * 4096, 5 * 4096]
+    assert [r.slots for r in slots] == [4096, 3 * 4096, 2 * 4096, 4 * 4096, 5 * 4096]
 
 
 def test_what_cannot_be_copied_is_refused():
@@ -89,7 +89,7 @@ def test_a_library_that_is_not_built_is_said_before_anything_is_read(tmp_path, m
     cuda_library.cuda_library.cache_clear()
     monkeypatch.setattr(cuda, "HostTier", None)
     with pytest.raises(ImportError, match=r"_cuda\.so is missing; run `make cuda`"):
-        cuda_transfer(store, PoolOnNoDevice(), host_rows=4, compute_stream=lambda: 0)
+        cuda_transfer(store, PoolOnNoDevice(), host_slots=4, compute_stream=lambda: 0)
     (tmp_path / "_cuda.so").write_bytes(b"not a library")
     with pytest.raises(ImportError, match=r"cannot load .*_cuda\.so"):
         cuda_library.cuda_library()
@@ -110,6 +110,6 @@ def test_a_pool_on_a_device_has_addresses_and_no_bytes():
 def test_a_pool_in_ram_is_where_it_says():
     pool = SlotPool(MIXED, 3)
     assert pool.addresses() == {
-        name: rows.ctypes.data for name, rows in pool.destinations().items()
+        name: slots.ctypes.data for name, slots in pool.destinations().items()
     }
     assert isinstance(pool.bytes_of("t0"), np.ndarray)

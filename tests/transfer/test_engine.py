@@ -1,4 +1,4 @@
-"""The transfer engine: rows hold the experts asked for, errors say which do not."""
+"""The transfer engine: slots hold the experts asked for, errors say which do not."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.stores import MIXED, aligned, build, identity, layer_tensors, layout_of, rows_for
+from tests.stores import MIXED, aligned, build, identity, layer_tensors, layout_of, slots_for
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import TransferEngine, TransferError, record_reader
 
-NUM_ROWS = 8
+NUM_SLOTS = 8
 
 
 expected_layer = functools.lru_cache(maxsize=8)(layer_tensors)
 
 
-def assert_holds(store, rows, row: int, layer: int, expert: int) -> None:
+def assert_holds(store, slots, slot: int, layer: int, expert: int) -> None:
     tensors = expected_layer(store.layout, store.num_experts, layer)
     for name, wanted in tensors.items():
-        assert (rows[name][row] == wanted[expert]).all(), (name, row, layer, expert)
+        assert (slots[name][slot] == wanted[expert]).all(), (name, slot, layer, expert)
 
 
-def assert_untouched(rows, row: int) -> None:
-    assert all((array[row] == 0xEE).all() for array in rows.values())
+def assert_untouched(slots, slot: int) -> None:
+    assert all((array[slot] == 0xEE).all() for array in slots.values())
 
 
 class CoreProxy:
@@ -80,11 +80,11 @@ def slow_store(tmp_path_factory) -> ExpertStore:
 
 @pytest.fixture
 def slow_engine(slow_store):
-    """An engine of one thread over ``slow_store``, and its rows, which begin with 0xEE."""
-    rows = {"t0": aligned(4 * (128 << 20)).reshape(4, -1)}
-    rows["t0"][:, :8] = 0xEE
-    engine = TransferEngine(slow_store, rows, num_threads=1)
-    yield engine, rows["t0"]
+    """An engine of one thread over ``slow_store``, and its slots, which begin with 0xEE."""
+    slots = {"t0": aligned(4 * (128 << 20)).reshape(4, -1)}
+    slots["t0"][:, :8] = 0xEE
+    engine = TransferEngine(slow_store, slots, num_threads=1)
+    yield engine, slots["t0"]
     engine.close()
 
 
@@ -101,11 +101,11 @@ def own_store(tmp_path) -> ExpertStore:
 def engine_of(request):
     """Makes engines that are closed at the end of the test."""
 
-    def make(store, num_rows=NUM_ROWS, **options):
-        rows = rows_for(store.layout, num_rows)
-        engine = TransferEngine(store, rows, **options)
+    def make(store, num_slots=NUM_SLOTS, **options):
+        slots = slots_for(store.layout, num_slots)
+        engine = TransferEngine(store, slots, **options)
         request.addfinalizer(engine.close)
-        return engine, rows
+        return engine, slots
 
     return make
 
@@ -124,25 +124,25 @@ def wait_for_prefetches(engine, count: int):
 
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("verify", [True, False])
-def test_rows_hold_what_was_asked_for(store, engine_of, direct, verify):
-    engine, rows = engine_of(store, direct=direct, verify=verify)
+def test_slots_hold_what_was_asked_for(store, engine_of, direct, verify):
+    engine, slots = engine_of(store, direct=direct, verify=verify)
     requests = [(0, 3, 5), (3, 0, 0), (2, 7, 7), (1, 1, 2)]
     engine.read(requests)
-    for layer, expert, row in requests:
-        assert_holds(store, rows, row, layer, expert)
-    for row in (1, 3, 4, 6):
-        assert_untouched(rows, row)
+    for layer, expert, slot in requests:
+        assert_holds(store, slots, slot, layer, expert)
+    for slot in (1, 3, 4, 6):
+        assert_untouched(slots, slot)
     assert engine.read_bytes == 4 * store.layout.record_bytes
     assert engine.read_ns > 0
     assert engine.verify_failures == 0
     assert engine.poll() == []
 
 
-def test_rows_can_be_read_again(store, engine_of):
-    engine, rows = engine_of(store)
+def test_slots_can_be_read_again(store, engine_of):
+    engine, slots = engine_of(store)
     for expert in range(8):
         engine.read([(1, expert, 3)])
-        assert_holds(store, rows, 3, 1, expert)
+        assert_holds(store, slots, 3, 1, expert)
 
 
 def test_reading_nothing(store, engine_of):
@@ -153,10 +153,10 @@ def test_reading_nothing(store, engine_of):
 
 def test_more_requests_than_can_be_in_flight(tmp_path, engine_of):
     store = build(tmp_path, num_layers=1, num_experts=300)
-    engine, rows = engine_of(store, num_rows=300, verify=True)
+    engine, slots = engine_of(store, num_slots=300, verify=True)
     engine.read([(0, expert, 299 - expert) for expert in range(300)])
     for expert in range(300):
-        assert_holds(store, rows, 299 - expert, 0, expert)
+        assert_holds(store, slots, 299 - expert, 0, expert)
 
 
 @settings(
@@ -175,108 +175,108 @@ def test_more_requests_than_can_be_in_flight(tmp_path, engine_of):
 def test_any_mix_of_direct_and_tail_tensors(tmp_path, sizes, direct):
     shutil.rmtree(tmp_path)
     store = build(tmp_path, layout_of(*sizes), num_layers=2, num_experts=3)
-    rows = rows_for(store.layout, 6)
-    engine = TransferEngine(store, rows, direct=direct, verify=True)
-    requests = [(row % 2, row // 2, row) for row in range(6)]
+    slots = slots_for(store.layout, 6)
+    engine = TransferEngine(store, slots, direct=direct, verify=True)
+    requests = [(slot % 2, slot // 2, slot) for slot in range(6)]
     engine.read(requests)
     engine.close()
-    for layer, expert, row in requests:
-        assert_holds(store, rows, row, layer, expert)
+    for layer, expert, slot in requests:
+        assert_holds(store, slots, slot, layer, expert)
 
 
 def test_tail_of_many_megabytes(tmp_path, engine_of):
     store = build(tmp_path, layout_of((17 << 20) + 1), num_layers=1, num_experts=6)
-    engine, rows = engine_of(store, num_rows=6)
+    engine, slots = engine_of(store, num_slots=6)
     engine.read([(0, expert, expert) for expert in range(6)])
     for expert in range(6):
-        assert_holds(store, rows, expert, 0, expert)
+        assert_holds(store, slots, expert, 0, expert)
 
 
 # ---- prefetch ------------------------------------------------------------------------------
 
 
 def test_prefetch_is_reported_once(store, engine_of):
-    engine, rows = engine_of(store, verify=True)
+    engine, slots = engine_of(store, verify=True)
     assert engine.prefetch([(2, 4, 1)])
     assert engine.prefetch([(3, 4, 2)])
     ended = wait_for_prefetches(engine, 2)
-    assert sorted((e.layer, e.expert, e.row, e.ok) for e in ended) == [
+    assert sorted((e.layer, e.expert, e.slot, e.ok) for e in ended) == [
         (2, 4, 1, True),
         (3, 4, 2, True),
     ]
-    assert_holds(store, rows, 1, 2, 4)
-    assert_holds(store, rows, 2, 3, 4)
+    assert_holds(store, slots, 1, 2, 4)
+    assert_holds(store, slots, 2, 3, 4)
     assert engine.poll() == []
     assert engine.prefetch([(2, 4, 1)])  # not in flight any more
 
 
 def test_prefetches_that_end_during_a_demand_are_not_lost(store, engine_of):
-    engine, rows = engine_of(store, num_threads=1)
+    engine, slots = engine_of(store, num_threads=1)
     for expert in range(4):
         assert engine.prefetch([(0, expert, expert)])
     engine.read([(1, 0, 7)])
-    assert_holds(store, rows, 7, 1, 0)
+    assert_holds(store, slots, 7, 1, 0)
     engine.drain()
-    assert sorted(ended.row for ended in engine.poll()) == [0, 1, 2, 3]
+    assert sorted(ended.slot for ended in engine.poll()) == [0, 1, 2, 3]
     for expert in range(4):
-        assert_holds(store, rows, expert, 0, expert)
+        assert_holds(store, slots, expert, 0, expert)
 
 
-def test_await_row_takes_the_place_of_poll(store, engine_of):
-    engine, rows = engine_of(store)
+def test_await_slot_takes_the_place_of_poll(store, engine_of):
+    engine, slots = engine_of(store)
     engine.prefetch([(0, 1, 3)])
     engine.prefetch([(0, 2, 4)])
-    engine.await_row(4)
-    assert_holds(store, rows, 4, 0, 2)
+    engine.await_slot(4)
+    assert_holds(store, slots, 4, 0, 2)
     engine.drain()  # the other ended before it is awaited
-    engine.await_row(3)
-    assert_holds(store, rows, 3, 0, 1)
+    engine.await_slot(3)
+    assert_holds(store, slots, 3, 0, 1)
     assert engine.poll() == []
-    for row in (3, 4):
-        with pytest.raises(ValueError, match=f"row {row} is not in flight"):
-            engine.await_row(row)
+    for slot in (3, 4):
+        with pytest.raises(ValueError, match=f"slot {slot} is not in flight"):
+            engine.await_slot(slot)
 
 
-def test_await_row_goes_before_other_prefetches(slow_engine):
-    engine, rows = slow_engine
-    for row, expert in enumerate(SLOW_EXPERTS[:3]):
-        engine.prefetch([(*expert, row)])
-    engine.await_row(2)
-    assert not rows[2].any()
+def test_await_slot_goes_before_other_prefetches(slow_engine):
+    engine, slots = slow_engine
+    for slot, expert in enumerate(SLOW_EXPERTS[:3]):
+        engine.prefetch([(*expert, slot)])
+    engine.await_slot(2)
+    assert not slots[2].any()
     assert not engine.poll()  # the first is not done, the second has not begun
     assert engine.cancel(1)
-    assert (rows[1, :8] == 0xEE).all()
+    assert (slots[1, :8] == 0xEE).all()
 
 
-def test_cancelled_prefetch_leaves_its_row_alone(slow_engine):
-    engine, rows = slow_engine
-    for row, expert in enumerate(SLOW_EXPERTS):
-        engine.prefetch([(*expert, row)])
+def test_cancelled_prefetch_leaves_its_slot_alone(slow_engine):
+    engine, slots = slow_engine
+    for slot, expert in enumerate(SLOW_EXPERTS):
+        engine.prefetch([(*expert, slot)])
     assert engine.cancel(3)
-    with pytest.raises(ValueError, match="row 3 is not in flight"):
+    with pytest.raises(ValueError, match="slot 3 is not in flight"):
         engine.cancel(3)
     dropped = engine.cancel_all()
     assert dropped
     assert set(dropped) <= {0, 1, 2}  # any may have begun before its turn came
     engine.drain()
-    assert {ended.row for ended in engine.poll()} == {0, 1, 2} - set(dropped)
-    for row in (3, *dropped):
-        assert (rows[row, :8] == 0xEE).all()
+    assert {ended.slot for ended in engine.poll()} == {0, 1, 2} - set(dropped)
+    for slot in (3, *dropped):
+        assert (slots[slot, :8] == 0xEE).all()
     engine.read([(*SLOW_EXPERTS[3], 3)])
-    assert not rows[3].any()
+    assert not slots[3].any()
 
 
 def test_a_dropped_prefetch_is_cut_short(slow_engine):
-    engine, rows = slow_engine
+    engine, slots = slow_engine
     engine.prefetch([(0, 0, 0)])
-    while rows[0, 0] == 0xEE:
+    while slots[0, 0] == 0xEE:
         time.sleep(0.0001)
     assert not engine.drop(0)
     engine.drain()
     (ended,) = engine.poll()
     assert ended.dropped == (not ended.ok)  # the disk may have been faster
     engine.read([(0, 0, 0)])
-    assert not rows[0].any()
+    assert not slots[0].any()
 
 
 def test_a_dropped_prefetch_that_had_not_begun_is_free_at_once(slow_engine):
@@ -286,18 +286,18 @@ def test_a_dropped_prefetch_that_had_not_begun_is_free_at_once(slow_engine):
     assert engine.drop(1)
     engine.prefetch([(1, 0, 1)])
     engine.drain()
-    assert {ended.row for ended in engine.poll()} == {0, 1}
+    assert {ended.slot for ended in engine.poll()} == {0, 1}
 
 
 def test_a_dropped_prefetch_that_is_needed_after_all(slow_engine):
-    engine, rows = slow_engine
+    engine, slots = slow_engine
     engine.prefetch([(0, 0, 0)])
-    while rows[0, 0] == 0xEE:
+    while slots[0, 0] == 0xEE:
         time.sleep(0.0001)
-    rows[0, -8:] = 0xEE
+    slots[0, -8:] = 0xEE
     assert not engine.drop(0)
-    engine.await_row(0)
-    assert not rows[0].any()
+    engine.await_slot(0)
+    assert not slots[0].any()
     assert engine.poll() == []
 
 
@@ -306,71 +306,71 @@ def test_an_ended_prefetch_cannot_be_cancelled(store, engine_of):
     engine.prefetch([(0, 0, 0)])
     engine.drain()
     assert not engine.cancel(0)
-    assert [ended.row for ended in engine.poll()] == [0]
+    assert [ended.slot for ended in engine.poll()] == [0]
 
 
 def test_too_many_prefetches_are_declined_and_demands_still_run(tmp_path, engine_of):
     store = build(tmp_path, num_layers=1, num_experts=100)
-    engine, rows = engine_of(store, num_rows=100)
+    engine, slots = engine_of(store, num_slots=100)
     engine.read([(0, 0, 0)])
     accepted = [expert for expert in range(1, 100) if engine.prefetch([(0, expert, expert)])]
     assert 16 <= len(accepted) < 99
     engine.read([(0, 0, 0)])
     engine.drain()
-    assert sorted(ended.row for ended in engine.poll()) == accepted
-    for row in [0, *accepted]:
-        assert_holds(store, rows, row, 0, row)
+    assert sorted(ended.slot for ended in engine.poll()) == accepted
+    for slot in [0, *accepted]:
+        assert_holds(store, slots, slot, 0, slot)
     declined = next(expert for expert in range(1, 100) if expert not in accepted)
-    assert_untouched(rows, declined)
+    assert_untouched(slots, declined)
     assert engine.prefetch([(0, declined, declined)])
 
 
 # ---- in flight means hands off -------------------------------------------------------------
 
 
-def test_a_second_read_into_a_row_in_flight_is_refused(big_store, engine_of):
-    engine, rows = engine_of(big_store, num_threads=1)
+def test_a_second_read_into_a_slot_in_flight_is_refused(big_store, engine_of):
+    engine, slots = engine_of(big_store, num_threads=1)
     engine.prefetch([(0, 0, 0)])
     for again in (lambda: engine.prefetch([(0, 1, 0)]), lambda: engine.read([(0, 1, 0)])):
-        with pytest.raises(ValueError, match="row 0 is in flight for expert 0 of layer 0"):
+        with pytest.raises(ValueError, match="slot 0 is in flight for expert 0 of layer 0"):
             again()
     engine.drain()
-    with pytest.raises(ValueError, match="row 0 is in flight"):
+    with pytest.raises(ValueError, match="slot 0 is in flight"):
         engine.read([(0, 1, 0)])  # ended, but nobody was told
     engine.poll()
     engine.read([(0, 1, 0)])
-    assert_holds(big_store, rows, 0, 0, 1)
+    assert_holds(big_store, slots, 0, 0, 1)
 
 
 def test_an_expert_in_flight_is_not_fetched_twice(big_store, engine_of):
-    engine, rows = engine_of(big_store, num_threads=1)
+    engine, slots = engine_of(big_store, num_threads=1)
     engine.prefetch([(0, 0, 0)])
-    with pytest.raises(ValueError, match="expert 0 of layer 0 is in flight to another row"):
+    with pytest.raises(ValueError, match="expert 0 of layer 0 is in flight to another slot"):
         engine.read([(0, 1, 2), (0, 0, 1)])
-    assert_untouched(rows, 2)
-    engine.await_row(0)
+    assert_untouched(slots, 2)
+    engine.await_slot(0)
     engine.read([(0, 1, 2), (0, 0, 1)])  # the refused call left nothing in flight
 
 
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([(0, 0, 0), (0, 1, 0)], "row 0 is in flight"),
-        ([(0, 0, 0), (0, 0, 1)], "to another row"),
-        ([(0, 0, NUM_ROWS)], r"row 8 is outside \[0, 8\)"),
-        ([(0, 0, -1)], "row -1 is outside"),
+        ([(0, 0, 0), (0, 1, 0)], "slot 0 is in flight"),
+        ([(0, 0, 0), (0, 0, 1)], "to another slot"),
+        ([(0, 0, NUM_SLOTS)], r"slot 8 is outside \[0, 8\)"),
+        ([(0, 0, -1)], "slot -1 is outside"),
         ([(4, 0, 0)], "no expert 0 in layer 4"),
         ([(0, 8, 0)], "no expert 8 in layer 0"),
         ([(0, -1, 0)], "no expert -1"),
     ],
 )
 def test_impossible_requests_read_nothing(store, engine_of, requests, message):
-    engine, rows = engine_of(store)
+    engine, slots = engine_of(store)
     with pytest.raises(ValueError, match=message):
         engine.read(requests)
     assert engine.read_bytes == 0
-    for row in range(NUM_ROWS):
-        assert_untouched(rows, row)
+    for slot in range(NUM_SLOTS):
+        assert_untouched(slots, slot)
     engine.read([(0, 0, 0), (0, 1, 1)])
 
 
@@ -378,7 +378,7 @@ def test_impossible_requests_read_nothing(store, engine_of, requests, message):
 
 
 def test_error_names_file_expert_reason_and_remedy(own_store, engine_of):
-    engine, rows = engine_of(own_store)
+    engine, slots = engine_of(own_store)
     os.truncate(own_store.path, own_store.record_offset(1, 2))
     with pytest.raises(TransferError) as caught:
         engine.read([(0, 0, 0), (1, 2, 1), (1, 1, 2), (1, 3, 3)])
@@ -388,12 +388,12 @@ def test_error_names_file_expert_reason_and_remedy(own_store, engine_of):
     assert "ends too early" in message
     assert f"delete {own_store.directory}" in message
     assert "2 of 4 experts failed" in message
-    assert caught.value.succeeded_rows == [0, 2]
-    assert caught.value.failed_rows == [1, 3]
-    assert_holds(own_store, rows, 0, 0, 0)
-    assert_holds(own_store, rows, 2, 1, 1)
+    assert caught.value.succeeded_slots == [0, 2]
+    assert caught.value.failed_slots == [1, 3]
+    assert_holds(own_store, slots, 0, 0, 0)
+    assert_holds(own_store, slots, 2, 1, 1)
     engine.read([(0, 3, 1)])  # the next request is served
-    assert_holds(own_store, rows, 1, 0, 3)
+    assert_holds(own_store, slots, 1, 0, 3)
 
 
 def test_failed_prefetch_is_reported_with_its_reason(own_store, engine_of):
@@ -406,8 +406,8 @@ def test_failed_prefetch_is_reported_with_its_reason(own_store, engine_of):
     assert "expert 3 of layer 1" in ended.error
     engine.prefetch([(1, 3, 0)])
     with pytest.raises(TransferError, match="expert 3 of layer 1") as caught:
-        engine.await_row(0)
-    assert caught.value.failed_rows == [0]
+        engine.await_slot(0)
+    assert caught.value.failed_slots == [0]
     assert engine.poll() == []
 
 
@@ -418,31 +418,31 @@ def test_verify_finds_a_flipped_byte(own_store, engine_of, offset):
     content[position] ^= 0x40
     own_store.path.write_bytes(content)
 
-    engine, rows = engine_of(own_store, verify=True)
+    engine, slots = engine_of(own_store, verify=True)
     with pytest.raises(TransferError, match=r"expert 1 of layer 1.*checksum") as caught:
         engine.read([(1, 0, 0), (1, 1, 1)])
-    assert (caught.value.succeeded_rows, caught.value.failed_rows) == ([0], [1])
+    assert (caught.value.succeeded_slots, caught.value.failed_slots) == ([0], [1])
     assert engine.verify_failures == 1
-    assert_holds(own_store, rows, 0, 1, 0)
+    assert_holds(own_store, slots, 0, 1, 0)
 
 
 def test_store_that_vanished_or_changed_size(own_store):
-    rows = rows_for(MIXED, 1)
+    slots = slots_for(MIXED, 1)
     os.truncate(own_store.path, 4096)
     with pytest.raises(TransferError, match="4096 bytes instead of"):
-        TransferEngine(own_store, rows)
+        TransferEngine(own_store, slots)
     own_store.path.unlink()
     with pytest.raises(TransferError, match=r"experts\.bin.*No such file"):
-        TransferEngine(own_store, rows)
+        TransferEngine(own_store, slots)
 
 
 def test_impossible_cores_are_an_error(store):
     with pytest.raises(TransferError, match="bind"):
-        TransferEngine(store, rows_for(MIXED, 1), cpus=[100_000])
+        TransferEngine(store, slots_for(MIXED, 1), cpus=[100_000])
 
 
 def test_destinations_are_checked(store):
-    good = rows_for(MIXED, 4)
+    good = slots_for(MIXED, 4)
     read_only = good["t1"].copy()
     read_only.flags.writeable = False
     for bad, message in [
@@ -466,12 +466,12 @@ def test_refused_o_direct_falls_back_with_a_warning(store, engine_of, monkeypatc
 
     monkeypatch.setattr(record_reader, "core", RefusesDirect(record_reader.core))
     with caplog.at_level(logging.WARNING, "vllm.moe_offload"):
-        engine, rows = engine_of(store)
+        engine, slots = engine_of(store)
     assert not engine.direct
     assert "O_DIRECT" in caplog.text
     assert "page cache" in caplog.text
     engine.read([(0, 0, 0)])
-    assert_holds(store, rows, 0, 0, 0)
+    assert_holds(store, slots, 0, 0, 0)
 
 
 # ---- end -----------------------------------------------------------------------------------
@@ -484,7 +484,7 @@ def reader_threads() -> int:
 
 def test_close_ends_the_threads_and_later_calls_are_errors(big_store):
     before = reader_threads()
-    engine = TransferEngine(big_store, rows_for(big_store.layout, 4), num_threads=3)
+    engine = TransferEngine(big_store, slots_for(big_store.layout, 4), num_threads=3)
     assert reader_threads() == before + 3
     for expert in range(4):
         engine.prefetch([(0, expert, expert)])
@@ -501,7 +501,7 @@ def test_close_ends_the_threads_and_later_calls_are_errors(big_store):
 
 def test_a_forgotten_engine_ends_its_threads(store):
     before = reader_threads()
-    engine = TransferEngine(store, rows_for(MIXED, 1))
+    engine = TransferEngine(store, slots_for(MIXED, 1))
     assert reader_threads() > before
     del engine
     assert reader_threads() == before
@@ -512,7 +512,7 @@ class Interrupted(BaseException):
 
 
 def test_a_signal_during_a_read_leaves_nothing_in_flight(big_store, engine_of):
-    engine, rows = engine_of(big_store, num_threads=1)
+    engine, slots = engine_of(big_store, num_threads=1)
 
     def interrupt(*_):
         raise Interrupted
@@ -531,10 +531,10 @@ def test_a_signal_during_a_read_leaves_nothing_in_flight(big_store, engine_of):
         signal.signal(signal.SIGALRM, previous)
     engine.read([(0, expert, expert + 4) for expert in range(4)])
     for expert in range(4):
-        assert_holds(big_store, rows, expert + 4, 0, expert)
+        assert_holds(big_store, slots, expert + 4, 0, expert)
 
 
-@pytest.mark.parametrize("name", ["read", "await_row"])
+@pytest.mark.parametrize("name", ["read", "await_slot"])
 def test_ends_that_an_interrupted_wait_had_taken(store, engine_of, monkeypatch, name):
     class InterruptedOnce(CoreProxy):
         interruptions = 1
@@ -546,21 +546,21 @@ def test_ends_that_an_interrupted_wait_had_taken(store, engine_of, monkeypatch, 
                 raise Interrupted
             return count
 
-    engine, rows = engine_of(store)
+    engine, slots = engine_of(store)
     engine.prefetch([(0, 0, 0)])
     engine.prefetch([(0, 1, 1)])
     monkeypatch.setattr(record_reader, "core", InterruptedOnce(record_reader.core))
     call, argument = {
         "read": (engine.read, [(1, expert, expert + 2) for expert in range(4)]),
-        "await_row": (engine.await_row, 1),
+        "await_slot": (engine.await_slot, 1),
     }[name]
     with pytest.raises(Interrupted):
         call(argument)
     engine.drain()
-    assert sorted(ended.row for ended in engine.poll()) == [0, 1]
+    assert sorted(ended.slot for ended in engine.poll()) == [0, 1]
     for _ in range(100):  # no ticket is lost
         engine.read([(2, expert, expert) for expert in range(8)])
-    assert_holds(store, rows, 7, 2, 7)
+    assert_holds(store, slots, 7, 2, 7)
 
 
 def test_waiting_releases_the_interpreter(slow_engine):
@@ -586,16 +586,16 @@ def test_waiting_releases_the_interpreter(slow_engine):
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Compares the engine to what its documentation says about rows."""
+    """Compares the engine to what its documentation says about slots."""
 
     store: ExpertStore
     prefetched = Bundle("prefetched")
 
     @initialize(threads=st.integers(1, 4), direct=st.booleans(), verify=st.booleans())
     def begin(self, threads, direct, verify):
-        self.rows = rows_for(self.store.layout, NUM_ROWS)
+        self.slots = slots_for(self.store.layout, NUM_SLOTS)
         self.engine = TransferEngine(
-            self.store, self.rows, num_threads=threads, direct=direct, verify=verify
+            self.store, self.slots, num_threads=threads, direct=direct, verify=verify
         )
         self.in_flight: dict[int, tuple[int, int]] = {}
         self.holds: dict[int, tuple[int, int]] = {}
@@ -603,18 +603,18 @@ class EngineMachine(RuleBasedStateMachine):
     experts = st.tuples(st.integers(0, 3), st.integers(0, 7))
 
     def is_refused(self, requests):
-        rows = [row for *_, row in requests]
+        slots = [slot for *_, slot in requests]
         experts = [(layer, expert) for layer, expert, _ in requests]
         return (
-            len(set(rows)) < len(rows)
+            len(set(slots)) < len(slots)
             or len(set(experts)) < len(experts)
-            or self.in_flight.keys() & set(rows)
+            or self.in_flight.keys() & set(slots)
             or set(self.in_flight.values()) & set(experts)
         )
 
     @rule(
         requests=st.lists(
-            st.tuples(experts, st.integers(0, NUM_ROWS - 1)).map(lambda r: (*r[0], r[1])),
+            st.tuples(experts, st.integers(0, NUM_SLOTS - 1)).map(lambda r: (*r[0], r[1])),
             max_size=4,
         )
     )
@@ -624,44 +624,44 @@ class EngineMachine(RuleBasedStateMachine):
                 self.engine.read(requests)
             return
         self.engine.read(requests)
-        for layer, expert, row in requests:
-            self.holds[row] = (layer, expert)
+        for layer, expert, slot in requests:
+            self.holds[slot] = (layer, expert)
 
-    @rule(target=prefetched, expert=experts, row=st.integers(0, NUM_ROWS - 1))
-    def prefetch(self, expert, row):
-        if self.is_refused([(*expert, row)]):
+    @rule(target=prefetched, expert=experts, slot=st.integers(0, NUM_SLOTS - 1))
+    def prefetch(self, expert, slot):
+        if self.is_refused([(*expert, slot)]):
             with pytest.raises(ValueError, match="in flight"):
-                self.engine.prefetch([(*expert, row)])
+                self.engine.prefetch([(*expert, slot)])
         else:
-            assert self.engine.prefetch([(*expert, row)])
-            self.in_flight[row] = expert
-        return row
+            assert self.engine.prefetch([(*expert, slot)])
+            self.in_flight[slot] = expert
+        return slot
 
-    def ended(self, row):
-        self.holds[row] = self.in_flight.pop(row)
+    def ended(self, slot):
+        self.holds[slot] = self.in_flight.pop(slot)
 
     @rule()
     def poll(self):
         for finished in self.engine.poll():
             assert finished.ok
-            assert self.in_flight[finished.row] == (finished.layer, finished.expert)
-            self.ended(finished.row)
+            assert self.in_flight[finished.slot] == (finished.layer, finished.expert)
+            self.ended(finished.slot)
 
-    @rule(row=consumes(prefetched))
-    def await_row(self, row):
-        if row in self.in_flight:
-            self.engine.await_row(row)
-            self.ended(row)
+    @rule(slot=consumes(prefetched))
+    def await_slot(self, slot):
+        if slot in self.in_flight:
+            self.engine.await_slot(slot)
+            self.ended(slot)
 
-    @rule(row=consumes(prefetched))
-    def cancel(self, row):
-        if row in self.in_flight and self.engine.cancel(row):
-            del self.in_flight[row]
+    @rule(slot=consumes(prefetched))
+    def cancel(self, slot):
+        if slot in self.in_flight and self.engine.cancel(slot):
+            del self.in_flight[slot]
 
     @rule()
     def cancel_all(self):
-        for row in self.engine.cancel_all():
-            del self.in_flight[row]
+        for slot in self.engine.cancel_all():
+            del self.in_flight[slot]
 
     @rule()
     def drain(self):
@@ -670,15 +670,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.in_flight
 
     @invariant()
-    def rows_hold_their_experts(self):
-        for row, expert in self.holds.items():
-            if row not in self.in_flight:
-                assert_holds(self.store, self.rows, row, *expert)
+    def slots_hold_their_experts(self):
+        for slot, expert in self.holds.items():
+            if slot not in self.in_flight:
+                assert_holds(self.store, self.slots, slot, *expert)
 
     def teardown(self):
         if hasattr(self, "engine"):
             self.drain()
-            self.rows_hold_their_experts()
+            self.slots_hold_their_experts()
             self.engine.close()
 
 

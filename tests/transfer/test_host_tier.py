@@ -1,4 +1,4 @@
-"""Host memory for experts: filled from the file, bytes as they lie there, rows held in use."""
+"""Host memory for experts: filled from the file, bytes as they lie there, slots held in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.stores import MIXED, build, layer_tensors, layout_of
 from vllm_moe_offload.transfer import HostTier, TransferError
-from vllm_moe_offload.transfer.host_rows import HostRows
+from vllm_moe_offload.transfer.host_slots import HostSlots
 
 
 @pytest.fixture
@@ -23,16 +23,16 @@ def store(tmp_path):
 
 @pytest.fixture
 def tier_of(request):
-    def make(store, num_rows, **options):
-        tier = HostTier(store, num_rows, **options)
+    def make(store, num_slots, **options):
+        tier = HostTier(store, num_slots, **options)
         request.addfinalizer(tier.close)
         return tier
 
     return make
 
 
-def assert_record(tier, row, layer, expert):
-    record = tier.arena[row]
+def assert_record(tier, slot, layer, expert):
+    record = tier.arena[slot]
     tensors = layer_tensors(tier.store.layout, tier.store.num_experts, layer)
     begin = 0
     layout = tier.store.layout
@@ -41,10 +41,10 @@ def assert_record(tier, row, layer, expert):
         begin += spec.nbytes
 
 
-@pytest.mark.parametrize("num_rows", [60, 1000])
-def test_everything_lies_in_store_order(store, tier_of, num_rows):
+@pytest.mark.parametrize("num_slots", [60, 1000])
+def test_everything_lies_in_store_order(store, tier_of, num_slots):
     seen = []
-    tier = tier_of(store, num_rows, verify=True)
+    tier = tier_of(store, num_slots, verify=True)
     assert tier.holds_everything
     tier.fill(lambda count, total: seen.append((count, total)))
     assert tier.arena.tobytes() == store.path.read_bytes()
@@ -52,7 +52,7 @@ def test_everything_lies_in_store_order(store, tier_of, num_rows):
     assert [count for count, _ in seen] == sorted({count for count, _ in seen})
     for layer in range(3):
         for expert in range(20):
-            assert tier.rows.find(layer, expert) == layer * 20 + expert
+            assert tier.slots.find(layer, expert) == layer * 20 + expert
 
 
 def test_memory_is_what_was_asked_for(store, tier_of):
@@ -68,16 +68,16 @@ def test_a_part_is_filled_with_as_many_of_each_layer(store, tier_of):
     found = {}
     for layer in range(3):
         for expert in range(20):
-            row = tier.rows.find(layer, expert)
-            if row is not None:
-                found[layer, expert] = row
-                assert_record(tier, row, layer, expert)
+            slot = tier.slots.find(layer, expert)
+            if slot is not None:
+                found[layer, expert] = slot
+                assert_record(tier, slot, layer, expert)
     assert [sum(layer == key[0] for key in found) for layer in range(3)] == [11, 10, 10]
     assert len(set(found.values())) == 31
 
 
 def test_too_small(store):
-    with pytest.raises(ValueError, match="host tier of 1 rows is too small, it needs 2"):
+    with pytest.raises(ValueError, match="host tier of 1 slots is too small, it needs 2"):
         HostTier(store, 1)
 
 
@@ -129,14 +129,14 @@ def test_a_file_that_ends_early_names_the_expert(store, tier_of):
         tier.fill()
 
 
-class RowsMachine(RuleBasedStateMachine):
-    """HostRows against plain dictionaries."""
+class SlotsMachine(RuleBasedStateMachine):
+    """HostSlots against plain dictionaries."""
 
-    NUM_ROWS = 4
+    NUM_SLOTS = 4
 
     def __init__(self):
         super().__init__()
-        self.rows = HostRows(self.NUM_ROWS)
+        self.slots = HostSlots(self.NUM_SLOTS)
         self.holds: dict[int, int] = {}
         self.content: dict[int, tuple[int, int]] = {}
         self.coming: dict[int, tuple[int, int]] = {}
@@ -146,62 +146,62 @@ class RowsMachine(RuleBasedStateMachine):
 
     @rule(expert=experts)
     def find(self, expert):
-        row = self.rows.find(*expert)
+        slot = self.slots.find(*expert)
         if expert in self.content.values():
-            assert self.content[row] == expert
-            self.holds[row] += 1
+            assert self.content[slot] == expert
+            self.holds[slot] += 1
             self.used.remove(expert)
             self.used.append(expert)
         else:
-            assert row is None
+            assert slot is None
 
     @rule(expert=experts)
     def reserve(self, expert):
         if expert in self.content.values() or expert in self.coming.values():
             return
-        row = self.rows.reserve(*expert)
+        slot = self.slots.reserve(*expert)
         taken = self.content.keys() | self.coming.keys()
-        if len(taken) < self.NUM_ROWS:
-            assert row not in taken
+        if len(taken) < self.NUM_SLOTS:
+            assert slot not in taken
         else:
             by_expert = {e: r for r, e in self.content.items()}
             free = [e for e in self.used if not self.holds[by_expert[e]]]
             if not free:
-                assert row is None
+                assert slot is None
                 return
-            assert row == by_expert[free[0]]
-            del self.content[row]
+            assert slot == by_expert[free[0]]
+            del self.content[slot]
             self.used.remove(free[0])
-        self.coming[row] = expert
-        self.holds[row] = 1
+        self.coming[slot] = expert
+        self.holds[slot] = 1
 
     @precondition(lambda self: self.coming)
     @rule(data=st.data(), ok=st.booleans())
     def end(self, data, ok):
-        row = data.draw(st.sampled_from(sorted(self.coming)))
-        expert = self.coming.pop(row)
+        slot = data.draw(st.sampled_from(sorted(self.coming)))
+        expert = self.coming.pop(slot)
         if ok:
-            self.rows.arrived(row)
-            self.content[row] = expert
+            self.slots.arrived(slot)
+            self.content[slot] = expert
             self.used.append(expert)
         else:
-            self.rows.abandon(row)
-            self.holds[row] = 0
+            self.slots.abandon(slot)
+            self.holds[slot] = 0
 
     @rule(data=st.data())
     def release(self, data):
-        held = [row for row in self.content if self.holds[row]]
+        held = [slot for slot in self.content if self.holds[slot]]
         if held:
-            row = data.draw(st.sampled_from(held))
-            self.rows.release(row)
-            self.holds[row] -= 1
+            slot = data.draw(st.sampled_from(held))
+            self.slots.release(slot)
+            self.holds[slot] -= 1
 
     @invariant()
-    def held_rows(self):
-        assert self.rows.num_held == sum(holds > 0 for holds in self.holds.values())
+    def held_slots(self):
+        assert self.slots.num_held == sum(holds > 0 for holds in self.holds.values())
 
 
-RowsMachine.TestCase.settings = settings(
+SlotsMachine.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None
 )
-TestRows = RowsMachine.TestCase
+TestRows = SlotsMachine.TestCase

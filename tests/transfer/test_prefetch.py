@@ -9,7 +9,7 @@ from tests.runtimes import (
     EXPERTS,
     LAYERS,
     Foresight,
-    decode_rows,
+    decode_tokens,
     ids_of,
     run_layer,
     runtime_of,
@@ -38,7 +38,7 @@ def serving(store, monkeypatch):
         return original(requests)
 
     monkeypatch.setattr(transfer, "prefetch", prefetch)
-    runtime.begin_step(decode_rows(["a"]))
+    runtime.begin_step(decode_tokens(["a"]))
     yield runtime, foresight, issued
     runtime.close()
 
@@ -83,7 +83,7 @@ def test_only_reads_count_against_the_budget(serving, store) -> None:
     foresight.likely[1, [2, 3]] = 0.95
     foresight.likely[1, [4, 5]] = 0.9
     runtime.prefetcher.measured(read_ns=100, compute_ns=1)
-    runtime.begin_step(decode_rows(["a"], 2))
+    runtime.begin_step(decode_tokens(["a"], 2))
     run_layer(runtime, store, 0, ids_of(0, 1))
     assert issued == [(1, 4), (1, 5)]
 
@@ -108,7 +108,7 @@ def test_a_failed_prefetch_is_a_warning_and_the_need_reads_again(
     transfer = runtime.prefetcher._transfer
     transfer.drain()
     ended = transfer.poll()
-    failed = [type(one)(one.layer, one.expert, one.row, "bad sector") for one in ended]
+    failed = [type(one)(one.layer, one.expert, one.slot, "bad sector") for one in ended]
     monkeypatch.setattr(transfer, "poll", lambda: failed)
     monkeypatch.setattr(type(transfer), "has_news", True)
     runtime.prefetcher.collect()

@@ -66,13 +66,13 @@ def _view(address: int, shape: tuple[int, ...], ctype: Any) -> npt.NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """Sizes of one cache: experts in the model and rows in the pool.
+    """Sizes of one cache: experts in the model and slots in the pool.
 
     Attributes:
         num_layers: MoE layers that share the pool.
         num_experts: routed experts per layer.
         num_slots: experts that stay between layer calls.
-        num_staging_slots: rows beyond that: misses of a layer call are read into free rows, and
+        num_staging_slots: slots beyond that: misses of a layer call are read into free ones, and
             who stays is decided when the call is done.
     """
 
@@ -82,13 +82,13 @@ class CacheShape:
     num_staging_slots: int = 0
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the pool."""
+    def num_pool_slots(self) -> int:
+        """Slots of the pool: those, and staging."""
         return self.num_slots + self.num_staging_slots
 
     @property
     def holds_everything(self) -> bool:
-        """Whether every expert has a row of its own, in logical order."""
+        """Whether every expert has a slot of its own, in logical order."""
         return self.num_slots >= self.num_layers * self.num_experts
 
 
@@ -97,7 +97,7 @@ class ExpertCache:
 
     Attributes:
         scores: float32 ``[num_layers, num_experts]``; written by a policy, read by plan().
-        page_table: int32 ``[num_layers, num_experts]``, row or -1 (read only).
+        page_table: int32 ``[num_layers, num_experts]``, slot or -1 (read only).
         last_use: uint64 ``[num_layers, num_experts]``, clock of the last counted use.
         counters: int64 ``[9]`` in the order of :data:`COUNTER_NAMES`, updated in place.
         outcome: of the last plan; what serving adds to it is 0 after :meth:`plan`.
@@ -107,7 +107,7 @@ class ExpertCache:
         self, shape: CacheShape, rules: PlannerRules, *, unbounded_staging: bool = False
     ) -> None:
         """``unbounded_staging``: as many staging slots as a layer has experts, so that every
-        need fits (replay, where rows hold no bytes).
+        need fits (replay, where slots hold no bytes).
 
         Raises NativeError if a size is impossible.
         """
@@ -186,7 +186,7 @@ class ExpertCache:
         """
         call = self._call
         call.ids = ids.ctypes.data
-        call.num_rows = call.num_padded_rows = ids.size
+        call.num_tokens = call.num_padded_tokens = ids.size
         call.id_bytes = ids.itemsize
         call.layer = layer
         call.flags = flags
@@ -206,7 +206,7 @@ class ExpertCache:
     def misses(
         self,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Missing experts of the last plan, their rows, and what each needs (views)."""
+        """Missing experts of the last plan, their slots, and what each needs (views)."""
         count = self.outcome.num_misses
         return self._miss_experts[:count], self._miss_slots[:count], self._miss_kinds[:count]
 
@@ -214,12 +214,12 @@ class ExpertCache:
         self,
         layer: int,
         ids: npt.NDArray[np.integer[Any]],
-        rows: npt.NDArray[np.integer[Any]],
+        slots: npt.NDArray[np.integer[Any]],
         num_ids: int | None = None,
     ) -> None:
-        """Writes the pool row of every planned id; ids from ``num_ids`` on are padding.
+        """Writes the slot of every planned id; ids from ``num_ids`` on are padding.
 
-        Padding and ``native.NO_EXPERT`` get a row that is needed anyway, or 0 if none is.
+        Padding and ``native.NO_EXPERT`` get a slot that is needed anyway, or 0 if none is.
         """
         count = ids.size if num_ids is None else num_ids
         check(
@@ -230,7 +230,7 @@ class ExpertCache:
                 count,
                 ids.size,
                 ids.itemsize,
-                rows.ctypes.data,
+                slots.ctypes.data,
             )
         )
 
@@ -271,28 +271,28 @@ class ExpertCache:
             )
         )
 
-    def complete(self, row: int, ok: bool) -> None:
-        """A read into ``row`` ended; ``ok`` False empties the row."""
-        check(core.vmo_planner_complete(self.handle, row, ok))
+    def complete(self, slot: int, ok: bool) -> None:
+        """A read into ``slot`` ended; ``ok`` False empties it."""
+        check(core.vmo_planner_complete(self.handle, slot, ok))
 
     def prefetch(self, layer: int, expert: int, value: float) -> int:
-        """The expert is expected to be used soon: row reserved for its prefetch, or -1.
+        """The expert is expected to be used soon: slot reserved for its prefetch, or -1.
 
         -1 says that it is resident or in flight already, or that nothing worth less than
         ``value`` (on the scale of :attr:`scores`) may be evicted. Until its layer was served
         an expected expert is evicted only if a plan would not fit otherwise.
         """
-        row = int(core.vmo_planner_prefetch(self.handle, layer, expert, value))
-        if row == -2:
+        slot = int(core.vmo_planner_prefetch(self.handle, layer, expert, value))
+        if slot == -2:
             raise last_error()
-        return row
+        return slot
 
-    def cancel_prefetch(self, row: int) -> None:
-        """Gives back a row whose prefetch was cancelled before it began."""
-        check(core.vmo_planner_cancel_prefetch(self.handle, row))
+    def cancel_prefetch(self, slot: int) -> None:
+        """Gives back a slot whose prefetch was cancelled before it began."""
+        check(core.vmo_planner_cancel_prefetch(self.handle, slot))
 
     def is_resident(self, layer: int, expert: int) -> bool:
-        """Whether the expert's bytes are in its row (False while in flight)."""
+        """Whether the expert's bytes are in its slot (False while in flight)."""
         return bool(core.vmo_planner_is_resident(self.handle, layer, expert))
 
     @property

@@ -1,4 +1,4 @@
-"""From bytes to rows: how large the pool is, and how it splits into slots and staging."""
+"""From bytes to slots: how large the pool is, and how it splits into slots and staging."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OVERLAPPED_LAYER_BYTES = 1 << 30
 must not take more memory than serving."""
 
 
-def cache_rows(
+def cache_slots(
     cache_gb: float | str,
     *,
     expert_bytes: int,
@@ -20,57 +20,61 @@ def cache_rows(
     top_k: int,
     auto_bytes: int,
 ) -> int:
-    """Rows of the pool that ``cache_gb`` pays for, at most one per expert.
+    """Slots of the pool that ``cache_gb`` pays for, at most one per expert.
 
     Args:
         cache_gb: the option.
         expert_bytes: bytes of one expert in fast memory.
         num_layers, num_experts: of the model; ``num_layers * num_experts`` experts.
-        top_k: experts per token; fewer rows than that cannot serve one token.
+        top_k: experts per token; fewer slots than that cannot serve one token.
         auto_bytes: what "auto" stands for here.
 
     Raises:
-        OptionError: fewer rows than one token needs; says the minimum.
+        OptionError: fewer slots than one token needs; says the minimum.
     """
     total = num_layers * num_experts
     kind, amount = parse_cache_size(cache_gb)
     if kind == "share":
-        rows = int(amount * total + 1e-9)
+        slots = int(amount * total + 1e-9)
     else:
-        rows = int((auto_bytes if kind == "auto" else amount) // expert_bytes)
-    if rows < top_k:
+        slots = int((auto_bytes if kind == "auto" else amount) // expert_bytes)
+    if slots < top_k:
         minimum_gb = top_k * expert_bytes / GIB
         raise OptionError(
-            f"moe-offload: cache_gb={cache_gb!r} holds {max(rows, 0)} of {total} experts of "
+            f"moe-offload: cache_gb={cache_gb!r} holds {max(slots, 0)} of {total} experts of "
             f"{expert_bytes} bytes, but one token needs {top_k}. Minimum: "
             f"{minimum_gb:.3f} GiB; {num_experts * expert_bytes / GIB:.3f} GiB hold one layer "
             "(recommended at least: exact output)."
         )
-    return min(rows, total)
+    return min(slots, total)
 
 
 def cache_shape(
-    rows: int, *, num_layers: int, num_experts: int, top_k: int, rules: PlannerRules
+    num_pool_slots: int, *, num_layers: int, num_experts: int, top_k: int, rules: PlannerRules
 ) -> CacheShape:
-    """Splits ``rows`` into cache slots and staging slots.
+    """Splits ``num_pool_slots`` into cache slots and staging slots.
 
     Staging holds experts that are used once and not admitted. What doesn't fit there
-    evicts the least valuable residents, so a few rows are enough: one token's worth. A
+    evicts the least valuable residents, so a few are enough: one token's worth. A
     policy that inserts every miss needs none. With equal shares per layer, staging is
-    what a layer has beside its own share: with rows for one layer it must make every
+    what a layer has beside its own share: with slots for one layer it must make every
     layer fit, or sums would have to be split.
     """
     total = num_layers * num_experts
-    if rows >= total:
+    if num_pool_slots >= total:
         return CacheShape(num_layers, num_experts, total)
     if rules.scope == SCOPE_PER_LAYER:
         share = 0
-        if rows >= num_experts and num_layers > 1:
-            share = min((rows - num_experts) // (num_layers - 1), rows // num_layers)
+        if num_pool_slots >= num_experts and num_layers > 1:
+            share = min(
+                (num_pool_slots - num_experts) // (num_layers - 1), num_pool_slots // num_layers
+            )
         slots = share * num_layers
-        return CacheShape(num_layers, num_experts, slots, min(rows - slots, num_experts))
-    staging = min(top_k, rows // 4) if rules.admission else 0
-    return CacheShape(num_layers, num_experts, rows - staging, staging)
+        return CacheShape(
+            num_layers, num_experts, slots, min(num_pool_slots - slots, num_experts)
+        )
+    staging = min(top_k, num_pool_slots // 4) if rules.admission else 0
+    return CacheShape(num_layers, num_experts, num_pool_slots - staging, staging)
 
 
 def auto_cache_bytes(
@@ -149,11 +153,11 @@ def device_reserve_bytes(
     return GIB + workspaces + hidden + logits
 
 
-MIN_HOST_ROWS = 2
+MIN_HOST_SLOTS = 2
 """Of the host tier: one that a prefetch may hold, and one that it may not."""
 
 
-def host_rows(
+def host_slots(
     host_gb: float | str,
     *,
     record_bytes: int,
@@ -170,22 +174,22 @@ def host_rows(
         auto_bytes: what the system can spare.
 
     Raises:
-        OptionError: room for fewer than :data:`MIN_HOST_ROWS`; says the minimum.
+        OptionError: room for fewer than :data:`MIN_HOST_SLOTS`; says the minimum.
     """
     total = num_layers * num_experts
     kind, amount = parse_cache_size(host_gb)
     if kind == "share":
-        rows = int(amount * total + 1e-9)
+        slots = int(amount * total + 1e-9)
     else:
-        rows = int((auto_bytes if kind == "auto" else amount) // record_bytes)
-    if rows < MIN_HOST_ROWS:
+        slots = int((auto_bytes if kind == "auto" else amount) // record_bytes)
+    if slots < MIN_HOST_SLOTS:
         raise OptionError(
-            f"moe-offload: host_gb={host_gb!r} holds {max(rows, 0)} of {total} experts of "
+            f"moe-offload: host_gb={host_gb!r} holds {max(slots, 0)} of {total} experts of "
             f"{record_bytes} bytes in host memory. Minimum: "
-            f"{MIN_HOST_ROWS * record_bytes / GIB:.3f} GiB; {total * record_bytes / GIB:.3f} GiB "
+            f"{MIN_HOST_SLOTS * record_bytes / GIB:.3f} GiB; {total * record_bytes / GIB:.3f} GiB "
             "hold all (recommended: nothing is read from disk then)."
         )
-    return min(rows, total)
+    return min(slots, total)
 
 
 def auto_host_bytes(headroom: Headroom, num_ranks: int) -> int:

@@ -130,7 +130,7 @@ def _memory_table(result: Fit) -> Table:
     )
     table.add_row(
         f"  expert cache: {cache.num_slots:,} slots ({_share(result):.0%}) + "
-        f"{cache.num_staging_slots} staging rows",
+        f"{cache.num_staging_slots} staging slots",
         amount(result.cache_bytes),
     )
     table.add_row(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.step import FloatArray, StepRows
+from vllm_moe_offload.step import FloatArray, StepTokens
 
 SMALLEST_SCALE = 2.0**-60
 """Scale at which a request's row is multiplied out, far from where float32 loses digits."""
@@ -44,19 +44,21 @@ class StepUses:
     def of_step(
         cls,
         ids: npt.NDArray[np.int32],
-        rows: StepRows,
+        tokens: StepTokens,
         running: npt.NDArray[np.int64],
         num_experts: int,
     ) -> StepUses:
-        """Uses in ``ids`` ``[layers, rows, top_k]``, which ``native.NO_EXPERT`` is none of;
+        """Uses in ``ids`` ``[layers, tokens, top_k]``, which ``native.NO_EXPERT`` is none of;
         ``running`` are the requests' rows."""
         layers, count, top_k = ids.shape
-        lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
+        lengths = np.bincount(tokens.request_of_token, minlength=len(tokens.requests))
         offsets = np.arange(layers, dtype=np.int64) * num_experts
         keys = (ids + offsets[:, None, None]).reshape(-1)
         of_row = np.empty((2, layers, count, top_k), np.int64)  # faster than broadcast_to
-        of_row[0] = running[rows.request_of_row][:, None]
-        of_row[1] = (np.cumsum(lengths)[rows.request_of_row] - 1 - np.arange(count))[:, None]
+        of_row[0] = running[tokens.request_of_token][:, None]
+        of_row[1] = (np.cumsum(lengths)[tokens.request_of_token] - 1 - np.arange(count))[
+            :, None
+        ]
         owner, age = of_row.reshape(2, -1)
         is_use = (ids != NO_EXPERT).reshape(-1)
         if not is_use.all():

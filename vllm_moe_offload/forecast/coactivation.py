@@ -24,15 +24,15 @@ import numpy.typing as npt
 from vllm_moe_offload.cache.planner import ExpertCache
 from vllm_moe_offload.forecast.predictor import LIKELY, Predictor
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 FloatArray = npt.NDArray[np.float32]
 
 BLOCK = 64
 """Inputs per block; more experts than this share inputs by hashing."""
 BATCH = 32
-MAX_ROWS = 64
-"""Steps of more rows than this are prefill, which streams whole layers: not predicted."""
+MAX_TOKENS = 64
+"""Steps of more tokens than this are prefill, which streams whole layers: not predicted."""
 MIN_TOKENS = 128
 
 
@@ -89,7 +89,7 @@ class CrossLayerPredictor(RoutingPredictor):
 
     One step: :meth:`begin_step`; per layer :meth:`observe`, then :meth:`predict` if wanted;
     :meth:`end_step`. :meth:`end_request` when a request ends. Cost per call is
-    ``rows * depth * 193 * experts`` multiplications at most.
+    ``tokens * depth * 193 * experts`` multiplications at most.
     """
 
     def __init__(
@@ -136,20 +136,20 @@ class CrossLayerPredictor(RoutingPredictor):
         """Whether it has learned enough to predict anything."""
         return self._tokens >= MIN_TOKENS
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A step begins; steps with a prompt in them are not predicted."""
-        count = rows.request_of_row.size
-        self._active = count <= MAX_ROWS and not bool(rows.is_prefill.any())
+        count = tokens.request_of_token.size
+        self._active = count <= MAX_TOKENS and not bool(tokens.is_prefill.any())
         if not self._active:
             return
-        self._requests = [rows.requests[index] for index in rows.request_of_row]
+        self._requests = [tokens.requests[index] for index in tokens.request_of_token]
         shape = (self.num_layers, self._block)
         empty = np.zeros(shape, np.float32)
         self._lately = np.stack([self._history.get(name, empty) for name in self._requests])
         self._used = np.zeros((count, self.num_layers, self.num_experts), np.float32)
 
     def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+        """Layer ``layer`` routed the step's tokens; ids ``[tokens, top_k]``."""
         if self._active:
             row, choice = np.nonzero(ids != NO_EXPERT)
             self._used[row, layer, ids[row, choice]] = 1.0
@@ -179,7 +179,7 @@ class CrossLayerPredictor(RoutingPredictor):
         if not self._active or not self.is_ready or layer + ahead >= self.num_layers:
             return None
         inputs = self._inputs(layer, ahead, self._used, self._lately)[-1]
-        likely = inputs @ self._weights[layer, ahead - 1]  # [rows, experts]
+        likely = inputs @ self._weights[layer, ahead - 1]  # [tokens, experts]
         np.clip(likely, 0.0, 1.0, out=likely)
         return np.asarray(1.0 - np.multiply.reduce(1.0 - likely, axis=0), np.float32)
 
@@ -224,7 +224,7 @@ class CrossLayerPredictor(RoutingPredictor):
     def _inputs(
         self, layer: int, ahead: int, used: FloatArray, lately: FloatArray
     ) -> FloatArray:
-        """Regression inputs ``[ahead, rows, width]``."""
+        """Regression inputs ``[ahead, tokens, width]``."""
         block = self._block
         inputs = np.zeros((ahead, len(used), self._width), np.float32)
         inputs[:, :, :block] = self._fold(used[:, layer])

@@ -22,8 +22,8 @@ from vllm_moe_offload.forecast.mixture import Mixture
 from vllm_moe_offload.forecast.requests import RunningRequests
 from vllm_moe_offload.forecast.successor import SuccessorModel
 from vllm_moe_offload.native import ValueStep, check, core
-from vllm_moe_offload.step import FloatArray, StepRows
-from vllm_moe_offload.trace.activation import ActivationTracer
+from vllm_moe_offload.step import FloatArray, StepTokens
+from vllm_moe_offload.trace.activation import ExpertTracer
 from vllm_moe_offload.trace.collection import ActivationCollection
 
 HALF_LIVES = (1.0, 4.0, 16.0, 200.0)
@@ -120,7 +120,7 @@ class Forecast:
         self.options = options
         size = num_layers * num_experts
         self.collection = ActivationCollection(num_layers, num_experts, int(options.entries))
-        self.tracer = ActivationTracer(num_layers, num_experts)
+        self.tracer = ExpertTracer(num_layers, num_experts)
         self.model: SuccessorModel | None = None
         if options.value != 0 and size <= LARGEST_MODELLED:
             self.model = SuccessorModel(
@@ -158,18 +158,18 @@ class Forecast:
         known = self._mixture.weights * self._factors
         self.full_score = float(known.sum() - known[VALUE] - known[PRIOR])
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """Takes new requests in and refreshes the forecasts."""
-        self._rows = rows
+        self._step = tokens
         state = self.requests
         self._running = np.array(
             [
                 state.row_of[request] if request in state.row_of else self._add(request)
-                for request in rows.requests
+                for request in tokens.requests
             ],
             np.int64,
         )
-        self._match(rows)
+        self._match(tokens)
         self._refresh_parts()
         self._mix()
 
@@ -188,20 +188,20 @@ class Forecast:
         self._averages.add(row)
         return row
 
-    def _match(self, rows: StepRows) -> None:
+    def _match(self, tokens: StepTokens) -> None:
         """Asks the collection what requests like the young ones used."""
         if not self.options.prior or not len(self.collection):
             return
         state = self.requests
         matched = 0
-        for row, request in zip(self._running.tolist(), rows.requests, strict=True):
-            tokens = int(state.tokens[row])
-            if tokens < state.match_at[row] or tokens > MATCHED_TOKENS:
+        for row, request in zip(self._running.tolist(), tokens.requests, strict=True):
+            age_tokens = int(state.tokens[row])
+            if age_tokens < state.match_at[row] or age_tokens > MATCHED_TOKENS:
                 continue
             if matched == MATCHES_PER_STEP:
                 break  # the others are still due at the next step
             matched += 1
-            state.match_at[row] = max(1, MATCHING_GROWTH * tokens)
+            state.match_at[row] = max(1, MATCHING_GROWTH * age_tokens)
             forecast = self.collection.mean()
             activation = self.tracer.get(request)
             if activation is not None:
@@ -273,7 +273,7 @@ class Forecast:
 
         Args:
             first_layer: layer of ``ids[0]``.
-            ids: contiguous ``[layers, rows, top_k]`` of consecutive layers.
+            ids: contiguous ``[layers, tokens, top_k]`` of consecutive layers.
             scores: ``[num_layers, experts]``, changed in place.
             factors: ``[num_layers]``, what a forecast counts in a layer's scores.
         """
@@ -281,7 +281,7 @@ class Forecast:
             return
         weight = self._mixture.weights[VALUE] * self._factors[VALUE] / len(self.requests)
         weighted = factors * np.float32(weight)
-        owners = self._rows.request_of_row
+        owners = self._step.request_of_token
         lengths = np.bincount(owners, minlength=self._running.size)
         kept = (self._state_decay**lengths).astype(np.float32)
         step = ValueStep(
@@ -298,30 +298,30 @@ class Forecast:
             num_experts=self.num_experts,
             first_layer=first_layer,
             end_layer=first_layer + len(ids),
-            num_rows=ids.shape[1],
+            num_tokens=ids.shape[1],
             top_k=ids.shape[2],
             num_running=self._running.size,
             use=1.0 - self._state_decay,
         )
         check(core.vmo_follow_values(step))
 
-    def trace(self, rows: StepRows, ids: npt.NDArray[np.int32]) -> None:
+    def trace(self, tokens: StepTokens, ids: npt.NDArray[np.int32]) -> None:
         """Counts a complete step in the running requests' matrices; ids as :meth:`take_in`."""
-        self.tracer.begin_step(rows)
+        self.tracer.begin_step(tokens)
         self.tracer.observe_step(ids)
 
     def take_in(self, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
         """Learns from a complete step.
 
         Args:
-            ids: ``[layers, rows, top_k]``.
+            ids: ``[layers, tokens, top_k]``.
             votes: ``[layers, experts]``, share of the requests that used each expert.
         """
         self._top_k = ids.shape[2]
-        self.trace(self._rows, ids)
+        self.trace(self._step, ids)
         used = votes.reshape(-1)
         self._mixture.learn(used)
-        uses = StepUses.of_step(ids, self._rows, self._running, self.num_experts)
+        uses = StepUses.of_step(ids, self._step, self._running, self.num_experts)
         gained = 1.0 - self._popularity_keep
         keys = np.unique(uses.keys)
         self._popularity.fade(self._popularity_keep)
@@ -340,7 +340,7 @@ class Forecast:
         state.state[rows] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
         gain = ((1.0 - self._state_decay) * self._state_decay**uses.age).astype(np.float32)
         model.add_uses(state.state, uses.owner, uses.keys, gain)
-        learnable = rows[(rows < LEARNING_ROWS) & (uses.lengths == 1) & ~self._rows.is_prefill]
+        learnable = rows[(rows < LEARNING_ROWS) & (uses.lengths == 1) & ~self._step.is_prefill]
         if learnable.size:
             used = np.zeros((LEARNING_ROWS, model.size), np.float32)
             few = uses.owner < LEARNING_ROWS

@@ -26,12 +26,12 @@ import torch
 from vllm_moe_offload.cache.planner import ExpertCache
 from vllm_moe_offload.forecast.predictor import LIKELY, Predictor
 from vllm_moe_offload.native import LayerCall, check, core, last_error
-from vllm_moe_offload.step import IdArray, StepRows
+from vllm_moe_offload.step import IdArray, StepTokens
 
 FloatArray = npt.NDArray[np.float32]
 
-MAX_ROWS = 64
-"""Rows of a step that the routers are asked about; of longer ones, a sample that is spread
+MAX_TOKENS = 64
+"""Tokens of a step that the routers are asked about; of longer ones, a sample that is spread
 evenly. So many tokens use most experts anyway, and the sample names them."""
 
 NUM_BINS = 16
@@ -49,10 +49,10 @@ FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """``LayerCall.hidden_type``."""
 
 
-def sampled_rows(num_rows: int) -> npt.NDArray[np.int64]:
-    """Rows of a step of ``num_rows`` that the routers are asked about (``csrc/lookahead.h``)."""
-    count = min(num_rows, MAX_ROWS)
-    return np.arange(count) * num_rows // max(count, 1)
+def sampled_tokens(num_tokens: int) -> npt.NDArray[np.int64]:
+    """Tokens of a step of ``num_tokens`` that the routers are asked about (``csrc/lookahead.h``)."""
+    count = min(num_tokens, MAX_TOKENS)
+    return np.arange(count) * num_tokens // max(count, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class RouterLookahead(Predictor):
             hidden_size,
             top_k,
             depth,
-            MAX_ROWS,
+            MAX_TOKENS,
             MEMORY,
             routers.weight.data_ptr(),
             FLOAT_TYPES[routers.weight.dtype],
@@ -125,14 +125,14 @@ class RouterLookahead(Predictor):
             raise last_error()
         weakref.finalize(self, core.vmo_lookahead_destroy, self.native_handle).atexit = False
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A step begins."""
         self._is_active = True
-        count = rows.request_of_row.size
+        count = tokens.request_of_token.size
         self._watched = check(core.vmo_lookahead_begin_step(self.native_handle, count))
 
     def observe(self, layer: int, ids: IdArray) -> None:
-        """Layer ``layer`` routed the step's rows, ids ``[rows, top_k]``: were guesses right?"""
+        """Layer ``layer`` routed the step's tokens, ids ``[tokens, top_k]``: were guesses right?"""
         if layer != self._watched or not self._is_active:
             return
         if ids.dtype != np.int64 or not ids.flags.c_contiguous:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_moe_offload.step import FloatArray, IdArray, StepRows
-from vllm_moe_offload.trace.activation import ActivationTracer
+from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
+from vllm_moe_offload.trace.activation import ExpertTracer
 from vllm_moe_offload.trace.collection import ActivationCollection
 
 
@@ -24,31 +24,31 @@ class NearestRequests:
     def __init__(self, num_layers: int, num_experts: int, entries: int) -> None:
         """``entries``: capacity of the collection."""
         self.collection = ActivationCollection(num_layers, num_experts, entries)
-        self._tracer = ActivationTracer(num_layers, num_experts)
+        self._tracer = ExpertTracer(num_layers, num_experts)
         self._shape = (num_layers, num_experts)
 
-    def begin_step(self, rows: StepRows) -> FloatArray:
+    def begin_step(self, tokens: StepTokens) -> FloatArray:
         """Expected use, float32 ``[layers, experts]``; a layer sums to 1, or to 0 without evidence.
 
         The mean, over the running requests, of the row-normalised matrix of the finished request
         nearest to each one's counts so far.
         """
-        self._tracer.begin_step(rows)
+        self._tracer.begin_step(tokens)
         predicted = np.zeros(self._shape, np.float32)
         if len(self.collection):
-            counts = np.empty((len(rows.requests), *self._shape), np.float32)
-            for index, request in enumerate(rows.requests):
+            counts = np.empty((len(tokens.requests), *self._shape), np.float32)
+            for index, request in enumerate(tokens.requests):
                 activation = self._tracer.get(request)
                 assert activation is not None
                 np.add(activation.prefill, activation.decode, out=counts[index])
             indices, _ = self.collection.nearest_each(counts)
             for entry in indices[indices >= 0]:
                 predicted += self.collection.distribution(int(entry))
-            predicted /= max(len(rows.requests), 1)
+            predicted /= max(len(tokens.requests), 1)
         return predicted
 
     def observe(self, layer: int, ids: IdArray) -> None:
-        """Counts the layer call for the requests that it belongs to; ids ``[rows, top_k]``."""
+        """Counts the layer call for the requests that it belongs to; ids ``[tokens, top_k]``."""
         self._tracer.observe(layer, ids)
 
     def end_request(self, request: str) -> None:

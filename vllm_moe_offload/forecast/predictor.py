@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.cache.planner import ExpertCache
-from vllm_moe_offload.step import IdArray, StepRows
+from vllm_moe_offload.step import IdArray, StepTokens
 
 LIKELY = 0.6
 """Probability of use from which an expert is read ahead: a wrong guess costs a read that
@@ -27,12 +27,12 @@ class Predictor(ABC):
     native_handle: int = 0
 
     @abstractmethod
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A step begins."""
 
     @abstractmethod
     def observe(self, layer: int, ids: IdArray) -> None:
-        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+        """Layer ``layer`` routed the step's tokens; ids ``[tokens, top_k]``."""
 
     @abstractmethod
     def foresee(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_moe_offload.forecast.lookahead import sampled_rows
+from vllm_moe_offload.forecast.lookahead import sampled_tokens
 from vllm_moe_offload.integration import triton_slots
 from vllm_moe_offload.runtime import OffloadRuntime
 
@@ -55,7 +55,7 @@ class DeviceCalls:
             layer: the RoutedExperts.
             x: ``[tokens, hidden]`` on the device.
             topk_weights, topk_ids: ``[tokens, top_k]`` on the device, ids int32 or int64;
-                -1 in rows beyond the step's.
+                -1 in tokens beyond the step's.
 
         Raises:
             TransferError: an expert could not be read.
@@ -101,18 +101,18 @@ class DeviceCalls:
     def _bring(
         self, topk_ids: torch.Tensor, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ids of the step's rows, and of ``x`` what the prefetcher looks at, on the host.
+        """Ids of the step's tokens, and of ``x`` what the prefetcher looks at, on the host.
 
         Rows beyond the step's are padding of a CUDA graph. Valid until the next call.
         """
-        count = self._runtime.num_step_rows
+        count = self._runtime.num_step_tokens
         if count is None:
             count = topk_ids.shape[0]
         ids = self._stage("ids", topk_ids[:count])
         if not self._runtime.wants_hidden:
             self._wait()
             return ids, None
-        sample = torch.from_numpy(sampled_rows(count))
+        sample = torch.from_numpy(sampled_tokens(count))
         if sample.numel() == count:
             hidden = self._stage("hidden", x[:count])
             self._wait()
@@ -154,7 +154,7 @@ class DeviceCalls:
         self._num_uploads = 0
 
     def _upload_plan(self) -> torch.Tensor:
-        """The open plan's experts and their rows as a slot map (:func:`triton_slots.slots`).
+        """The open plan's experts and their slots as a slot map (:func:`triton_slots.slots`).
 
         Only theirs: other residents are not pinned and may be overwritten while the kernel
         runs. One device tensor is enough, because kernels run in order.

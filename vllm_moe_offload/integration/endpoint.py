@@ -33,9 +33,9 @@ EXPORTED_COUNTERS = {
     "stall_seconds": "Time layer calls waited for reads.",
 }
 EXPORTED_GAUGES = {
-    "slots": "Experts that the cache keeps between layer calls; staging rows are not counted.",
+    "slots": "Experts that the cache keeps between layer calls; staging slots are not counted.",
     "resident_experts": "Experts that are in the cache.",
-    "cache_bytes": "Memory of cache slots and staging rows.",
+    "cache_bytes": "Memory of cache slots and staging slots.",
 }
 INFO_LABELS = ("policy", "prefetch", "version")
 

@@ -1,4 +1,4 @@
-"""RoutedExperts whose weights are rows of the slot pool.
+"""RoutedExperts whose weights are slots of the slot pool.
 
 One mixin for every RoutedExperts class, and one opaque operator around
 ``quant_method.apply``: Dynamo sees ``forward(x, topk_weights, topk_ids, layer_name)`` and
@@ -35,7 +35,7 @@ _offloaded_classes: dict[type, type] = {}
 
 
 class OffloadedExperts:
-    """Mixin over RoutedExperts: parameters are the pool's, ids are rows of it.
+    """Mixin over RoutedExperts: parameters are the pool's, ids are slots of it.
 
     Attributes:
         runtime: the worker's runtime, set once the layer's experts are in the store.
@@ -85,7 +85,7 @@ class OffloadedExperts:
     def forward_offloaded(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        """The layer on whatever rows its experts got; in waves if they don't fit at once."""
+        """The layer on whatever slots its experts got; in waves if they don't fit at once."""
         runtime = self.runtime
         if runtime is None:
             raise RuntimeError(f"{self.layer_name} runs before its experts were stored")

@@ -33,7 +33,7 @@ class FastMemory(Protocol):
     def build(
         self, store: ExpertStore, shape: CacheShape, options: OffloadConfig
     ) -> tuple[SlotPool, Transfer]:
-        """Rows for the cache, and what fills them."""
+        """Slots for the cache, and what fills them."""
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
         """Prepares the layers' calls, beyond their parameters."""
@@ -77,8 +77,8 @@ class HostMemory:
         self, store: ExpertStore, shape: CacheShape, options: OffloadConfig
     ) -> tuple[SlotPool, Transfer]:
         """See :meth:`FastMemory.build`."""
-        # With a row for every expert, all are read in a moment.
-        pool = SlotPool(store.layout, shape.num_rows, populate=not shape.holds_everything)
+        # With a slot for every expert, all are read in a moment.
+        pool = SlotPool(store.layout, shape.num_pool_slots, populate=not shape.holds_everything)
         transfer = TransferEngine(
             store,
             pool.destinations(),

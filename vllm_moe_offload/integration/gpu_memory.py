@@ -17,7 +17,7 @@ from vllm_moe_offload.cache.sizing import (
     auto_host_bytes,
     device_available_bytes,
     device_reserve_bytes,
-    host_rows,
+    host_slots,
 )
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.integration.affinity import io_cpus
@@ -82,15 +82,15 @@ class GpuMemory:
     ) -> tuple[SlotPool, Transfer]:
         """See :meth:`FastMemory.build`; the host tier is filled when this returns."""
         try:
-            pool = SlotPool(store.layout, shape.num_rows, device=self._device)
+            pool = SlotPool(store.layout, shape.num_pool_slots, device=self._device)
         except torch.OutOfMemoryError as error:
             free, _ = torch.cuda.mem_get_info(self._device)
             raise OptionError(
                 f"moe-offload: cache_gb={options.cache_gb!r} needs "
-                f"{shape.num_rows * store.layout.expert_bytes / GIB:.2f} GiB of GPU memory, but "
-                f"{free / GIB:.2f} GiB are free; lower it: {error}"
+                f"{shape.num_pool_slots * store.layout.expert_bytes / GIB:.2f} GiB of GPU memory, "
+                f"but {free / GIB:.2f} GiB are free; lower it: {error}"
             ) from error
-        rows = self._host_rows(store, shape, options)
+        slots = self._host_slots(store, shape, options)
         with tqdm(
             desc="Reading experts into host memory",
             unit="expert",
@@ -104,7 +104,7 @@ class GpuMemory:
             transfer = cuda_transfer(
                 store,
                 pool,
-                host_rows=rows,
+                host_slots=slots,
                 # vLLM's worker changes streams, for graph capture for one.
                 compute_stream=lambda: torch.cuda.current_stream(self._device).cuda_stream,
                 num_threads=options.io_threads,
@@ -132,7 +132,7 @@ class GpuMemory:
         """
         return num_experts
 
-    def _host_rows(self, store: ExpertStore, shape: CacheShape, options: OffloadConfig) -> int:
+    def _host_slots(self, store: ExpertStore, shape: CacheShape, options: OffloadConfig) -> int:
         total = store.num_layers * store.num_experts
         if shape.holds_everything:
             # A way through for the start only: nothing is ever evicted.
@@ -141,25 +141,25 @@ class GpuMemory:
         ranks = self._vllm_config.parallel_config.tensor_parallel_size
         is_auto = parse_cache_size(options.host_gb)[0] == "auto"
         auto_bytes = spare_host_bytes(total * record_bytes, ranks) if is_auto else 0
-        rows = host_rows(
+        slots = host_slots(
             options.host_gb,
             record_bytes=record_bytes,
             num_layers=store.num_layers,
             num_experts=store.num_experts,
             auto_bytes=auto_bytes,
         )
-        if not is_auto and rows * record_bytes > host_headroom().available_bytes:
+        if not is_auto and slots * record_bytes > host_headroom().available_bytes:
             # RAM that grows has to before: Linux refuses a mapping of more than there is.
-            spare_host_bytes(rows * record_bytes, ranks, floor_bytes=EXPLICIT_FLOOR_BYTES)
+            spare_host_bytes(slots * record_bytes, ranks, floor_bytes=EXPLICIT_FLOOR_BYTES)
         logger.info(
             "MoE offload: host_gb=%s -> %.2f GiB: %d of %d experts page-locked in host memory%s",
             options.host_gb,
-            rows * record_bytes / GIB,
-            rows,
+            slots * record_bytes / GIB,
+            slots,
             total,
-            "" if rows == total else "; the others are read from the store when they are used",
+            "" if slots == total else "; the others are read from the store when they are used",
         )
-        return rows
+        return slots
 
 
 EXPLICIT_FLOOR_BYTES = GIB // 2

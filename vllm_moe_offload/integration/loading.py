@@ -279,7 +279,7 @@ class ExpertLoad:
         logger.info("MoE offload: store built: %.2f GiB in %.1f s", gib, seconds)
 
     def finish(self) -> None:
-        """Pool, cache and transfer; parameters become rows of the pool.
+        """Pool, cache and transfer; parameters become slots of the pool.
 
         vLLM loads with its device as torch's default: what is made here is meant for RAM
         unless it says otherwise.
@@ -292,7 +292,7 @@ class ExpertLoad:
                 _free(layer)
                 with weights_already_processed():
                     layer.quant_method.process_weights_after_loading(layer)
-            # vLLM's own pass over all modules must not process the pool's rows again.
+            # vLLM's own pass over all modules must not process the pool's slots again.
             layer.quant_method.process_weights_after_loading = _already_processed
         with torch.device("cpu"):
             routers = routers_of(self._model, self.layers)
@@ -394,7 +394,7 @@ def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _free(layer: Any) -> None:
-    """Gives a layer's own expert memory back; its rows come from the pool."""
+    """Gives a layer's own expert memory back; its slots come from the pool."""
     for name in _expert_tensors(layer):
         parameter = getattr(layer, name)
         parameter.data = parameter.data.new_empty((layer.local_num_experts, 0))

@@ -73,10 +73,10 @@ def install_model_patches() -> None:
 
 # --------------------------------------------------------------------------------------
 # _prepare_expert_assignment as the Triton experts see it (fused_moe/experts/triton_moe.py)
-#   why: blocks of tokens must be formed from logical ids and their experts renamed to rows
+#   why: blocks of tokens must be formed from logical ids and their experts renamed to slots
 #     of the pool afterwards; expert_map would be counted in an array for E experts.
 #   upstream: csrc/moe/moe_align_sum_kernels.cu (expert_map); fused_moe.py.
-#   remove when: FusedMoE takes a map from block experts to weight rows.
+#   remove when: FusedMoE takes a map from block experts to rows of the weights.
 # MoERunner._forward_impl (fused_moe/runner/moe_runner.py)
 #   why: with the MoE operators split out of piecewise CUDA graphs, the next piece replays
 #     with the addresses that it was captured with; the operators return new tensors.
@@ -105,7 +105,7 @@ def install_cuda_patches() -> None:
 # --------------------------------------------------------------------------------------
 # GPUModelRunner (v1/worker/gpu_model_runner.py, V1) and its V2 namesake
 # (v1/worker/gpu/model_runner.py)
-#   why: the rows of a forward pass have to be told apart by request; only the runner knows.
+#   why: the tokens of a forward pass have to be told apart by request; only the runner knows.
 #   upstream: --enable-return-routed-experts captures routing per request (V2 only), after
 #     the fact, without positions of the running batch.
 #   remove when: ForwardContext carries the request of every row.

@@ -1,6 +1,6 @@
-"""Which rows of a forward pass belong to which request: vLLM's runners, V1 and V2.
+"""Which tokens of a forward pass belong to which request: vLLM's runners, V1 and V2.
 
-The wrappers below translate a runner's batch into :class:`StepRows` and hand it to the
+The wrappers below translate a runner's batch into :class:`StepTokens` and hand it to the
 worker's runtime. A runner whose model has no offloaded layer passes straight through.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm_moe_offload.integration.experts import find_runtime
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 _UNKNOWN = object()
 
@@ -38,7 +38,7 @@ def v1_prepare_inputs(
         count = batch.num_reqs
         computed = batch.num_computed_tokens_cpu[:count]
         runtime.begin_step(
-            StepRows.of_lengths(
+            StepTokens.of_lengths(
                 list(batch.req_ids[:count]),
                 num_scheduled_tokens[:count],
                 computed,
@@ -55,7 +55,7 @@ def v2_prepare_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     if runtime is not None:
         count = batch.num_reqs
         runtime.begin_step(
-            StepRows.of_lengths(
+            StepTokens.of_lengths(
                 list(batch.req_ids[:count]),
                 np.asarray(batch.num_scheduled_tokens[:count]),
                 np.asarray(batch.num_computed_tokens_np[:count]),
@@ -102,7 +102,7 @@ def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def refuse_reload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Reloading would write weights into rows that belong to other experts."""
+    """Reloading would write weights into slots that belong to other experts."""
     if runtime_of(self) is not None:
         raise NotImplementedError(
             "reload_weights is not possible with --moe-offload: experts lie in a store that was "

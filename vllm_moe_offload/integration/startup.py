@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_moe_offload import __version__
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
-from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_rows, cache_shape
+from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
 from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
@@ -75,10 +75,10 @@ def start_runtime(
 
 
 def _attach(layer: Any, index: int, runtime: OffloadRuntime) -> None:
-    """Makes a layer's parameters rows of the pool.
+    """Makes a layer's parameters slots of the pool.
 
     ``.data`` is swapped and the Parameter kept: quantisation configs and kernels hold on
-    to biases and scales. With a row for every expert the layer sees its own, in logical
+    to biases and scales. With a slot for every expert the layer sees its own, in logical
     order, so that the kernel runs on exactly the tensors that plain vLLM has.
     """
     for name, tensor in runtime.pool.tensors.items():
@@ -112,10 +112,10 @@ def _shape(
             memory.available_bytes(layer),
             memory.kv_cache_bytes,
         )
-    rows = cache_rows(
+    slots = cache_slots(
         options.cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **sizes
     )
-    return cache_shape(rows, rules=policy.rules, **sizes)
+    return cache_shape(slots, rules=policy.rules, **sizes)
 
 
 def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> None:
@@ -132,9 +132,9 @@ def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> 
     )
     logger.info(
         "MoE offload: cache_gb=%s -> %.2f GiB: %d cache slots (%.0f%% of all experts) + %d "
-        "staging rows%s",
+        "staging slots%s",
         options.cache_gb,
-        shape.num_rows * expert_bytes / GIB,
+        shape.num_pool_slots * expert_bytes / GIB,
         shape.num_slots,
         100 * shape.num_slots / total,
         shape.num_staging_slots,

@@ -1,4 +1,4 @@
-"""vLLM's Triton experts on rows of the slot pool, with nothing else changed.
+"""vLLM's Triton experts on slots of the slot pool, with nothing else changed.
 
 The kernel reads ``weights[expert_ids[block]]``. Everything before that line must see the
 model as plain vLLM has it: ids in ``[0, E)`` when tokens are put in blocks, and E when the tile
@@ -6,7 +6,7 @@ sizes are chosen. So tokens are aligned by their logical ids, exactly as plain v
 only the experts of the blocks are renamed, by one gather from the layer's *slot map*.
 
 An ``expert_map`` cannot do that: with one, ``moe_align_block_size`` counts tokens by the ids
-*behind* the map in an array for E experts, and rows of a pool reach further. It would also
+*behind* the map in an array for E experts, and slots of a pool reach further. It would also
 take the decode path without alignment away, on which plain vLLM serves small batches.
 """
 
@@ -24,11 +24,11 @@ _slots: tuple[int, torch.Tensor] | None = None
 
 @contextlib.contextmanager
 def slots(num_experts: int, slot_map: torch.Tensor) -> Iterator[None]:
-    """While open, Triton experts compute on pool rows.
+    """While open, Triton experts compute on pool slots.
 
     Args:
         num_experts: E, of the model's layer.
-        slot_map: int32 ``[E + 1]`` on the device, row of each expert; blocks of one with -1
+        slot_map: int32 ``[E + 1]`` on the device, slot of each expert; blocks of one with -1
             are zeros in the output, and nothing is read for them. The last entry is always
             -1: it is what the index -1 finds, the expert of padding
             (``VLLM_MOE_SKIP_PADDING``) and of blocks that no token is in.
@@ -75,7 +75,7 @@ def tuning_config(layer: Any, x: torch.Tensor, top_k: int) -> dict[str, int]:
     """Tile sizes that plain vLLM would choose for this call.
 
     They follow from the number of experts among others, which vLLM reads off the weights'
-    shape. Taken from the pool's rows, results would depend on the size of the cache.
+    shape. Taken from the pool's slots, results would depend on the size of the cache.
     """
     from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
 
@@ -97,7 +97,7 @@ def apply_on_slots(
     topk_ids: torch.Tensor,
     slot_map: torch.Tensor,
 ) -> torch.Tensor:
-    """The layer's experts on pool rows.
+    """The layer's experts on pool slots.
 
     Args:
         layer: a RoutedExperts whose parameters are the pool's.

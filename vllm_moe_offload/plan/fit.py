@@ -14,8 +14,8 @@ from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cache.sizing import (
     auto_cache_bytes,
     build_peak_bytes,
-    cache_rows,
     cache_shape,
+    cache_slots,
 )
 from vllm_moe_offload.config import GIB
 from vllm_moe_offload.plan.machine import (
@@ -75,7 +75,7 @@ class Fit:
         kv_bytes: KV cache.
         kv_tokens: tokens of one request that it holds.
         cache_gb: the option that makes the cache.
-        cache: slots and staging rows; None where there is a problem.
+        cache: slots and staging slots; None where there is a problem.
         host_expert_bytes: with a GPU, experts that host memory holds.
         build_bytes: memory that the first start takes while it builds the store.
         least_fast_bytes: fast memory with which it starts at all.
@@ -102,13 +102,13 @@ class Fit:
 
     @property
     def cache_bytes(self) -> int:
-        """Of all rows, staging included."""
-        return 0 if self.cache is None else self.cache.num_rows * self.shape.expert_bytes
+        """Of all slots, staging included."""
+        return 0 if self.cache is None else self.cache.num_pool_slots * self.shape.expert_bytes
 
     @property
     def is_exact(self) -> bool:
         """Whether a whole layer's experts fit at once, so that no sum is split."""
-        return self.cache is not None and self.cache.num_rows >= self.shape.num_experts
+        return self.cache is not None and self.cache.num_pool_slots >= self.shape.num_experts
 
     @property
     def host_share(self) -> float:
@@ -192,7 +192,7 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
     cache, cache_gb = None, ""
     if not problems:
         cache_gb, cache = _cache(shape, room, all_bytes)
-        used = cache.num_rows * shape.expert_bytes
+        used = cache.num_pool_slots * shape.expert_bytes
         if kv_tokens is None:
             spare = min(available - used, _most_kv_bytes(shape))
             kv_bytes = max(least_kv_bytes, spare - spare % (1 << 20))
@@ -221,13 +221,13 @@ def _cache(shape: ModelShape, room_bytes: int, all_bytes: int) -> tuple[str, Cac
     if room_bytes >= all_bytes:
         cache_gb = "100%"
     else:
-        rows = max(room_bytes // shape.expert_bytes, shape.top_k)
-        # Up, or the last row would be lost; by less than one expert.
+        slots = max(room_bytes // shape.expert_bytes, shape.top_k)
+        # Up, or the last slot would be lost; by less than one expert.
         digits = 3 if shape.expert_bytes > GIB / 10**3 else 6
-        gib = math.ceil(rows * shape.expert_bytes / GIB * 10**digits) / 10**digits
+        gib = math.ceil(slots * shape.expert_bytes / GIB * 10**digits) / 10**digits
         cache_gb = f"{gib:.{digits}f}"
-    rows = cache_rows(cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
-    return cache_gb, cache_shape(rows, rules=TracePolicy.rules, **sizes)
+    slots = cache_slots(cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+    return cache_gb, cache_shape(slots, rules=TracePolicy.rules, **sizes)
 
 
 def _kv_bytes(shape: ModelShape, tokens: int) -> int:

@@ -8,7 +8,7 @@ from vllm_moe_offload.policy.belady import Belady
 from vllm_moe_offload.policy.eamc import EAMC
 from vllm_moe_offload.policy.plain import LFU, LRFU, LRU, LayerLRU
 from vllm_moe_offload.policy.trace import TracePolicy
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (LRU, LayerLRU, LFU, LRFU, EAMC, TracePolicy, Belady)
@@ -18,7 +18,7 @@ __all__ = [
     "POLICIES",
     "PlannerRules",
     "Policy",
-    "StepRows",
+    "StepTokens",
     "TracePolicy",
     "make_policy",
 ]

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from vllm_moe_offload.cache.planner import PlannerRules
-from vllm_moe_offload.step import FloatArray, IdArray, StepRows
+from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
 
 
 class Policy(ABC):
@@ -44,9 +44,9 @@ class Policy(ABC):
         scores[...] = self.scores
         self.scores = scores
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A step of the model begins."""
-        self.rows = rows
+        self.tokens = tokens
 
     def catch_up(self) -> None:
         """Learns from the step before and refreshes all scores, if that was put off.
@@ -61,21 +61,21 @@ class Policy(ABC):
 
         Args:
             layer: index among the MoE layers.
-            ids: ``[rows, top_k]`` expert ids.
-            votes: float32 ``[num_experts]``, per expert the sum of ``StepRows.weights`` of
-                the rows that chose it.
+            ids: ``[tokens, top_k]`` expert ids.
+            votes: float32 ``[num_experts]``, per expert the sum of ``StepTokens.weights`` of
+                the tokens that chose it.
         """
 
-    def native_observer(self, num_rows: int, top_k: int) -> int:
+    def native_observer(self, num_tokens: int, top_k: int) -> int:
         """Address of an ``Observer`` (``csrc/serving.h``) that takes the step's layer calls in.
 
         A policy that has one need not be told of each layer call by :meth:`observe`. Asked
-        at a step's first layer call; ``num_rows`` and ``top_k`` are those of the step.
+        at a step's first layer call; ``num_tokens`` and ``top_k`` are those of the step.
 
         Returns:
             0 if this policy has none, or not now.
         """
-        del num_rows, top_k
+        del num_tokens, top_k
         return 0
 
     def end_step(self) -> None:

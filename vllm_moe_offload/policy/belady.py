@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vllm_moe_offload.cache.planner import PlannerRules
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.step import FloatArray, IdArray, StepRows
+from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
 
 NEVER = np.float32(-3e38)
 """Score of an expert that is not used again."""
@@ -42,13 +42,13 @@ class Belady(Policy):
         """Tells the future.
 
         Args:
-            offsets: int64 ``[steps + 1]``; step i computes rows ``offsets[i]:offsets[i + 1]``.
-            ids: ``[rows, layers, top_k]`` of all steps.
+            offsets: int64 ``[steps + 1]``; step i computes tokens ``offsets[i]:offsets[i + 1]``.
+            ids: ``[tokens, layers, top_k]`` of all steps.
         """
         num_steps = offsets.size - 1
-        rows, layers, top_k = ids.shape
+        tokens, layers, top_k = ids.shape
         step_of = np.repeat(np.arange(num_steps, dtype=np.int64), np.diff(offsets) * top_k)
-        upcoming = np.full((rows, layers, top_k), NEVER, np.float32)
+        upcoming = np.full((tokens, layers, top_k), NEVER, np.float32)
         for layer in range(layers):
             expert = np.ascontiguousarray(ids[:, layer]).reshape(-1).astype(np.int64)
             uses, use_of = np.unique(expert * num_steps + step_of, return_inverse=True)
@@ -56,14 +56,14 @@ class Belady(Policy):
             same = uses[:-1] // num_steps == uses[1:] // num_steps
             following = np.full(uses.size, NEVER, np.float32)
             following[:-1][same] = -(step[1:][same] * layers + layer)
-            upcoming[:, layer] = following[use_of].reshape(rows, top_k)
+            upcoming[:, layer] = following[use_of].reshape(tokens, top_k)
         self._next = upcoming
         self._offsets = offsets
         self._step = -1
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """Moves on to the next foreseen step."""
-        super().begin_step(rows)
+        super().begin_step(tokens)
         self._step += 1
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from vllm_moe_offload.cache.planner import PlannerRules
 from vllm_moe_offload.forecast.nearest import NearestRequests
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.step import FloatArray, IdArray, StepRows
+from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
 
 DEFAULT_ENTRIES = 300
 EPSILON = 1e-4
@@ -40,10 +40,10 @@ class EAMC(Policy):
         ]
         self.scores[...] = EPSILON * self._layer_weight
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """Matches every running request by its counts so far."""
-        super().begin_step(rows)
-        predicted = self.nearest.begin_step(rows)
+        super().begin_step(tokens)
+        predicted = self.nearest.begin_step(tokens)
         np.multiply(predicted + np.float32(EPSILON), self._layer_weight, out=self.scores)
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:

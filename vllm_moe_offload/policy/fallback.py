@@ -46,7 +46,7 @@ class Shadow(Protocol):
         """bool ``[layers, experts]``: what the shadow holds."""
 
     def drive(self, first_layer: int, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
-        """Scores and plans consecutive layers; ids ``[layers, rows, top_k]``, votes
+        """Scores and plans consecutive layers; ids ``[layers, tokens, top_k]``, votes
         ``[layers, experts]``.
         """
 
@@ -106,7 +106,7 @@ class Fallback:
 
         Args:
             layer: that was routed.
-            ids: ``[layers, rows, top_k]`` of the step so far.
+            ids: ``[layers, tokens, top_k]`` of the step so far.
             votes: ``[experts]`` of the layer.
             scores: the cache's; 1 for what the winner holds now, 0 for the rest.
         """
@@ -120,7 +120,7 @@ class Fallback:
         """The other shadows take a step in; decides who is to rule.
 
         Args:
-            ids: ``[layers, rows, top_k]``.
+            ids: ``[layers, tokens, top_k]``.
             votes: ``[layers, experts]``.
             gain, decay: what the own policy's scores did at each layer's call.
         """

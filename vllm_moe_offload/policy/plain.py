@@ -63,9 +63,9 @@ class PlainPolicy(Policy):
             return None
         return votes if self.follows == GAIN_BY_VOTES else (votes > 0).astype(np.float32)
 
-    def native_observer(self, num_rows: int, top_k: int) -> int:
+    def native_observer(self, num_tokens: int, top_k: int) -> int:
         """See :meth:`Policy.native_observer`."""
-        self._observer.ids_per_layer = num_rows * top_k
+        self._observer.ids_per_layer = num_tokens * top_k
         return ctypes.addressof(self._observer)
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:

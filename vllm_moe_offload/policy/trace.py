@@ -26,7 +26,7 @@ from vllm_moe_offload.forecast.forecast import Forecast, TraceOptions
 from vllm_moe_offload.native import Observer, core
 from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.policy.fallback import Fallback, Shadow
-from vllm_moe_offload.step import FloatArray, IdArray, StepRows
+from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
 
 
 class TracePolicy(Policy):
@@ -97,9 +97,9 @@ class TracePolicy(Policy):
         """
         self._fallback = Fallback(own, plain)
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """Leaves all that takes time to :meth:`catch_up`."""
-        super().begin_step(rows)
+        super().begin_step(tokens)
         self._observer.layers_seen = self._layers_followed = 0
         self._is_behind = True
         if self._fallback is not None and self._fallback.is_decided:
@@ -116,7 +116,7 @@ class TracePolicy(Policy):
         self._take_in()
         if not self.is_scoring:
             return
-        self.forecast.begin_step(self.rows)
+        self.forecast.begin_step(self.tokens)
         own = self.forecast.scores
         own *= self._unvisited
         gain = np.float32(self.forecast.gain * self._decay)
@@ -148,10 +148,10 @@ class TracePolicy(Policy):
         """Whether a plain policy rules."""
         return self._fallback is not None and self._fallback.winner is not None
 
-    def _make_room(self, num_rows: int, top_k: int) -> None:
+    def _make_room(self, num_tokens: int, top_k: int) -> None:
         """For the ids of a step, of which ``observer`` is to know."""
-        if self._ids.shape[1:] != (num_rows, top_k):
-            self._ids = np.zeros((self.num_layers, num_rows, top_k), np.int32)
+        if self._ids.shape[1:] != (num_tokens, top_k):
+            self._ids = np.zeros((self.num_layers, num_tokens, top_k), np.int32)
             self._place_step()
 
     def _place_step(self) -> None:
@@ -160,11 +160,11 @@ class TracePolicy(Policy):
         observer.ids, observer.votes = self._ids.ctypes.data, self._votes.ctypes.data
         observer.ids_per_layer = self._ids[0].size
 
-    def native_observer(self, num_rows: int, top_k: int) -> int:
+    def native_observer(self, num_tokens: int, top_k: int) -> int:
         """See :meth:`Policy.native_observer`; there is none while a plain policy rules."""
         if self._is_led:
             return 0
-        self._make_room(num_rows, top_k)
+        self._make_room(num_tokens, top_k)
         self._observer.follows = self.is_scoring
         return ctypes.addressof(self._observer)
 
@@ -197,7 +197,7 @@ class TracePolicy(Policy):
             self._refresh()
         self._ids, self._past_ids = self._past_ids, self._ids
         self._votes, self._past_votes = self._past_votes, self._votes
-        self._past_rows = self.rows
+        self._past_tokens = self.tokens
         self._has_past = True
         self._place_step()
 
@@ -207,7 +207,7 @@ class TracePolicy(Policy):
         self._has_past = False
         ids, votes = self._past_ids, self._past_votes
         if not self.is_scoring:
-            self.forecast.trace(self._past_rows, ids)
+            self.forecast.trace(self._past_tokens, ids)
             return
         if self._fallback is not None:
             gain = votes * self._vote_gain

@@ -36,7 +36,7 @@ from vllm_moe_offload.replay.schedule import (
     decode_schedule,
     recorded_schedule,
 )
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 Progress = Callable[[int], object]
@@ -179,14 +179,14 @@ def _run(
             policy.end_request(str(request))
             if forecast is not None:
                 forecast.end_request(str(request))
-        rows = schedule.rows(step)
+        tokens = schedule.tokens(step)
         ids = _step_ids(trace, schedule, step)
-        policy.begin_step(rows)
+        policy.begin_step(tokens)
         if forecast is not None:
-            forecast.begin_step(rows)
+            forecast.begin_step(tokens)
         for layer in range(trace.num_layers):
             layer_ids = ids[layer]
-            _count_votes(layer_ids, rows, trace.num_experts, votes)
+            _count_votes(layer_ids, tokens, trace.num_experts, votes)
             policy.observe(layer, layer_ids, votes)
             if forecast is not None:
                 forecast.observe(layer, layer_ids)
@@ -197,7 +197,7 @@ def _run(
         if timeline is not None:
             timeline.append((cache.count("hits"), cache.count("misses")))
         if progress is not None:
-            progress(rows.request_of_row.size)
+            progress(tokens.request_of_token.size)
     return _Counts(
         cache.count("hits"), cache.count("misses"), int(schedule.row_token.size), forecast
     )
@@ -259,8 +259,8 @@ class _Forecast:
         self._named = np.zeros((shape.num_layers, shape.num_experts), np.bool_)
         self._issued = self._useful = self._misses = 0
 
-    def begin_step(self, rows: StepRows) -> None:
-        self._predictor.begin_step(rows)
+    def begin_step(self, tokens: StepTokens) -> None:
+        self._predictor.begin_step(tokens)
 
     def observe(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
         absent = self._cache.page_table[layer] < 0
@@ -296,7 +296,7 @@ class _Forecast:
 
 def _count_votes(
     ids: npt.NDArray[np.int32],
-    rows: StepRows,
+    tokens: StepTokens,
     num_experts: int,
     votes: npt.NDArray[np.float32],
 ) -> None:
@@ -307,7 +307,7 @@ def _count_votes(
             ids.shape[0],
             ids.shape[1],
             ids.itemsize,
-            rows.weights.ctypes.data,
+            tokens.weights.ctypes.data,
             num_experts,
             votes.ctypes.data,
         )
@@ -315,7 +315,7 @@ def _count_votes(
 
 
 def _routing(trace: RoutingTrace, schedule: Schedule) -> npt.NDArray[np.integer[Any]]:
-    """Ids ``[rows, layers, top_k]`` of the whole schedule."""
+    """Ids ``[tokens, layers, top_k]`` of the whole schedule."""
     if trace.schedule is None or not trace.schedule.recomputed_ids.size:
         return np.asarray(trace.ids[schedule.row_token])
     both = np.concatenate([trace.ids, trace.schedule.recomputed_ids])
@@ -323,7 +323,7 @@ def _routing(trace: RoutingTrace, schedule: Schedule) -> npt.NDArray[np.integer[
 
 
 def _step_ids(trace: RoutingTrace, schedule: Schedule, step: int) -> npt.NDArray[np.int32]:
-    """Ids ``[layers, rows, top_k]`` of one step."""
+    """Ids ``[layers, tokens, top_k]`` of one step."""
     tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
     if trace.schedule is not None:
         own = trace.ids.shape[0]

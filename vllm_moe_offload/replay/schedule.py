@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 
@@ -40,14 +40,14 @@ class Schedule:
         """Steps."""
         return self.offsets.size - 1
 
-    def rows(self, step: int) -> StepRows:
+    def tokens(self, step: int) -> StepTokens:
         """The step as a policy sees it; requests in the order of their first row."""
         rows = slice(self.offsets[step], self.offsets[step + 1])
         requests = self.row_request[rows]
         positions = self.row_position[rows]
         starts = np.flatnonzero(np.diff(requests, prepend=-1))
         first = positions[starts]
-        return StepRows.of_lengths(
+        return StepTokens.of_lengths(
             [str(request) for request in requests[starts]],
             np.diff(starts, append=requests.size),
             first,

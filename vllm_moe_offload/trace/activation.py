@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 
 Counts = npt.NDArray[np.float32]
 
@@ -46,7 +46,7 @@ class Activation:
         return self.prefill + self.decode
 
 
-class ActivationTracer:
+class ExpertTracer:
     """Activation matrices of every running request.
 
     Memory is two float32 matrices per running request; a finished one leaves at once.
@@ -69,19 +69,21 @@ class ActivationTracer:
         """The request's matrices, or None if none of its tokens ran."""
         return self._running.get(request)
 
-    def begin_step(self, rows: StepRows) -> None:
-        """Decides which rows of the step are new, and whose they are."""
+    def begin_step(self, tokens: StepTokens) -> None:
+        """Decides which tokens of the step are new, and whose they are."""
         self._step = []
         self._counts = []
-        fresh = np.ones(rows.positions.size, np.bool_)
-        counts_per_request = np.bincount(rows.request_of_row, minlength=len(rows.requests))
+        fresh = np.ones(tokens.positions.size, np.bool_)
+        counts_per_request = np.bincount(
+            tokens.request_of_token, minlength=len(tokens.requests)
+        )
         start = 0
-        for index, request in enumerate(rows.requests):
+        for index, request in enumerate(tokens.requests):
             new = int(counts_per_request[index])
             end = start + new
             activation = self._running.get(request)
             if activation is None:
-                first = int(rows.positions[start]) if end > start else 0
+                first = int(tokens.positions[start]) if end > start else 0
                 shape = (self.num_layers, self.num_experts)
                 activation = Activation(
                     np.zeros(shape, np.float32),
@@ -90,14 +92,14 @@ class ActivationTracer:
                     num_cached=first,
                 )
                 self._running[request] = activation
-            if new and rows.positions[start] < activation.high_water:
-                fresh[start:end] = rows.positions[start:end] >= activation.high_water
+            if new and tokens.positions[start] < activation.high_water:
+                fresh[start:end] = tokens.positions[start:end] >= activation.high_water
                 new = int(np.count_nonzero(fresh[start:end]))
             if new:
-                last = int(rows.positions[end - 1])
+                last = int(tokens.positions[end - 1])
                 activation.high_water = max(activation.high_water, last + 1)
             # A preempted request reads its own output again: that is no prompt.
-            if rows.is_prefill[index] and not activation.num_decode:
+            if tokens.is_prefill[index] and not activation.num_decode:
                 activation.num_prefill += new
                 self._counts.append(activation.prefill)
             else:
@@ -107,10 +109,10 @@ class ActivationTracer:
             start = end
         self._fresh = fresh
         self._all_fresh = bool(fresh.all())
-        self._keys = rows.request_of_row.astype(np.int64) * self.num_experts
+        self._keys = tokens.request_of_token.astype(np.int64) * self.num_experts
 
     def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Counts one layer call; ids ``[rows, top_k]`` in the rows of :meth:`begin_step`."""
+        """Counts one layer call; ids ``[tokens, top_k]`` in the tokens of :meth:`begin_step`."""
         keys = self._keys[:, None] + ids
         is_counted = ids != NO_EXPERT
         if not self._all_fresh:
@@ -124,7 +126,7 @@ class ActivationTracer:
             counts[layer] += row
 
     def observe_step(self, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Counts all layers of a step at once; ids ``[layers, rows, top_k]``.
+        """Counts all layers of a step at once; ids ``[layers, tokens, top_k]``.
 
         One count per request instead of one per request and layer: cheap enough for the
         end of every decode step.

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.step import StepRows
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.routing import id_dtype
 
 logger = logging.getLogger("vllm.moe_offload")
 
 _npy: Any = np.lib.format  # untyped in numpy's stubs
 BLOCK_ROWS = 4096
-_ROW = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8")])
+_TOKEN = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8")])
 
 
 @dataclass(slots=True)
@@ -76,16 +76,16 @@ class TraceRecorder:
         self._limit = limit_bytes
         self._layer_ids = np.arange(num_layers) if layer_ids is None else np.asarray(layer_ids)
         self._shape = (num_layers, top_k)
-        self._row_bytes = num_layers * top_k * self._dtype.itemsize + _ROW.itemsize
+        self._token_bytes = num_layers * top_k * self._dtype.itemsize + _TOKEN.itemsize
         self._ids_file = self._spool("ids")
-        self._rows_file = self._spool("rows")
+        self._tokens_file = self._spool("rows")
         self._requests: list[_Request] = []
         self._running: dict[str, int] = {}
         self._step = -1
-        self._rows: StepRows | None = None
+        self._tokens: StepTokens | None = None
         self._block: npt.NDArray[Any] = np.zeros((0, *self._shape), self._dtype)
         self._layers_seen = 0
-        self._num_rows = 0
+        self._num_tokens = 0
         self._stopped = False
         self._closed = False
 
@@ -98,80 +98,82 @@ class TraceRecorder:
     @property
     def num_rows(self) -> int:
         """Rows recorded."""
-        return self._num_rows
+        return self._num_tokens
 
     @property
     def is_recording(self) -> bool:
         """False once the limit was reached or the recorder was closed."""
         return not (self._stopped or self._closed)
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A step for real requests begins; without an end it replaces the one before."""
         if not self.is_recording:
             return
-        count = rows.request_of_row.size
-        if (self._num_rows + count) * self._row_bytes > self._limit:
+        count = tokens.request_of_token.size
+        if (self._num_tokens + count) * self._token_bytes > self._limit:
             self._stop(
                 f"the trace would outgrow record_trace_limit_gb ({self._limit / 2**30:.3g} GiB)"
             )
             return
-        self._rows = rows
+        self._tokens = tokens
         self._layers_seen = 0
         self._block = np.zeros((count, *self._shape), self._dtype)
 
     def _stop(self, reason: str) -> None:
         self._stopped = True
         logger.warning(
-            "MoE offload: record_trace stopped after %d rows, because %s; what was recorded "
+            "MoE offload: record_trace stopped after %d tokens, because %s; what was recorded "
             "is kept",
-            self._num_rows,
+            self._num_tokens,
             reason,
         )
 
     def observe(self, layer: int, ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
-        if self._rows is not None:
+        """Layer ``layer`` routed the step's tokens; ids ``[tokens, top_k]``."""
+        if self._tokens is not None:
             self._block[:, layer] = ids
             self._layers_seen += 1
 
     def end_step(self) -> None:
         """Spools the step."""
-        rows, self._rows = self._rows, None
-        if rows is None or self._layers_seen != self._shape[0]:
+        tokens, self._tokens = self._tokens, None
+        if tokens is None or self._layers_seen != self._shape[0]:
             return
         self._step += 1
-        entries = np.zeros(rows.request_of_row.size, _ROW)
+        entries = np.zeros(tokens.request_of_token.size, _TOKEN)
         entries["step"] = self._step
-        entries["position"] = rows.positions
-        indices = np.empty(len(rows.requests), np.int32)
-        lengths = np.bincount(rows.request_of_row, minlength=len(rows.requests))
+        entries["position"] = tokens.positions
+        indices = np.empty(len(tokens.requests), np.int32)
+        lengths = np.bincount(tokens.request_of_token, minlength=len(tokens.requests))
         start = 0
-        for position, name in enumerate(rows.requests):
+        for position, name in enumerate(tokens.requests):
             end = start + int(lengths[position])
             index = self._running.get(name)
             if index is None:
                 index = self._running[name] = len(self._requests)
-                first = int(rows.positions[start]) if end > start else 0
+                first = int(tokens.positions[start]) if end > start else 0
                 self._requests.append(_Request(name, first))
             request = self._requests[index]
             if end > start:
-                last = int(rows.positions[end - 1]) + 1
+                last = int(tokens.positions[end - 1]) + 1
                 # What a preempted request computes again is no prompt beyond its own.
-                request.has_decoded |= not rows.is_prefill[position]
+                request.has_decoded |= not tokens.is_prefill[position]
                 if not request.has_decoded:
                     request.prefill_end = max(request.prefill_end, last)
-                request.first_position = min(request.first_position, int(rows.positions[start]))
+                request.first_position = min(
+                    request.first_position, int(tokens.positions[start])
+                )
             indices[position] = index
             start = end
-        entries["request"] = indices[rows.request_of_row]
+        entries["request"] = indices[tokens.request_of_token]
         try:
             self._ids_file.write(self._block.tobytes())
-            self._rows_file.write(entries.tobytes())
+            self._tokens_file.write(entries.tobytes())
         except OSError as error:
             # Serving must not die of a full disk that it only records to.
             self._stop(f"its spool in {self._path.parent} cannot be written ({error})")
             return
-        self._num_rows += entries.size
+        self._num_tokens += entries.size
 
     def end_request(self, request: str) -> None:
         """A request ended: the same name would be another request from now on."""
@@ -189,21 +191,21 @@ class TraceRecorder:
             return
         self._closed = True
         try:
-            if self._num_rows:
+            if self._num_tokens:
                 self._write()
                 logger.info(
                     "MoE offload: wrote the routing of %d tokens of %d requests to %s",
-                    self._num_rows,
+                    self._num_tokens,
                     len(self._requests),
                     self._path,
                 )
         finally:
             self._ids_file.close()
-            self._rows_file.close()
+            self._tokens_file.close()
 
     def _write(self) -> None:
-        self._rows_file.seek(0)
-        rows = np.frombuffer(self._rows_file.read(self._num_rows * _ROW.itemsize), _ROW)
+        self._tokens_file.seek(0)
+        rows = np.frombuffer(self._tokens_file.read(self._num_tokens * _TOKEN.itemsize), _TOKEN)
         is_own, order = self._own_rows(rows)
         own = int(np.count_nonzero(is_own))
         row_token = np.empty(rows.size, np.int64)
@@ -283,7 +285,7 @@ class TraceRecorder:
             return
         self._ids_file.flush()
         spool = np.memmap(
-            self._ids_file, self._dtype, mode="r", shape=(self._num_rows, *self._shape)
+            self._ids_file, self._dtype, mode="r", shape=(self._num_tokens, *self._shape)
         )
         for start in range(0, order.size, BLOCK_ROWS):
             yield spool[order[start : start + BLOCK_ROWS]]

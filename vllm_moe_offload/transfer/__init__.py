@@ -1,4 +1,4 @@
-"""Moves experts from the store into rows of the slot pool: demands and prefetches."""
+"""Moves experts from the store into slots of the slot pool: demands and prefetches."""
 
 from vllm_moe_offload.transfer.base import Transfer
 from vllm_moe_offload.transfer.copier import Copier

@@ -10,10 +10,10 @@ from vllm_moe_offload.transfer.outcome import FinishedPrefetch
 
 
 class Transfer(Protocol):
-    """Brings experts into rows: :class:`TransferEngine` into memory, :class:`DeviceTransfer`
+    """Brings experts into slots: :class:`TransferEngine` into memory, :class:`DeviceTransfer`
     onto a device. For one thread at a time: the model runner's.
 
-    A row that was reported as holding its expert may be read by every kernel that is launched
+    A slot that was reported as holding its expert may be read by every kernel that is launched
     afterwards; on a device its bytes may still be on their way then, and the kernel waits.
 
     Attributes:
@@ -40,10 +40,10 @@ class Transfer(Protocol):
         """:meth:`begin_read` and :meth:`end_read`."""
 
     def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> PendingRead[Any]:
-        """Begins to bring in ``(layer, expert, row)`` before everything else."""
+        """Begins to bring in ``(layer, expert, slot)`` before everything else."""
 
     def end_read(self, pending: PendingRead[Any]) -> None:
-        """Returns when kernels may be launched on the rows; raises TransferError."""
+        """Returns when kernels may be launched on the slots; raises TransferError."""
 
     def prefetch(self, requests: Sequence[tuple[int, int, int]]) -> int:
         """Brings in experts when no demand waits; how many are in flight, from the front.
@@ -52,23 +52,23 @@ class Transfer(Protocol):
         goes on with those asked for before.
         """
 
-    def promote(self, row: int) -> None:
-        """Gives the prefetch into ``row`` a demand's priority."""
+    def promote(self, slot: int) -> None:
+        """Gives the prefetch into ``slot`` a demand's priority."""
 
-    def await_row(self, row: int) -> None:
-        """As :meth:`end_read`, for the prefetch into ``row``."""
+    def await_slot(self, slot: int) -> None:
+        """As :meth:`end_read`, for the prefetch into ``slot``."""
 
     def poll(self) -> list[FinishedPrefetch]:
         """Prefetches that ended and were not reported yet; does not wait."""
 
-    def cancel(self, row: int) -> bool:
-        """Drops the prefetch into ``row`` if it has not begun; whether it did."""
+    def cancel(self, slot: int) -> bool:
+        """Drops the prefetch into ``slot`` if it has not begun; whether it did."""
 
-    def drop(self, row: int) -> bool:
+    def drop(self, slot: int) -> bool:
         """As :meth:`cancel`, and goes on with one that began no longer than necessary."""
 
     def cancel_all(self) -> list[int]:
-        """Drops all prefetches that have not begun; returns their rows."""
+        """Drops all prefetches that have not begun; returns their slots."""
 
     def drain(self) -> None:
         """Waits until no prefetch is under way; :meth:`poll` reports them."""

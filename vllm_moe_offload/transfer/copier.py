@@ -1,4 +1,4 @@
-"""What DeviceTransfer asks of whoever moves bytes from host memory into device rows."""
+"""What DeviceTransfer asks of whoever moves bytes from host memory into device slots."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ DEMAND_LANE, PREFETCH_LANE = 0, 1
 
 
 class Copier(Protocol):
-    """Copies records from rows of the host tier into rows of the pool, asynchronously.
+    """Copies records from slots of the host tier into slots of the pool, asynchronously.
 
     A *ticket* stands for all copies of one :meth:`copy` and is valid until :meth:`release`.
     Every method raises an exception that names call and code if the device reports an error;
     nothing is tried again.
 
     Attributes:
-        num_rows: rows of the pool.
+        num_slots: slots of the pool.
     """
 
-    num_rows: int
+    num_slots: int
 
     def copy(self, lane: int, pairs: Sequence[tuple[int, int]]) -> int:
-        """Queues copies of ``(host row, device row)``, at least one; returns their ticket.
+        """Queues copies of ``(host slot, device slot)``, at least one; returns their ticket.
 
         On an error nothing of the call is under way any more.
         """
@@ -46,7 +46,7 @@ class Copier(Protocol):
     def after_compute(self) -> None:
         """Copies queued from now on wait for what was launched on the compute stream so far.
 
-        Kernels launched before may still read rows that the planner has given away since.
+        Kernels launched before may still read slots that the planner has given away since.
         """
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer.copier import DEMAND_LANE
 from vllm_moe_offload.transfer.cuda_library import (
-    TensorRows,
+    TensorSlots,
     check_cuda,
     cuda_library,
     last_cuda_error,
@@ -39,7 +39,7 @@ class CudaCopier:
     """A :class:`~vllm_moe_offload.transfer.copier.Copier` on two streams of a CUDA device.
 
     Attributes:
-        num_rows: rows of the pool.
+        num_slots: slots of the pool.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class CudaCopier:
         """Page-locks the arena. Keeps pool and arena alive.
 
         Args:
-            pool: on a CUDA device; copies go to its rows.
-            arena: uint8 ``[rows, record_bytes]``, contiguous; records of ``pool.layout``.
+            pool: on a CUDA device; copies go to its slots.
+            arena: uint8 ``[slots, record_bytes]``, contiguous; records of ``pool.layout``.
             compute_stream: handle of the stream on which kernels that read the pool are
                 launched now.
             engine: what copies.
@@ -76,18 +76,18 @@ class CudaCopier:
             or not arena.flags.c_contiguous
         ):
             raise ValueError(
-                f"the arena must be contiguous [rows, {layout.record_bytes}], got {arena.shape}"
+                f"the arena must be contiguous [slots, {layout.record_bytes}], got {arena.shape}"
             )
-        self.num_rows = pool.num_rows
+        self.num_slots = pool.num_slots
         self._compute_stream = compute_stream
         self._library = cuda_library()
-        tensors = tensor_rows(pool)
+        tensors = tensor_slots(pool)
         self._handle: int | None = self._library.vmo_copier_create(
             pool.device.index or 0,
             arena.ctypes.data,
             layout.record_bytes,
             len(arena),
-            pool.num_rows,
+            pool.num_slots,
             tensors,
             len(tensors),
         )
@@ -109,10 +109,10 @@ class CudaCopier:
 
     def copy(self, lane: int, pairs: Sequence[tuple[int, int]]) -> int:
         """As :meth:`Copier.copy`."""
-        rows = np.array(pairs, np.int32)  # [n, 2], as vmo_row_pair lies in memory
+        slots = np.array(pairs, np.int32)  # [n, 2], as vmo_slot_pair lies in memory
         return check_cuda(
             self._library.vmo_copier_copy(
-                self._open_handle(), lane, rows.ctypes.data, len(rows)
+                self._open_handle(), lane, slots.ctypes.data, len(slots)
             )
         )
 
@@ -151,16 +151,16 @@ def _destroy(handle: int, *kept_alive: object) -> None:
     cuda_library().vmo_copier_destroy(handle)
 
 
-def tensor_rows(pool: SlotPool) -> ctypes.Array[TensorRows]:
-    """Where each tensor of a record lies, and where its rows on the device begin."""
+def tensor_slots(pool: SlotPool) -> ctypes.Array[TensorSlots]:
+    """Where each tensor of a record lies, and where its slots on the device begin."""
     layout, addresses = pool.layout, pool.addresses()
     specs = [spec for spec in (*layout.direct, *layout.tail) if spec.nbytes]
-    array = (TensorRows * len(specs))()
+    array = (TensorSlots * len(specs))()
     offset = 0
-    for rows, spec in zip(array, specs, strict=True):
-        rows.record_offset = offset
-        rows.row_bytes = spec.nbytes
-        rows.rows = addresses[spec.name]
+    for slots, spec in zip(array, specs, strict=True):
+        slots.record_offset = offset
+        slots.slot_bytes = spec.nbytes
+        slots.slots = addresses[spec.name]
         offset += spec.nbytes
     return array
 
@@ -169,7 +169,7 @@ def cuda_transfer(
     store: ExpertStore,
     pool: SlotPool,
     *,
-    host_rows: int,
+    host_slots: int,
     compute_stream: Callable[[], int],
     num_threads: int = DEFAULT_THREADS,
     cpus: Sequence[int] = (),
@@ -180,12 +180,12 @@ def cuda_transfer(
 ) -> DeviceTransfer:
     """Fills the host tier from the store and connects it to the pool.
 
-    Leaves expert 0 of layer 0 in row 0 of the pool: the copy whose time is taken.
+    Leaves expert 0 of layer 0 in slot 0 of the pool: the copy whose time is taken.
 
     Args:
         store: what to serve.
-        pool: ``SlotPool(store.layout, num_rows, device=torch.device("cuda", index))``.
-        host_rows: experts in host memory, 2 at least; more than the store has are all of them.
+        pool: ``SlotPool(store.layout, num_slots, device=torch.device("cuda", index))``.
+        host_slots: experts in host memory, 2 at least; more than the store has are all of them.
         compute_stream: handle of the stream on which kernels that read the pool are launched
             now, ``lambda: torch.cuda.current_stream().cuda_stream``.
         num_threads, cpus, direct, verify: as :class:`TransferEngine`.
@@ -200,7 +200,7 @@ def cuda_transfer(
     """
     cuda_library()  # before minutes of reading
     host = HostTier(
-        store, host_rows, num_threads=num_threads, cpus=cpus, direct=direct, verify=verify
+        store, host_slots, num_threads=num_threads, cpus=cpus, direct=direct, verify=verify
     )
     with contextlib.ExitStack() as on_error:
         on_error.callback(host.close)
@@ -213,7 +213,7 @@ def cuda_transfer(
 
 
 def _measure_copy_ns(copier: CudaCopier) -> float:
-    """The shortest of a few copies of one expert into row 0."""
+    """The shortest of a few copies of one expert into slot 0."""
     copier.after_compute()
     times = []
     for _ in range(_MEASURED_COPIES):

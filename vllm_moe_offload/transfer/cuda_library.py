@@ -18,17 +18,17 @@ class CudaError(NativeError):
     """A failure that a CUDA call reported; the message names call, code and reason."""
 
 
-class TensorRows(ctypes.Structure):
-    """``vmo_tensor_rows``."""
+class TensorSlots(ctypes.Structure):
+    """``vmo_tensor_slots``."""
 
-    _fields_ = (("record_offset", c_uint64), ("row_bytes", c_uint64), ("rows", c_void_p))
+    _fields_ = (("record_offset", c_uint64), ("slot_bytes", c_uint64), ("slots", c_void_p))
 
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_cuda_last_error": (c_char_p, []),
     "vmo_copier_create": (
         c_void_p,
-        [c_int32, c_void_p, c_uint64, c_int32, c_int32, POINTER(TensorRows), c_int32],
+        [c_int32, c_void_p, c_uint64, c_int32, c_int32, POINTER(TensorSlots), c_int32],
     ),
     "vmo_copier_destroy": (None, [c_void_p]),
     "vmo_copier_set_engine": (c_int32, [c_void_p, c_int32]),

@@ -1,17 +1,17 @@
-"""DeviceTransfer: from the file over host memory into the rows of a pool on a device.
+"""DeviceTransfer: from the file over host memory into the slots of a pool on a device.
 
 An expert that lies in host memory is copied; one that does not is read from the file into a
-host row first. The host waits for files only: for copies the compute stream waits.
+host slot first. The host waits for files only: for copies the compute stream waits.
 
 What keeps bytes right, as copies run beside kernels and long after the call that queued them:
 
-* Kernels launched earlier may still read a row that was given away since. Copies queued in a
-  call run after what was launched before it (``Copier.after_compute``); rows of prefetches
+* Kernels launched earlier may still read a slot that was given away since. Copies queued in a
+  call run after what was launched before it (``Copier.after_compute``); slots of prefetches
   that are queued later were given away before the call that asked for them.
-* Kernels launched later read a row only once its copy ended: :meth:`DeviceTransfer.end_read`
-  and :meth:`DeviceTransfer.await_row` make the compute stream wait (``Copier.join``),
+* Kernels launched later read a slot only once its copy ended: :meth:`DeviceTransfer.end_read`
+  and :meth:`DeviceTransfer.await_slot` make the compute stream wait (``Copier.join``),
   :meth:`DeviceTransfer.poll` reports what the host saw complete.
-* A host row is held from before its first byte arrives until the host saw its copies complete.
+* A host slot is held from before its first byte arrives until the host saw its copies complete.
 * Where a call fails, the host waits for all that the call has queued.
 """
 
@@ -45,7 +45,7 @@ class _PendingCopies(PendingRead[StagedFlight]):
 
 
 class DeviceTransfer:
-    """Brings experts into device rows; a :class:`~vllm_moe_offload.transfer.base.Transfer`.
+    """Brings experts into device slots; a :class:`~vllm_moe_offload.transfer.base.Transfer`.
 
     Attributes:
         read_ns: time that callers waited for files.
@@ -66,7 +66,7 @@ class DeviceTransfer:
 
         Args:
             host: the tier that copies come from.
-            copier: moves bytes from ``host.arena`` into the pool's rows.
+            copier: moves bytes from ``host.arena`` into the pool's slots.
             max_queued_prefetches: as :data:`MOST_QUEUED_PREFETCHES`.
             expert_ns: time to copy one expert.
 
@@ -81,7 +81,7 @@ class DeviceTransfer:
         self._copier = copier
         self._copies = HostCopies(host, copier)
         self._flights = Flights(
-            StagedFlight, store.num_layers, store.num_experts, copier.num_rows
+            StagedFlight, store.num_layers, store.num_experts, copier.num_slots
         )
         self._prefetches = DevicePrefetches(
             host, copier, self._copies, self._flights, max_queued_prefetches
@@ -122,10 +122,10 @@ class DeviceTransfer:
         """Queues copies of what lies in host memory; begins to read the rest.
 
         Args:
-            requests: ``(layer, expert, row)``, of any number.
+            requests: ``(layer, expert, slot)``, of any number.
 
         Raises:
-            ValueError: a row or expert is in flight, twice in the call, or does not exist;
+            ValueError: a slot or expert is in flight, twice in the call, or does not exist;
                 nothing was begun.
         """
         pending = _PendingCopies(self._flights.register(requests, is_prefetch=False))
@@ -136,11 +136,11 @@ class DeviceTransfer:
             self._copies.reap()
             resident = []
             for flight in pending.flights:
-                row = self._host.rows.find(flight.layer, flight.expert)
-                if row is None:
+                slot = self._host.slots.find(flight.layer, flight.expert)
+                if slot is None:
                     pending.absent.append(flight)
                 else:
-                    flight.host_row = row
+                    flight.host_slot = slot
                     resident.append(flight)
             if resident:
                 pending.copies.append(self._copies.copy(DEMAND_LANE, resident))
@@ -163,7 +163,7 @@ class DeviceTransfer:
                 self._begin_file_reads(pending)
                 if pending.reads:
                     self._end_file_read(pending)
-                else:  # by copies: prefetches hold half of the host rows at most
+                else:  # by copies: prefetches hold half of the host slots at most
                     self._copies.wait_for_one(pending.copies)
             for copies in pending.copies:
                 self._copier.join(copies.ticket)
@@ -179,19 +179,19 @@ class DeviceTransfer:
         self._flights.forget(pending.flights)
 
     def _begin_file_reads(self, pending: _PendingCopies) -> None:
-        """As many as there are host rows for, and no more than are of use."""
-        rows = self._host.rows
+        """As many as there are host slots for, and no more than are of use."""
+        slots = self._host.slots
         while pending.absent and len(pending.reads) < _MOST_FILE_READS:
             flight = pending.absent[0]
-            row = rows.reserve(flight.layer, flight.expert)
-            if row is None:
+            slot = slots.reserve(flight.layer, flight.expert)
+            if slot is None:
                 return
             try:
-                read = self._host.files.begin_read([(flight.layer, flight.expert, row)])
+                read = self._host.files.begin_read([(flight.layer, flight.expert, slot)])
             except BaseException:
-                rows.abandon(row)
+                slots.abandon(slot)
                 raise
-            flight.host_row = row
+            flight.host_slot = slot
             pending.absent.popleft()
             pending.reads.append((flight, read))
 
@@ -203,49 +203,49 @@ class DeviceTransfer:
             pending.copies.append(self._copies.copy(DEMAND_LANE, [flight]))
 
     def _land(self, flight: StagedFlight, read: PendingRead[Flight]) -> None:
-        """Waits for a file read; on any failure its host row is given back."""
+        """Waits for a file read; on any failure its host slot is given back."""
         try:
             self._host.files.end_read(read)
         except BaseException as error:
-            self._host.rows.abandon(flight.host_row)
-            flight.host_row = -1
+            self._host.slots.abandon(flight.host_slot)
+            flight.host_slot = -1
             if not isinstance(error, TransferError):
                 raise
             flight.error = str(error)
         else:
-            self._host.rows.arrived(flight.host_row)
+            self._host.slots.arrived(flight.host_slot)
 
     def _end_all(self, pending: _PendingCopies) -> None:
-        """A call fails: nothing may write into a row that it gives up."""
+        """A call fails: nothing may write into a slot that it gives up."""
         try:
             while pending.reads:
                 self._land(*pending.reads.popleft())
             for flight in pending.flights:
-                if flight.host_row >= 0:
-                    self._host.rows.release(flight.host_row)
-                    flight.host_row = -1
+                if flight.host_slot >= 0:
+                    self._host.slots.release(flight.host_slot)
+                    flight.host_slot = -1
             while pending.copies:
                 self._copier.wait_on_host(pending.copies[-1].ticket)
                 self._copies.release(pending.copies.pop())
         finally:
             self._flights.forget(pending.flights)
 
-    def promote(self, row: int) -> None:
-        """Gives the prefetch into ``row`` a demand's priority.
+    def promote(self, slot: int) -> None:
+        """Gives the prefetch into ``slot`` a demand's priority.
 
         Raises:
-            ValueError: no prefetch into ``row`` is in flight.
+            ValueError: no prefetch into ``slot`` is in flight.
         """
-        self._prefetches.promote(self._prefetch_into(row))
+        self._prefetches.promote(self._prefetch_into(slot))
 
-    def await_row(self, row: int) -> None:
-        """Waits until kernels may be launched on ``row``; :meth:`poll` will not report it.
+    def await_slot(self, slot: int) -> None:
+        """Waits until kernels may be launched on ``slot``; :meth:`poll` will not report it.
 
         Raises:
             TransferError: the expert could not be read.
-            ValueError: no prefetch into ``row`` is in flight.
+            ValueError: no prefetch into ``slot`` is in flight.
         """
-        flight = self._prefetch_into(row)
+        flight = self._prefetch_into(slot)
         began = time.perf_counter_ns()
         try:
             joined = self._prefetches.join(flight)
@@ -256,7 +256,7 @@ class DeviceTransfer:
             return
         self._flights.take(flight)
         if flight.dropped and flight.error is not None:
-            self.read([(flight.layer, flight.expert, row)])  # wanted again, and cut short
+            self.read([(flight.layer, flight.expert, slot)])  # wanted again, and cut short
             return
         raise_for_errors([flight])
 
@@ -269,10 +269,10 @@ class DeviceTransfer:
         alone, behind the demands of a layer call, so that no prefetch gets in front of them.
 
         Args:
-            requests: ``(layer, expert, row)``, the most urgent first.
+            requests: ``(layer, expert, slot)``, the most urgent first.
 
         Returns:
-            How many of them are in flight now, from the front: file reads and host rows are
+            How many of them are in flight now, from the front: file reads and host slots are
             limited.
 
         Raises:
@@ -305,41 +305,41 @@ class DeviceTransfer:
         self._copies.reap()
         return self._flights.report()
 
-    def cancel(self, row: int) -> bool:
-        """Drops the prefetch into ``row`` if neither its read nor its copy has begun.
+    def cancel(self, slot: int) -> bool:
+        """Drops the prefetch into ``slot`` if neither its read nor its copy has begun.
 
         Returns:
-            True if dropped: ``row`` is free and unchanged. False if it began: its end will
+            True if dropped: ``slot`` is free and unchanged. False if it began: its end will
             be reported.
 
         Raises:
-            ValueError: no prefetch into ``row`` is in flight.
+            ValueError: no prefetch into ``slot`` is in flight.
         """
-        flight = self._prefetch_into(row)
+        flight = self._prefetch_into(slot)
         cancelled = self._prefetches.cancel(flight)
         if cancelled:
             self._flights.forget([flight])
         return cancelled
 
-    def drop(self, row: int) -> bool:
+    def drop(self, slot: int) -> bool:
         """As :meth:`cancel`, and ends a read that began; a queued copy ends by itself.
 
         Returns:
-            True if ``row`` is free now. False if its end will be reported, as ``dropped`` if
-            the row does not hold the expert.
+            True if ``slot`` is free now. False if its end will be reported, as ``dropped`` if
+            the slot does not hold the expert.
         """
-        flight = self._prefetch_into(row)
+        flight = self._prefetch_into(slot)
         dropped = self._prefetches.drop(flight)
         if dropped:
             self._flights.forget([flight])
         return dropped
 
     def cancel_all(self) -> list[int]:
-        """Drops all prefetches of which nothing has begun; returns their rows."""
+        """Drops all prefetches of which nothing has begun; returns their slots."""
         return [
-            row
-            for row in self._flights.rows
-            if self._flights.into(row).is_prefetch and self.cancel(row)
+            slot
+            for slot in self._flights.slots
+            if self._flights.into(slot).is_prefetch and self.cancel(slot)
         ]
 
     def drain(self) -> None:
@@ -347,10 +347,10 @@ class DeviceTransfer:
         while self._prefetches.num_under_way:
             self._prefetches.advance()
 
-    def _prefetch_into(self, row: int) -> StagedFlight:
-        flight = self._flights.into(row)
+    def _prefetch_into(self, slot: int) -> StagedFlight:
+        flight = self._flights.into(slot)
         if not flight.is_prefetch:
-            raise ValueError(f"row {row} is in flight for a demand, not for a prefetch")
+            raise ValueError(f"slot {slot} is in flight for a demand, not for a prefetch")
         return flight
 
     def close(self) -> None:

@@ -18,8 +18,8 @@ class Stage(Enum):
     """How far a prefetch is."""
 
     DEMAND = auto()  # not a prefetch
-    READING = auto()  # from the file into its host row
-    WAITING = auto()  # in its host row
+    READING = auto()  # from the file into its host slot
+    WAITING = auto()  # in its host slot
     COPYING = auto()
     ENDED = auto()
 
@@ -53,9 +53,9 @@ class DevicePrefetches:
         self._copies = copies
         self._flights = flights
         self.max_queued = max_queued
-        # Prefetches must leave host rows to demands.
-        self._max_under_way = host.num_rows if host.holds_everything else host.num_rows // 2
-        self._reading: dict[int, StagedFlight] = {}  # by host row
+        # Prefetches must leave host slots to demands.
+        self._max_under_way = host.num_slots if host.holds_everything else host.num_slots // 2
+        self._reading: dict[int, StagedFlight] = {}  # by host slot
         self._waiting: deque[StagedFlight] = deque()
         self._copying: list[StagedFlight] = []
 
@@ -76,24 +76,24 @@ class DevicePrefetches:
         if self.num_under_way >= self._max_under_way:
             return False
         host = self._host
-        row = host.rows.find(flight.layer, flight.expert)
-        if row is not None:
-            flight.host_row = row
+        slot = host.slots.find(flight.layer, flight.expert)
+        if slot is not None:
+            flight.host_slot = slot
             self._wait(flight)
             return True
-        row = host.rows.reserve(flight.layer, flight.expert)
-        if row is None:
+        slot = host.slots.reserve(flight.layer, flight.expert)
+        if slot is None:
             return False
         begun = 0
         try:
-            begun = host.files.prefetch([(flight.layer, flight.expert, row)])
+            begun = host.files.prefetch([(flight.layer, flight.expert, slot)])
         finally:
             if not begun:
-                host.rows.abandon(row)
+                host.slots.abandon(slot)
         if begun:
-            flight.host_row = row
+            flight.host_slot = slot
             flight.stage = Stage.READING
-            self._reading[row] = flight
+            self._reading[slot] = flight
         return bool(begun)
 
     def _wait(self, flight: StagedFlight) -> None:
@@ -126,14 +126,14 @@ class DevicePrefetches:
         return flight.copies is not None and self._copier.done(flight.copies.ticket)
 
     def _end_reading(self, ended: FinishedPrefetch) -> None:
-        flight = self._reading.pop(ended.row)
+        flight = self._reading.pop(ended.slot)
         if not ended.ok:
-            self._host.rows.abandon(ended.row)
-            flight.host_row = -1
+            self._host.slots.abandon(ended.slot)
+            flight.host_slot = -1
             flight.dropped |= ended.dropped
             self._end(flight, ended.error)
             return
-        self._host.rows.arrived(ended.row)
+        self._host.slots.arrived(ended.slot)
         self._wait(flight)
         if flight.dropped:
             self._leave_queue(flight)
@@ -143,8 +143,8 @@ class DevicePrefetches:
 
     def _leave_queue(self, flight: StagedFlight) -> None:
         self._waiting.remove(flight)
-        self._host.rows.release(flight.host_row)
-        flight.host_row = -1
+        self._host.slots.release(flight.host_slot)
+        flight.host_slot = -1
 
     def _end(self, flight: StagedFlight, error: str | None) -> None:
         flight.stage = Stage.ENDED
@@ -157,7 +157,7 @@ class DevicePrefetches:
         flight.dropped = False  # unless it turns out to have been cut short
         if flight.stage is Stage.READING:
             flight.promoted = True
-            self._host.files.promote(flight.host_row)
+            self._host.files.promote(flight.host_slot)
         elif flight.stage is Stage.WAITING:
             self._copy(flight, DEMAND_LANE)
 
@@ -180,7 +180,7 @@ class DevicePrefetches:
 
     def cancel(self, flight: StagedFlight) -> bool:
         """Takes it back if neither read nor copy has begun; then it is to be forgotten."""
-        if flight.stage is Stage.READING and self._host.files.cancel(flight.host_row):
+        if flight.stage is Stage.READING and self._host.files.cancel(flight.host_slot):
             self._give_up_reading(flight)
             return True
         if flight.stage is Stage.WAITING:
@@ -192,16 +192,16 @@ class DevicePrefetches:
         """As :meth:`cancel`, and ends a read that began; a queued copy ends by itself."""
         if flight.stage is not Stage.READING:
             return self.cancel(flight)
-        if self._host.files.drop(flight.host_row):
+        if self._host.files.drop(flight.host_slot):
             self._give_up_reading(flight)
             return True
         flight.dropped = True
         return False
 
     def _give_up_reading(self, flight: StagedFlight) -> None:
-        del self._reading[flight.host_row]
-        self._host.rows.abandon(flight.host_row)
-        flight.host_row = -1
+        del self._reading[flight.host_slot]
+        self._host.slots.abandon(flight.host_slot)
+        flight.host_slot = -1
 
     def advance(self) -> None:
         """Waits until some prefetch got on; there must be one under way."""

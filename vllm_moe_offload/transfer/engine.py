@@ -1,4 +1,4 @@
-"""TransferEngine: from the store's file into rows of memory."""
+"""TransferEngine: from the store's file into slots of memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _WAIT_MS = 500
 
 
 class TransferEngine:
-    """Reads experts of one store into the rows of one pool.
+    """Reads experts of one store into the slots of one pool.
 
     For one thread at a time: the model runner's.
 
     Attributes:
-        read_ns: time that callers spent waiting in :meth:`read` and :meth:`await_row`.
+        read_ns: time that callers spent waiting in :meth:`read` and :meth:`await_slot`.
         expert_ns: None, as in :class:`Transfer`.
         max_queued_prefetches: of no meaning here, as in :class:`Transfer`.
     """
@@ -43,8 +43,8 @@ class TransferEngine:
 
         Args:
             store: what to read.
-            destinations: for every tensor of ``store.layout`` its rows as contiguous uint8
-                ``[num_rows, nbytes]``. Those of direct tensors must begin at a multiple of
+            destinations: for every tensor of ``store.layout`` its slots as contiguous uint8
+                ``[num_slots, nbytes]``. Those of direct tensors must begin at a multiple of
                 4 KiB. Kept alive by the engine.
             num_threads: I/O threads; each has one read of up to 1 MiB under way.
             cpus: cores they may run on; empty: where the calling thread may.
@@ -76,7 +76,7 @@ class TransferEngine:
         self._tickets_for_demand = self._reader.num_tickets // 2
         self._by_ticket: dict[int, Flight] = {}
         self._flights = Flights(
-            Flight, store.num_layers, store.num_experts, self._reader.num_rows
+            Flight, store.num_layers, store.num_experts, self._reader.num_slots
         )
 
     @property
@@ -97,14 +97,14 @@ class TransferEngine:
     # ---- demand ----------------------------------------------------------------------
 
     def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
-        """Reads experts and returns when all are in their rows.
+        """Reads experts and returns when all are in their slots.
 
         Args:
-            requests: ``(layer, expert, row)``, of any number.
+            requests: ``(layer, expert, slot)``, of any number.
 
         Raises:
             TransferError: some could not be read. All reads of the call ended.
-            ValueError: a row or expert is in flight, twice in the call, or does not exist;
+            ValueError: a slot or expert is in flight, twice in the call, or does not exist;
                 nothing was read.
         """
         self.end_read(self.begin_read(requests))
@@ -125,7 +125,7 @@ class TransferEngine:
         return pending
 
     def end_read(self, pending: PendingRead[Flight]) -> None:
-        """Second half of :meth:`read`: returns when all are in their rows.
+        """Second half of :meth:`read`: returns when all are in their slots.
 
         Raises:
             TransferError: as :meth:`read`.
@@ -141,27 +141,27 @@ class TransferEngine:
             self.read_ns += time.perf_counter_ns() - began
         raise_for_errors(pending.flights)
 
-    def promote(self, row: int) -> None:
-        """Gives what is left of the prefetch into ``row`` a demand's priority.
+    def promote(self, slot: int) -> None:
+        """Gives what is left of the prefetch into ``slot`` a demand's priority.
 
         Raises:
-            ValueError: ``row`` is not in flight.
+            ValueError: ``slot`` is not in flight.
         """
-        flight = self._flights.into(row)
+        flight = self._flights.into(slot)
         if not flight.done:
             self._reader.promote(flight.ticket)
 
-    def await_row(self, row: int) -> None:
-        """Waits for the prefetch into ``row``, now with a demand's priority.
+    def await_slot(self, slot: int) -> None:
+        """Waits for the prefetch into ``slot``, now with a demand's priority.
 
         Its end is reported by the return, not by :meth:`poll`.
 
         Raises:
             TransferError: the expert could not be read.
-            ValueError: ``row`` is not in flight.
+            ValueError: ``slot`` is not in flight.
         """
         began = time.perf_counter_ns()
-        flight = self._flights.into(row)
+        flight = self._flights.into(slot)
         if not flight.done:
             try:
                 self._reader.promote(flight.ticket)
@@ -173,7 +173,7 @@ class TransferEngine:
         self._flights.take(flight)
         self.read_ns += time.perf_counter_ns() - began
         if flight.dropped and flight.error is not None:
-            self.read([(flight.layer, flight.expert, row)])  # wanted again, and cut short
+            self.read([(flight.layer, flight.expert, slot)])  # wanted again, and cut short
             return
         raise_for_errors([flight])
 
@@ -183,7 +183,7 @@ class TransferEngine:
         """Reads experts when no demand waits; returns at once.
 
         Args:
-            requests: ``(layer, expert, row)``, the most urgent first.
+            requests: ``(layer, expert, slot)``, the most urgent first.
 
         Returns:
             How many of them are in flight now, from the front: reads under way are limited.
@@ -214,41 +214,41 @@ class TransferEngine:
             self._collect(0)
         return self._flights.report()
 
-    def cancel(self, row: int) -> bool:
-        """Drops the prefetch into ``row`` if it has not begun.
+    def cancel(self, slot: int) -> bool:
+        """Drops the prefetch into ``slot`` if it has not begun.
 
         Returns:
-            True if dropped: ``row`` is free and unchanged. False if it began: its end will
+            True if dropped: ``slot`` is free and unchanged. False if it began: its end will
             be reported.
 
         Raises:
-            ValueError: ``row`` is not in flight.
+            ValueError: ``slot`` is not in flight.
         """
-        flight = self._flights.into(row)
+        flight = self._flights.into(slot)
         if flight.done or not self._reader.cancel(flight.ticket):
             return False
         self._by_ticket.pop(flight.ticket)
         self._flights.forget([flight])
         return True
 
-    def drop(self, row: int) -> bool:
+    def drop(self, slot: int) -> bool:
         """As :meth:`cancel`, and reads no more of a prefetch that began.
 
         Returns:
-            True if ``row`` is free now. False if its end will be reported, as ``dropped`` if
+            True if ``slot`` is free now. False if its end will be reported, as ``dropped`` if
             not all of it had been read.
         """
-        if self.cancel(row):
+        if self.cancel(slot):
             return True
-        flight = self._flights.into(row)
+        flight = self._flights.into(slot)
         if not flight.done:
             flight.dropped = True
             self._reader.abort(flight.ticket)
         return False
 
     def cancel_all(self) -> list[int]:
-        """Drops all prefetches that have not begun; returns their rows."""
-        return [row for row in self._flights.rows if self.cancel(row)]
+        """Drops all prefetches that have not begun; returns their slots."""
+        return [slot for slot in self._flights.slots if self.cancel(slot)]
 
     def drain(self) -> None:
         """Waits until nothing is being read; :meth:`poll` reports what ended."""
@@ -295,7 +295,7 @@ class TransferEngine:
             self._collect(_WAIT_MS, num_running if wait_for_all else 1)
 
     def _submit(self, flights: Sequence[Flight], priority: int) -> None:
-        records = [(flight.layer, flight.expert, flight.row) for flight in flights]
+        records = [(flight.layer, flight.expert, flight.slot) for flight in flights]
         for flight, ticket in zip(flights, self._reader.submit(records, priority), strict=True):
             flight.ticket = ticket
             self._by_ticket[ticket] = flight
@@ -312,7 +312,7 @@ class TransferEngine:
         self._flights.end(flight, None if reason is None else self._explain(flight, reason))
 
     def _end_all_reads(self) -> None:
-        """A signal interrupted a call: no read may write into a row that it gives up."""
+        """A signal interrupted a call: no read may write into a slot that it gives up."""
         while self._collect(-1):
             pass
         # Left are those that the interrupted wait had taken already.

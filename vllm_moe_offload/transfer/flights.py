@@ -1,7 +1,7 @@
-"""Flights: what is on its way into which row, and how its end is told.
+"""Flights: what is on its way into which slot, and how its end is told.
 
-A row is *in flight* from the call that asks for it until its end was reported (by the same
-call, ``poll`` or ``await_row``) or it was cancelled. The page table goes by the same rule, so
+A slot is *in flight* from the call that asks for it until its end was reported (by the same
+call, ``poll`` or ``await_slot``) or it was cancelled. The page table goes by the same rule, so
 that an expert in flight is never fetched or evicted twice; asking for that is an error here.
 """
 
@@ -16,20 +16,20 @@ from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One expert on its way into one row.
+    """One expert on its way into one slot.
 
     Attributes:
-        layer, expert, row: what, and where to.
+        layer, expert, slot: what, and where to.
         is_prefetch: whether its end is reported by ``poll``.
         ticket: of whoever moves the bytes; -1: nobody does, or not any more.
         done: it ended.
-        error: why ``row`` does not hold the expert; for people.
+        error: why ``slot`` does not hold the expert; for people.
         dropped: nobody wanted it any more.
     """
 
     layer: int
     expert: int
-    row: int
+    slot: int
     is_prefetch: bool
     ticket: int = -1
     done: bool = False
@@ -49,24 +49,24 @@ class PendingRead(Generic[FlightT]):
 
 
 class Flights(Generic[FlightT]):
-    """All flights of one transfer, by row."""
+    """All flights of one transfer, by slot."""
 
     def __init__(
-        self, flight_type: type[FlightT], num_layers: int, num_experts: int, num_rows: int
+        self, flight_type: type[FlightT], num_layers: int, num_experts: int, num_slots: int
     ) -> None:
         self.is_closed = False
         self._flight_type = flight_type
         self._num_layers = num_layers
         self._num_experts = num_experts
-        self._num_rows = num_rows
-        self._by_row: dict[int, FlightT] = {}
+        self._num_slots = num_slots
+        self._by_slot: dict[int, FlightT] = {}
         self._experts: set[tuple[int, int]] = set()
         self._unreported: list[FlightT] = []  # prefetches that ended
 
     @property
-    def rows(self) -> list[int]:
-        """Rows in flight."""
-        return list(self._by_row)
+    def slots(self) -> list[int]:
+        """Slots in flight."""
+        return list(self._by_slot)
 
     @property
     def has_unreported(self) -> bool:
@@ -76,15 +76,15 @@ class Flights(Generic[FlightT]):
     def register(
         self, requests: Sequence[tuple[int, int, int]], *, is_prefetch: bool
     ) -> list[FlightT]:
-        """Puts ``(layer, expert, row)`` in flight: all, or none and a ValueError."""
+        """Puts ``(layer, expert, slot)`` in flight: all, or none and a ValueError."""
         if self.is_closed:
             raise ValueError("the transfer is closed")
         flights: list[FlightT] = []
         try:
-            for layer, expert, row in requests:
-                self._check(layer, expert, row)
-                flight = self._flight_type(layer, expert, row, is_prefetch)
-                self._by_row[row] = flight
+            for layer, expert, slot in requests:
+                self._check(layer, expert, slot)
+                flight = self._flight_type(layer, expert, slot, is_prefetch)
+                self._by_slot[slot] = flight
                 self._experts.add((layer, expert))
                 flights.append(flight)
         except ValueError:
@@ -92,25 +92,25 @@ class Flights(Generic[FlightT]):
             raise
         return flights
 
-    def _check(self, layer: int, expert: int, row: int) -> None:
+    def _check(self, layer: int, expert: int, slot: int) -> None:
         if not (0 <= layer < self._num_layers and 0 <= expert < self._num_experts):
             raise ValueError(f"there is no expert {expert} in layer {layer}")
-        if not 0 <= row < self._num_rows:
-            raise ValueError(f"row {row} is outside [0, {self._num_rows})")
-        if row in self._by_row:
-            other = self._by_row[row]
+        if not 0 <= slot < self._num_slots:
+            raise ValueError(f"slot {slot} is outside [0, {self._num_slots})")
+        if slot in self._by_slot:
+            other = self._by_slot[slot]
             raise ValueError(
-                f"row {row} is in flight for expert {other.expert} of layer {other.layer}: "
+                f"slot {slot} is in flight for expert {other.expert} of layer {other.layer}: "
                 f"expert {expert} of layer {layer} cannot be read into it"
             )
         if (layer, expert) in self._experts:
-            raise ValueError(f"expert {expert} of layer {layer} is in flight to another row")
+            raise ValueError(f"expert {expert} of layer {layer} is in flight to another slot")
 
-    def into(self, row: int) -> FlightT:
-        """The flight into ``row``; ValueError if there is none."""
-        flight = self._by_row.get(row)
+    def into(self, slot: int) -> FlightT:
+        """The flight into ``slot``; ValueError if there is none."""
+        flight = self._by_slot.get(slot)
         if flight is None:
-            raise ValueError(f"row {row} is not in flight")
+            raise ValueError(f"slot {slot} is not in flight")
         return flight
 
     def end(self, flight: FlightT, error: str | None) -> None:
@@ -124,7 +124,7 @@ class Flights(Generic[FlightT]):
     def forget(self, flights: Iterable[FlightT]) -> None:
         """The flights are not in flight any more."""
         for flight in flights:
-            del self._by_row[flight.row]
+            del self._by_slot[flight.slot]
             self._experts.discard((flight.layer, flight.expert))
 
     def take(self, flight: FlightT) -> None:
@@ -140,7 +140,7 @@ class Flights(Generic[FlightT]):
             FinishedPrefetch(
                 flight.layer,
                 flight.expert,
-                flight.row,
+                flight.slot,
                 flight.error,
                 flight.dropped and flight.error is not None,
             )
@@ -150,7 +150,7 @@ class Flights(Generic[FlightT]):
     def close(self) -> None:
         """Forgets everything and takes no more."""
         self.is_closed = True
-        self.forget(list(self._by_row.values()))
+        self.forget(list(self._by_slot.values()))
         self._unreported.clear()
 
 
@@ -164,6 +164,6 @@ def raise_for_errors(flights: Sequence[Flight]) -> None:
         message += f" ({len(failed)} of {len(flights)} experts failed, this one first)"
     raise TransferError(
         message,
-        [flight.row for flight in flights if flight.error is None],
-        [flight.row for flight in failed],
+        [flight.slot for flight in flights if flight.error is None],
+        [flight.slot for flight in failed],
     )

@@ -1,4 +1,4 @@
-"""Copies out of the host tier, and how long they hold its rows."""
+"""Copies out of the host tier, and how long they hold its slots."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ class DeviceFlight(Flight):
     """An expert on its way to a device.
 
     Attributes:
-        host_row: held for it while no copy does; -1: none is.
+        host_slot: held for it while no copy does; -1: none is.
     """
 
-    host_row: int = -1
+    host_slot: int = -1
 
 
 @dataclass(slots=True)
 class Copies:
-    """Copies under one ticket, and the host rows that they hold."""
+    """Copies under one ticket, and the host slots that they hold."""
 
     ticket: int
-    host_rows: list[int]
+    host_slots: list[int]
 
 
 class HostCopies:
-    """Queues copies; a host row is held until the host saw its copies complete.
+    """Queues copies; a host slot is held until the host saw its copies complete.
 
     Attributes:
         copied_bytes: of experts, queued so far.
@@ -44,33 +44,35 @@ class HostCopies:
         self._departing: list[Copies] = []
 
     def copy(self, lane: int, flights: Sequence[DeviceFlight]) -> Copies:
-        """Queues copies from the flights' host rows into their rows.
+        """Queues copies from the flights' host slots into their slots.
 
-        The copies hold the host rows from now on, and the flights do not.
+        The copies hold the host slots from now on, and the flights do not.
         """
-        host_rows = [flight.host_row for flight in flights]
-        ticket = self._copier.copy(lane, [(flight.host_row, flight.row) for flight in flights])
+        host_slots = [flight.host_slot for flight in flights]
+        ticket = self._copier.copy(
+            lane, [(flight.host_slot, flight.slot) for flight in flights]
+        )
         for flight in flights:
-            flight.host_row = -1
+            flight.host_slot = -1
         self.copied_bytes += self._expert_bytes * len(flights)
-        return Copies(ticket, host_rows)
+        return Copies(ticket, host_slots)
 
     def release(self, copies: Copies) -> None:
         """The host saw the copies complete."""
         self._copier.release(copies.ticket)
-        for row in copies.host_rows:
-            self._host.rows.release(row)
+        for slot in copies.host_slots:
+            self._host.slots.release(slot)
 
     def depart(self, copies: Iterable[Copies]) -> None:
         """Kernels wait for the copies; the host has not seen them complete."""
-        if self._host.holds_everything:  # no row is ever used for another expert
+        if self._host.holds_everything:  # no slot is ever used for another expert
             for each in copies:
                 self.release(each)
         else:
             self._departing += copies
 
     def reap(self) -> None:
-        """Gives back host rows of departed copies that are complete."""
+        """Gives back host slots of departed copies that are complete."""
         under_way = []
         for copies in self._departing:
             if self._copier.done(copies.ticket):
@@ -83,11 +85,11 @@ class HostCopies:
         """Waits for the oldest departed copies or, without any, takes from ``others``.
 
         Raises:
-            RuntimeError: there are none: whoever holds the host rows is unknown.
+            RuntimeError: there are none: whoever holds the host slots is unknown.
         """
         copies = self._departing or others
         if not copies:
-            raise RuntimeError("all host rows are held, and no copy is under way")
+            raise RuntimeError("all host slots are held, and no copy is under way")
         self._copier.wait_on_host(copies[0].ticket)
         self.release(copies.pop(0))
 

@@ -1,6 +1,6 @@
 """HostTier: experts in host memory, as records, above the store's file.
 
-One arena of exactly the size asked for. A row is a record as it lies in the file, so an expert
+One arena of exactly the size asked for. A slot is a record as it lies in the file, so an expert
 is one contiguous source for a copy to the device, and one O_DIRECT read, tail included.
 """
 
@@ -16,10 +16,10 @@ from vllm_moe_offload.cache.host_memory import anonymous_region
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer.engine import DEFAULT_THREADS, TransferEngine
-from vllm_moe_offload.transfer.host_rows import HostRows
+from vllm_moe_offload.transfer.host_slots import HostSlots
 from vllm_moe_offload.transfer.record_reader import Bytes
 
-MIN_ROWS = 2
+MIN_SLOTS = 2
 """One that a prefetch may hold, and one that it may not."""
 
 _FILL_BATCH = 16
@@ -30,16 +30,16 @@ class HostTier:
 
     Attributes:
         store: the tier below.
-        num_rows: rows of the arena.
-        arena: uint8 ``[num_rows, record_bytes]``, page aligned, in huge pages where possible.
-        rows: which expert lies where.
+        num_slots: slots of the arena.
+        arena: uint8 ``[num_slots, record_bytes]``, page aligned, in huge pages where possible.
+        slots: which expert lies where.
         files: reads records into the arena.
     """
 
     def __init__(
         self,
         store: ExpertStore,
-        num_rows: int,
+        num_slots: int,
         *,
         num_threads: int = DEFAULT_THREADS,
         cpus: Sequence[int] = (),
@@ -50,33 +50,33 @@ class HostTier:
 
         Args:
             store: what to read.
-            num_rows: experts that fit; more than the store has are not allocated.
+            num_slots: experts that fit; more than the store has are not allocated.
             num_threads, cpus, direct, verify: as :class:`TransferEngine`. ``verify`` checks
                 records when they arrive here.
 
         Raises:
             MemoryError: the system refuses the memory.
             TransferError: the file cannot be opened.
-            ValueError: ``num_rows`` is less than :data:`MIN_ROWS`.
+            ValueError: ``num_slots`` is less than :data:`MIN_SLOTS`.
         """
-        if num_rows < MIN_ROWS:
+        if num_slots < MIN_SLOTS:
             raise ValueError(
-                f"a host tier of {num_rows} rows is too small, it needs {MIN_ROWS} at least"
+                f"a host tier of {num_slots} slots is too small, it needs {MIN_SLOTS} at least"
             )
         total = store.num_layers * store.num_experts
         self.store = store
-        self.num_rows = min(num_rows, total)
-        self.holds_everything = self.num_rows == total
+        self.num_slots = min(num_slots, total)
+        self.holds_everything = self.num_slots == total
         record_bytes = store.layout.record_bytes
-        nbytes = self.num_rows * record_bytes
+        nbytes = self.num_slots * record_bytes
         try:
-            self.arena: Bytes = _memory(nbytes).reshape(self.num_rows, record_bytes)
+            self.arena: Bytes = _memory(nbytes).reshape(self.num_slots, record_bytes)
         except OSError as error:
             raise MemoryError(
-                f"cannot allocate {nbytes} bytes of host memory for {self.num_rows} experts: "
+                f"cannot allocate {nbytes} bytes of host memory for {self.num_slots} experts: "
                 f"{error}; lower host_gb"
             ) from error
-        self.rows = HostRows(self.num_rows)
+        self.slots = HostSlots(self.num_slots)
         self.files = TransferEngine(
             _as_records(store),
             {_RECORD: self.arena},
@@ -92,7 +92,7 @@ class HostTier:
         return self.arena.nbytes
 
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads experts into all rows: every one in store order, or as many of each layer.
+        """Reads experts into all slots: every one in store order, or as many of each layer.
 
         Reading before the memory is page-locked lets the I/O threads fault it in.
 
@@ -102,30 +102,30 @@ class HostTier:
         Raises:
             TransferError: one could not be read.
         """
-        store, rows = self.store, self.rows
+        store, slots = self.store, self.slots
         experts = [
             (layer, e) for layer in range(store.num_layers) for e in range(store.num_experts)
         ]
         if not self.holds_everything:
             experts.sort(key=lambda expert: expert[::-1])
-            experts = sorted(experts[: self.num_rows])
+            experts = sorted(experts[: self.num_slots])
         under_way = []
         num_read = 0
         batches = [experts[i : i + _FILL_BATCH] for i in range(0, len(experts), _FILL_BATCH)]
         for batch in [*batches, []]:
             requests = []
             for layer, expert in batch:
-                row = rows.reserve(layer, expert)
-                assert row is not None  # there are as many as experts
-                requests.append((layer, expert, row))
+                slot = slots.reserve(layer, expert)
+                assert slot is not None  # there are as many as experts
+                requests.append((layer, expert, slot))
             under_way.append((requests, self.files.begin_read(requests)))
             if len(under_way) < 2 and batch:
                 continue  # the disk is never without work
             requests, pending = under_way.pop(0)
             self.files.end_read(pending)
-            for _, _, row in requests:
-                rows.arrived(row)
-                rows.release(row)
+            for _, _, slot in requests:
+                slots.arrived(slot)
+                slots.release(slot)
             num_read += len(requests)
             if progress is not None:
                 progress(num_read, len(experts))

@@ -10,40 +10,40 @@ class TransferError(RuntimeError):
     """Experts could not be read; the message names file, expert, reason and remedy.
 
     Attributes:
-        succeeded_rows: rows of the same call that hold their experts.
-        failed_rows: rows of the same call whose content is undefined. No read writes into
+        succeeded_slots: slots of the same call that hold their experts.
+        failed_slots: slots of the same call whose content is undefined. No read writes into
             them any more.
     """
 
     def __init__(
         self,
         message: str,
-        succeeded_rows: Iterable[int] = (),
-        failed_rows: Iterable[int] = (),
+        succeeded_slots: Iterable[int] = (),
+        failed_slots: Iterable[int] = (),
     ) -> None:
         super().__init__(message)
-        self.succeeded_rows = list(succeeded_rows)
-        self.failed_rows = list(failed_rows)
+        self.succeeded_slots = list(succeeded_slots)
+        self.failed_slots = list(failed_slots)
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedPrefetch:
-    """A prefetch that ended; its row is no longer in flight.
+    """A prefetch that ended; its slot is no longer in flight.
 
     Attributes:
         layer, expert: what was read.
-        row: where to.
-        error: why ``row`` does not hold it; None if it does.
+        slot: where to.
+        error: why ``slot`` does not hold it; None if it does.
         dropped: nobody wanted it any more: an error is none then.
     """
 
     layer: int
     expert: int
-    row: int
+    slot: int
     error: str | None
     dropped: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether the row holds the expert."""
+        """Whether the slot holds the expert."""
         return self.error is None

@@ -15,13 +15,13 @@ import torch
 from vllm_moe_offload.cache.planner import ExpertCache
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.step import IdArray, StepRows
+from vllm_moe_offload.step import IdArray, StepTokens
 from vllm_moe_offload.transfer import Transfer
 
 logger = logging.getLogger("vllm.moe_offload")
 
 Read = tuple[int, int, int]
-"""Layer, expert and reserved row of an expert that is to be read ahead."""
+"""Layer, expert and reserved slot of an expert that is to be read ahead."""
 
 LAYERS_AHEAD = 3
 """Layers for which experts are read ahead."""
@@ -46,7 +46,7 @@ class Prefetcher:
     Attributes:
         predictor: says what the next layers will use.
         read_ns: average time to read one expert.
-        compute_ns: average time from a layer's rows being ready to the next layer's call, by
+        compute_ns: average time from a layer's slots being ready to the next layer's call, by
             the number of bits in the step's number of tokens.
     """
 
@@ -68,16 +68,16 @@ class Prefetcher:
         self._cache = cache
         self._transfer = transfer
         self._policy = policy
-        self._flights: dict[int, tuple[int, int]] = {}  # row -> layer, expert
+        self._flights: dict[int, tuple[int, int]] = {}  # slot -> layer, expert
         self._warned = False
 
-    def begin_step(self, rows: StepRows) -> None:
+    def begin_step(self, tokens: StepTokens) -> None:
         """A step begins."""
-        self._size = rows.request_of_row.size.bit_length()
-        self.predictor.begin_step(rows)
+        self._size = tokens.request_of_token.size.bit_length()
+        self.predictor.begin_step(tokens)
 
     def observe(self, layer: int, ids: IdArray) -> None:
-        """Layer ``layer`` routed the step's rows; ids ``[rows, top_k]``."""
+        """Layer ``layer`` routed the step's slots; ids ``[tokens, top_k]``."""
         self.predictor.observe(layer, ids)
 
     def end_step(self) -> None:
@@ -93,8 +93,8 @@ class Prefetcher:
         if not self._transfer.has_news:
             return
         for ended in self._transfer.poll():
-            del self._flights[ended.row]
-            self._cache.complete(ended.row, ended.ok)
+            del self._flights[ended.slot]
+            self._cache.complete(ended.slot, ended.ok)
             if not (ended.ok or ended.dropped or self._warned):
                 # Not an error yet: whoever needs the expert reads it again, and raises.
                 self._warned = True
@@ -107,29 +107,29 @@ class Prefetcher:
         if all(target != layer for target, _ in self._flights.values()):
             return
         needed = set(self._cache.slots.tolist())
-        for row, (target, _) in list(self._flights.items()):
-            if target == layer and row not in needed and self._transfer.drop(row):
-                del self._flights[row]
-                self._cache.cancel_prefetch(row)
+        for slot, (target, _) in list(self._flights.items()):
+            if target == layer and slot not in needed and self._transfer.drop(slot):
+                del self._flights[slot]
+                self._cache.cancel_prefetch(slot)
 
-    def promote(self, row: int) -> None:
-        """The layer call needs the row now: its read goes before other prefetches."""
-        self._transfer.promote(row)
+    def promote(self, slot: int) -> None:
+        """The layer call needs the slot now: its read goes before other prefetches."""
+        self._transfer.promote(slot)
 
-    def await_row(self, row: int) -> None:
+    def await_slot(self, slot: int) -> None:
         """Waits for a prefetch that the layer call needs.
 
         Raises:
             TransferError: the expert could not be read.
         """
-        del self._flights[row]
-        self._transfer.await_row(row)
-        self._cache.complete(row, True)
+        del self._flights[slot]
+        self._transfer.await_slot(slot)
+        self._cache.complete(slot, True)
 
     def foresee(self, layer: int, hidden: torch.Tensor | None) -> list[Read]:
         """What to read ahead for the layers behind ``layer``, the next one first.
 
-        ``hidden``: what the router of ``layer`` was given. Returns layer, expert and reserved row
+        ``hidden``: what the router of ``layer`` was given. Returns layer, expert and reserved slot
         of each, to be given to :meth:`begin`.
         """
         most = self.room
@@ -137,7 +137,7 @@ class Prefetcher:
             return []
         value = self._policy.full_score
         reads = self.predictor.foresee(layer, hidden, self._cache, value, most)
-        return [(target, expert, row) for target, expert, row in reads.tolist()]
+        return [(target, expert, slot) for target, expert, slot in reads.tolist()]
 
     @property
     def room(self) -> int:
@@ -145,7 +145,7 @@ class Prefetcher:
         return max(self._budget() - len(self._flights), 0)
 
     def begin(self, reads: list[Read]) -> None:
-        """Begins to read; layer, expert and reserved row of each, the most urgent first.
+        """Begins to read; layer, expert and reserved slot of each, the most urgent first.
 
         With none too: others may wait for their turn.
         """
@@ -153,16 +153,16 @@ class Prefetcher:
             return
         self._transfer.max_queued_prefetches = max(MOST_QUEUED, self._per_layer())
         begun = self._transfer.prefetch(reads)
-        for target, expert, row in reads[:begun]:
-            self._flights[row] = (target, expert)
+        for target, expert, slot in reads[:begun]:
+            self._flights[slot] = (target, expert)
         for _, _, refused in reads[begun:]:
             self._cache.cancel_prefetch(refused)
 
     def drop_all(self) -> None:
-        """Frees every row that is in flight: what was not begun is dropped, the rest awaited."""
-        for row in self._transfer.cancel_all():
-            del self._flights[row]
-            self._cache.cancel_prefetch(row)
+        """Frees every slot that is in flight: what was not begun is dropped, the rest awaited."""
+        for slot in self._transfer.cancel_all():
+            del self._flights[slot]
+            self._cache.cancel_prefetch(slot)
         self.settle()
 
     def settle(self) -> None:

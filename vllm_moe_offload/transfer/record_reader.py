@@ -51,20 +51,20 @@ class _Ticket:
             self.tail = np.frombuffer(mmap.mmap(-1, layout.tail_bytes), np.uint8)
             self.extents[-1].destination = self.tail.ctypes.data
             self.extents[-1].length = layout.tail_bytes
-        self.record = (-1, -1, -1)  # layer, expert, row
+        self.record = (-1, -1, -1)  # layer, expert, slot
 
 
 class RecordReader:
-    """Reads records of one store into rows, several at a time.
+    """Reads records of one store into slots, several at a time.
 
-    Tensors of a record that O_DIRECT can place go straight into their rows; the tail goes
+    Tensors of a record that O_DIRECT can place go straight into their slots; the tail goes
     through the ticket's buffer and is copied when all bytes are there.
 
     Attributes:
         read_bytes: bytes of records that arrived.
         verify_failures: records whose checksum was wrong.
         direct: whether reads bypass the page cache.
-        num_rows: rows that every destination has.
+        num_slots: slots that every destination has.
         num_tickets: most reads in flight at once.
         free_tickets: tickets that :meth:`submit` may use.
     """
@@ -83,11 +83,13 @@ class RecordReader:
         layout = store.layout
         self.read_bytes = 0
         self.verify_failures = 0
-        self.num_rows = _check_destinations(layout, destinations)
+        self.num_slots = _check_destinations(layout, destinations)
         self._store = store
         self._verify = verify
-        self._direct_rows = [destinations[spec.name] for spec in layout.direct]
-        self._direct_bases = [(rows.ctypes.data, rows.shape[1]) for rows in self._direct_rows]
+        self._direct_slots = [destinations[spec.name] for spec in layout.direct]
+        self._direct_bases = [
+            (slots.ctypes.data, slots.shape[1]) for slots in self._direct_slots
+        ]
         self._tail_parts: list[tuple[Bytes, int, int]] = []
         begin = 0
         for spec in layout.tail:
@@ -103,7 +105,7 @@ class RecordReader:
         self._completions = (Completion * self.num_tickets)()
         self._reader, self.direct = _open(store, num_threads, cpus, direct)
         self._num_ended = ctypes.c_int32.from_address(core.vmo_reader_num_ended(self._reader))
-        # The threads must end before the rows they write to are freed.
+        # The threads must end before the slots they write to are freed.
         self._finalizer = weakref.finalize(self, core.vmo_reader_close, self._reader)
         self._finalizer.atexit = False
 
@@ -124,16 +126,16 @@ class RecordReader:
         impossible, with nothing changed.
 
         Args:
-            records: ``(layer, expert, row)`` each, at least one.
+            records: ``(layer, expert, slot)`` each, at least one.
             priority: :data:`DEMAND` or :data:`PREFETCH`.
         """
         tickets = self.free_tickets[-len(records) :]
         for read, index, record in zip(self._read_items, tickets, records, strict=False):
-            layer, expert, row = record
+            layer, expert, slot = record
             ticket = self._tickets[index]
             ticket.record = record
             for extent, (base, nbytes) in zip(ticket.direct, self._direct_bases, strict=True):
-                extent.destination = base + row * nbytes
+                extent.destination = base + slot * nbytes
             read.offset = self._store.record_offset(layer, expert)
             read.extents = ticket.extents
             read.num_extents = len(ticket.extents)
@@ -159,7 +161,7 @@ class RecordReader:
         check(core.vmo_reader_abort(self._reader, index))
 
     def wait(self, timeout_ms: int, min_count: int = 1) -> Iterator[tuple[int, str | None]]:
-        """Tickets of reads that ended, each with the reason why its row is not good.
+        """Tickets of reads that ended, each with the reason why its slot is not good.
 
         Sleeps until there are ``min_count``, ``timeout_ms`` passed (0: at once, -1: never
         does) or no more are in flight. The iterator must be consumed.
@@ -192,18 +194,18 @@ class RecordReader:
 
     def _land(self, ticket: _Ticket) -> str | None:
         """All bytes arrived: copies the tail, unless the record turns out to be damaged."""
-        layer, expert, row = ticket.record
+        layer, expert, slot = ticket.record
         if self._verify:
             digest = xxhash.xxh3_64()
-            for rows in self._direct_rows:
-                digest.update(rows[row].data)
+            for slots in self._direct_slots:
+                digest.update(slots[slot].data)
             digest.update(ticket.tail.data)
             wanted = self._store.checksum(layer, expert)
             if digest.intdigest() != wanted:
                 self.verify_failures += 1
                 return f"its checksum is {digest.hexdigest()}, not {wanted:016x}"
-        for rows, begin, end in self._tail_parts:
-            rows[row] = ticket.tail[begin:end]
+        for slots, begin, end in self._tail_parts:
+            slots[slot] = ticket.tail[begin:end]
         return None
 
 
@@ -234,23 +236,23 @@ def _open(
 
 
 def _check_destinations(layout: ExpertLayout, destinations: Mapping[str, Bytes]) -> int:
-    """Number of rows, if every tensor has as many, and reads can go to them."""
+    """Number of slots, if every tensor has as many, and reads can go to them."""
     names = {spec.name for spec in layout.tensors}
     if destinations.keys() != names:
         raise ValueError(f"destinations {sorted(destinations)} are not {sorted(names)}")
-    num_rows = len(destinations[layout.tensors[0].name])
+    num_slots = len(destinations[layout.tensors[0].name])
     for spec in layout.tensors:
-        rows = destinations[spec.name]
-        if rows.dtype != np.uint8 or rows.shape != (num_rows, spec.nbytes):
+        slots = destinations[spec.name]
+        if slots.dtype != np.uint8 or slots.shape != (num_slots, spec.nbytes):
             raise ValueError(
-                f"{spec.name} must be uint8 [{num_rows}, {spec.nbytes}], got {rows.dtype} "
-                f"{rows.shape}"
+                f"{spec.name} must be uint8 [{num_slots}, {spec.nbytes}], got {slots.dtype} "
+                f"{slots.shape}"
             )
-        if not (rows.flags.c_contiguous and rows.flags.writeable):
+        if not (slots.flags.c_contiguous and slots.flags.writeable):
             raise ValueError(f"{spec.name} must be contiguous and writeable")
-        if spec.is_direct and rows.ctypes.data % ALIGNMENT:
+        if spec.is_direct and slots.ctypes.data % ALIGNMENT:
             raise ValueError(f"{spec.name} must begin at a multiple of {ALIGNMENT} bytes")
-    return num_rows
+    return num_slots
 
 
 def _reason(error: int) -> str:
