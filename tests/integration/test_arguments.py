@@ -14,8 +14,6 @@ from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, parse_cac
 from vllm_moe_offload.integration import plugin
 from vllm_moe_offload.reference import options
 
-pytestmark = pytest.mark.vllm
-
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():

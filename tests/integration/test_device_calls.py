@@ -15,8 +15,6 @@ from vllm_moe_offload.lookahead import sampled_rows
 from vllm_moe_offload.policy.base import StepRows
 from vllm_moe_offload.trace.recorder import TraceRecorder
 
-pytestmark = pytest.mark.vllm
-
 HIDDEN = 4
 
 
