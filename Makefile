@@ -1,4 +1,4 @@
-# make setup, then: demo, test, test-all, lint, bench, docs. Run `make help` for one line each.
+# make setup, then: demo, check, test, test-all, bench, docs. Run `make help` for one line each.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,16 +7,20 @@ STAMP := $(VENV)/.setup-stamp
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*)
 CUDA_LIBRARY := vllm_moe_offload/_cuda.so
+TEST_REPORT := benchmarks/results/test_all.json
 
-.PHONY: help setup cuda gpu-kit gpu-rehearsal demo test test-all lint format sanitize bench docs clean
+.PHONY: help setup cuda gpu-kit gpu-rehearsal demo check unit unit-scripts engines slow-sample test test-all \
+  lint format sanitize bench docs clean
 
 help: ## what each target does
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
 
 setup: $(STAMP) ## .venv with locked CPU requirements, extension built
 
-$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py \
+  scripts/install_torch.py $(SOURCES)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install_torch.py requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
 	VMO_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
@@ -40,11 +44,30 @@ gpu-rehearsal: gpu-kit ## what the kit is for, on this CPU with a simulated devi
 demo: setup ## build a demo model, serve it with offload, chat with it, show the figures
 	$(BIN)/python scripts/demo.py
 
-test: setup ## the tests a change must pass (10 to 20 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+check: setup ## lint and all tests that start no engine (2 minutes on 2 idle cores)
+	$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint unit unit-scripts
 
-test-all: setup ## everything, every architecture and capacity
-	$(BIN)/python -m pytest -m "not gpu"
+# Side by side, as one process keeps one core busy. The second one imports vLLM.
+NO_ENGINE := -m "not vllm and not slow and not gpu" --durations=10
+WITH_VLLM := tests/integration tests/scripts
+
+unit: setup
+	$(BIN)/python -m pytest $(NO_ENGINE) $(WITH_VLLM:%=--ignore=%)
+
+unit-scripts: setup
+	$(BIN)/python -m pytest $(NO_ENGINE) $(WITH_VLLM)
+
+engines: setup
+	$(BIN)/python -m pytest -m "vllm and not slow and not gpu" --durations=20
+
+slow-sample: setup ## the cells of test-all that .ci/slow_cells names
+	$(BIN)/python -m pytest --durations=20 @.ci/slow_cells
+
+test: check ## what a change must pass: check, and an engine for each feature (12 minutes)
+	$(MAKE) --no-print-directory engines
+
+test-all: setup ## all architectures, capacities and modes (over an hour); writes $(TEST_REPORT)
+	$(BIN)/python -m pytest -m "not gpu" --durations=20 --results $(TEST_REPORT)
 
 lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -20,8 +20,24 @@ real model does, so the weights are *planted*:
 Experts are random: ``networks``.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from scripts.demo_model.architectures import ARCHS, DemoModelError, Shape, expert_bytes
-from scripts.demo_model.text import TOPICS
-from scripts.demo_model.write import write_demo_model
+
+if TYPE_CHECKING:
+    from scripts.demo_model.text import TOPICS
+    from scripts.demo_model.write import write_demo_model
 
 __all__ = ["ARCHS", "TOPICS", "DemoModelError", "Shape", "expert_bytes", "write_demo_model"]
+
+_NEED_TORCH = {"TOPICS": "text", "write_demo_model": "write"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, once it is asked for: plans and reports do without its seconds."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,89 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return json.loads((directory / "out.json").read_text())
 
     return run
+
+
+class EngineProcess:
+    """A process that runs one list of jobs after the other; it starts with the first."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._process: subprocess.Popen[str] | None = None
+        self._lists = 0
+
+    def run(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """Results of the jobs. After one that failed, the next list gets another process."""
+        self._lists += 1
+        paths = [str(self._directory / f"{kind}{self._lists}.json") for kind in ("jobs", "out")]
+        Path(paths[0]).write_text(json.dumps(jobs))
+        if self._process is not None and self._process.poll() is not None:
+            self.stop()
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(paths) + "\n")
+        process.stdin.flush()
+        answered, _, _ = select.select([process.stdout], [], [], 1200)
+        answer = process.stdout.readline() if answered else "nothing in 1200 s"
+        if answer != "done\n":
+            self.stop()
+            raise AssertionError(f"{answer!r}\n{self._log.read_text()[-8000:]}")
+        results: list[dict[str, Any]] = json.loads(Path(paths[1]).read_text())
+        if any("error" in result for result in results):
+            self.stop()
+        return results
+
+    @property
+    def _log(self) -> Path:
+        return self._directory / "log"
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(DRIVER)],
+                env=ENGINES,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        return self._process
+
+    def stop(self) -> None:
+        """Ends the process, if there is one."""
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def share_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs jobs in two processes for the whole session: without the plugin's work, and with it.
+
+    A process in which nothing was ever offloaded is the reference, and a plain engine that
+    another test had already is not started again. Tests of a process's state want
+    ``run_engines``.
+    """
+    plain = EngineProcess(tmp_path_factory.mktemp("plain"))
+    offloaded = EngineProcess(tmp_path_factory.mktemp("offloaded"))
+    known: dict[str, dict[str, Any]] = {}
+
+    def key(job: Job) -> str:
+        return json.dumps(job, sort_keys=True)
+
+    def run(jobs: list[Job]) -> list[dict[str, Any]]:
+        stock = [job for job in jobs if "additional_config" not in job["llm"]]
+        new = [job for job in stock if key(job) not in known]
+        if new:
+            known.update(zip(map(key, new), plain.run(new), strict=True))
+        ours = [job for job in jobs if job not in stock]
+        results = iter(offloaded.run(ours) if ours else [])
+        return [known[key(job)] if job in stock else next(results) for job in jobs]
+
+    yield run
+    plain.stop()
+    offloaded.stop()
 
 
 def engine(

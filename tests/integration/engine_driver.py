@@ -1,6 +1,10 @@
 """Runs vLLM engines in a process of their own and writes what they generated.
 
 Usage: engine_driver.py JOBS.json OUT.json
+       engine_driver.py
+
+Without arguments it reads lines ``["JOBS.json", "OUT.json"]`` from standard input and answers each
+with the line ``done``, so that one process, which takes long to import vLLM, serves many lists.
 
 JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM,
 "batches": [[prompt token ids, ...], ...], "max_tokens": n}``. OUT gets, per engine, per batch
@@ -14,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import sys
 import time
 import traceback
@@ -113,13 +118,30 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         return run(job)
 
 
+def run_jobs(jobs: Path, out: Path) -> None:
+    """All engines of a list; what is done so far is in ``out``, whatever happens later."""
+    results = []
+    for job in json.loads(jobs.read_text()):
+        results.append(run_job(job))
+        out.write_text(json.dumps(results))
+
+
+def serve() -> None:
+    """Lists of engines from standard input, until it is closed."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines print, too
+    for line in sys.stdin:
+        jobs, out = json.loads(line)
+        run_jobs(Path(jobs), Path(out))
+        print("done", file=answers, flush=True)
+
+
 def main() -> None:
     """See the module's docstring."""
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    results = []
-    for job in jobs:
-        results.append(run_job(job))
-        Path(sys.argv[2]).write_text(json.dumps(results))
+    if len(sys.argv) == 1:
+        serve()
+    else:
+        run_jobs(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from vllm_moe_offload import cli
 from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, options, parse_cache_size
 from vllm_moe_offload.integration import plugin
 
-pytestmark = pytest.mark.vllm
-
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():

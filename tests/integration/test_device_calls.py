@@ -15,8 +15,6 @@ from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
 
-pytestmark = pytest.mark.vllm
-
 HIDDEN = 4
 
 

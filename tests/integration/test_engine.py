@@ -1,5 +1,7 @@
 """What an engine does besides generating: start errors, second starts, off, waves, dummies."""
 
+import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -55,10 +57,10 @@ def test_start_errors_are_clear_and_second_start_opens(demo_model, run_engines, 
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, run_engines, store_dir):
+def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, share_engines, store_dir):
     model = demo_model("gpt_oss")
     share = f"{100 * (EXPERTS // 2) / (EXPERTS * LAYERS):.12f}%"
-    plain, waves = run_engines(
+    plain, waves = share_engines(
         [
             engine(model, eager=True, dtype="float32"),
             engine(
@@ -81,9 +83,9 @@ def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, run_engines, s
         assert first.keys() & expected.keys()
 
 
-def test_dummy_weights_are_stored_and_served(demo_model, run_engines, store_dir):
+def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_dir):
     model = demo_model("mixtral")
-    plain, offloaded = run_engines(
+    plain, offloaded = share_engines(
         [
             engine(model, eager=True, load_format="dummy"),
             engine(
@@ -97,20 +99,31 @@ def test_dummy_weights_are_stored_and_served(demo_model, run_engines, store_dir)
     assert offloaded["batches"] == plain["batches"]
 
 
-def test_a_damaged_store_never_serves_wrong_tokens(demo_model, run_engines, tmp_path):
+def test_a_damaged_store_never_serves_wrong_tokens(
+    demo_model, share_engines, run_engines, tmp_path
+):
     model = demo_model("mixtral")
-    stores = tmp_path / "stores"
-    options = {"mode": "lru", "cache_gb": "50%", "store_dir": str(stores)}
-    (built,) = run_engines([engine(model, eager=True, offload=options)])
+    kinds = {"built": {}, "flipped": {"verify": True}, "truncated": {}}
+    jobs = [
+        engine(
+            model,
+            eager=True,
+            offload={"mode": "lru", "cache_gb": "50%", "store_dir": str(tmp_path / kind)}
+            | more,
+        )
+        for kind, more in kinds.items()
+    ]
+    (built,) = share_engines(jobs[:1])
     assert "error" not in built
-    (path,) = stores.glob("*/rank0of1/experts.bin")
+    for kind in ("flipped", "truncated"):
+        shutil.copytree(tmp_path / "built", tmp_path / kind)
+    (path,) = (tmp_path / "flipped").glob("*/rank0of1/experts.bin")
     flip_bytes(path)
-    (flipped,) = run_engines([engine(model, eager=True, offload={**options, "verify": True})])
+    (path,) = (tmp_path / "truncated").glob("*/rank0of1/experts.bin")
+    os.truncate(path, path.stat().st_size - 4096)
+    flipped, truncated = run_engines(jobs[1:])
     assert "checksum" in flipped["trace"]
     assert "experts.bin" in flipped["trace"]
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 4096)
-    (truncated,) = run_engines([engine(model, eager=True, offload=options)])
     assert "experts.bin" in truncated["trace"]
 
 

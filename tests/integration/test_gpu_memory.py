@@ -9,8 +9,6 @@ from vllm_moe_offload.cache.host_memory import Headroom, Probe
 from vllm_moe_offload.config import GIB, OffloadConfig
 from vllm_moe_offload.integration import gpu_memory
 
-pytestmark = pytest.mark.vllm
-
 LAYERS, EXPERTS = 4, 8
 RECORD = GIB // 2
 """16 GiB in all."""

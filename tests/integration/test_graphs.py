@@ -11,8 +11,6 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_moe_offload.integration import graphs, plugin
 
-pytestmark = pytest.mark.vllm
-
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):

@@ -1,7 +1,6 @@
 """Offloaded output is plain vLLM's: same tokens, bitwise the same logprobs.
 
-Engines are expensive (a start costs 25 s and more with torch.compile), so each test runs
-the plain engine and all offloaded ones of an architecture in one process.
+Engines are expensive, so plain ones share one process and offloaded ones another.
 """
 
 import pytest
@@ -28,32 +27,32 @@ def assert_identical(results, expected_rows):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_eager_at_half_capacity(arch, demo_model, store_dir, run_engines):
+def test_eager_at_half_capacity(arch, demo_model, store_dir, share_engines):
     model = demo_model(arch)
     rows = num_experts(arch) // 2
     jobs = [
         engine(model, eager=True),
         engine(model, eager=True, offload=offload(store_dir, "50%")),
     ]
-    results = run_engines(jobs)
+    results = share_engines(jobs)
     assert_identical(results, [rows])
     assert results[1]["facts"]["misses"] > 0
 
 
 @pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
-def test_compiled_with_one_layer_of_rows(arch, demo_model, store_dir, run_engines):
+def test_compiled_with_one_layer_of_rows(arch, demo_model, store_dir, share_engines):
     model = demo_model(arch)
     jobs = [
         engine(model, eager=False),
         engine(model, eager=False, offload=offload(store_dir, one_layer(arch))),
     ]
-    assert_identical(run_engines(jobs), [EXPERTS])
+    assert_identical(share_engines(jobs), [EXPERTS])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_capacity(arch, eager, demo_model, store_dir, run_engines):
+def test_every_capacity(arch, eager, demo_model, store_dir, share_engines):
     model = demo_model(arch)
     total = num_experts(arch)
     sizes = {"100%": total, "50%": total // 2, one_layer(arch): EXPERTS}
@@ -61,18 +60,18 @@ def test_every_capacity(arch, eager, demo_model, store_dir, run_engines):
         sizes["25%"] = total // 4
     jobs = [engine(model, eager=eager)]
     jobs += [engine(model, eager=eager, offload=offload(store_dir, size)) for size in sizes]
-    assert_identical(run_engines(jobs), list(sizes.values()))
+    assert_identical(share_engines(jobs), list(sizes.values()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lru", "lru-layer", "lfu", "lrfu"])
-def test_every_mode(mode, demo_model, store_dir, run_engines):
+def test_every_mode(mode, demo_model, store_dir, share_engines):
     model = demo_model("mixtral")
     jobs = [
         engine(model, eager=True),
         engine(model, eager=True, offload=offload(store_dir, "50%", mode, verify=True)),
     ]
-    assert_identical(run_engines(jobs), [num_experts("mixtral") // 2])
+    assert_identical(share_engines(jobs), [num_experts("mixtral") // 2])
 
 
 def num_experts(arch):

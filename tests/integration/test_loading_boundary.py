@@ -11,8 +11,6 @@ from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration import loading
 from vllm_moe_offload.integration.experts import OffloadedExperts
 
-pytestmark = pytest.mark.vllm
-
 DEVICE = torch.device("meta")
 
 

@@ -8,8 +8,6 @@ import vllm.v1.worker.gpu_model_runner as v1
 
 from vllm_moe_offload.integration import patches, patching
 
-pytestmark = pytest.mark.vllm
-
 RUNNERS = [v1.GPUModelRunner, v2.GPUModelRunner]
 
 

@@ -12,7 +12,7 @@ def on_gpu(host_share, model, **options):
     return {**engine(model, eager=True, **options), "simulated_gpu": host_share}
 
 
-def test_half_capacity_and_one_layer(demo_model, store_dir, run_engines):
+def test_half_capacity_and_one_layer(demo_model, store_dir, share_engines):
     model = demo_model("qwen3_moe")
     total = num_experts("qwen3_moe")
     half, layer = offload(store_dir, "50%"), offload(store_dir, one_layer("qwen3_moe"))
@@ -21,20 +21,20 @@ def test_half_capacity_and_one_layer(demo_model, store_dir, run_engines):
         on_gpu(1.0, model, offload=half),
         on_gpu(0.5, model, offload=layer),
     ]
-    results = run_engines(jobs)
+    results = share_engines(jobs)
     assert_identical(results, [total // 2, total // 3])
     assert all(result["facts"]["misses"] > 0 for result in results[1:])
 
 
 @pytest.mark.slow
-def test_everything_fits_and_shared_experts(demo_model, store_dir, run_engines):
+def test_everything_fits_and_shared_experts(demo_model, store_dir, share_engines):
     model = demo_model("deepseek_v2")
     jobs = [
         engine(model, eager=True),
         on_gpu(0.5, model, offload=offload(store_dir, "100%")),
         on_gpu(0.25, model, offload=offload(store_dir, "50%")),
     ]
-    plain, everything, half = run_engines(jobs)
+    plain, everything, half = share_engines(jobs)
     assert "error" not in everything, everything
     assert everything["batches"] == plain["batches"]
     assert everything["facts"]["hits"] == 0  # nobody asked
@@ -42,11 +42,11 @@ def test_everything_fits_and_shared_experts(demo_model, store_dir, run_engines):
 
 
 @pytest.mark.slow
-def test_waves(demo_model, store_dir, run_engines):
+def test_waves(demo_model, store_dir, share_engines):
     model = demo_model("mixtral")
     share = f"{100 * 3 / num_experts('mixtral'):.12f}%"
     waves = offload(store_dir, share, "lru")
-    on_cpu, simulated = run_engines(
+    on_cpu, simulated = share_engines(
         [engine(model, eager=True, offload=waves), on_gpu(0.5, model, offload=waves)]
     )
     assert "error" not in on_cpu, on_cpu

@@ -12,8 +12,6 @@ from vllm.config.kernel import KernelConfig
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import graphs, loading, supported, supported_gpu
 
-pytestmark = pytest.mark.vllm
-
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):

@@ -13,8 +13,6 @@ from vllm.model_executor.layers.fused_moe import moe_align_block_size as align_m
 
 from vllm_moe_offload.integration import triton_slots
 
-pytestmark = pytest.mark.vllm
-
 EXPERTS, TOP_K, HIDDEN, BLOCK, ROWS = 16, 2, 4, 8, 50
 
 

@@ -130,7 +130,14 @@ def test_no_policy_beats_belady_and_all_that_fits_misses_once(name: str) -> None
     assert replay(trace, name, 1.0, 2).misses == distinct
 
 
-@pytest.mark.parametrize("capacity", [0.125, 0.25, 0.5])
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        pytest.param(0.125, marks=pytest.mark.slow),
+        0.25,
+        pytest.param(0.5, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_trace_does_not_lose_to_a_plain_policy(capacity: float, concurrency: int) -> None:
     trace = synthetic_trace(layers=6, experts=32, top_k=4, requests=12, tokens=50, seed=7)

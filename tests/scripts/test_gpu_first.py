@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,9 +195,8 @@ def test_where_only_graphs_fail_the_benchmark_does_without(run: Run) -> None:
     findings = [{"name": "eager", "equal": True}, {"name": "graphs", "equal": False}]
     record(run, "tokens", "failed", findings=findings)
     assert obstacles(run) == set()
-    on_gpu = Run("cuda", run.work_dir, run.bench_dir, run.results)
     for name in ("bench", "profile"):
-        (command,) = STEPS[name].commands(on_gpu, 300.0)
+        (command,) = STEPS[name].commands(replace(run, device="cuda"), 300.0)
         assert "--enforce-eager" in command.argv
     record(run, "tokens", "passed", findings=[findings[0], {"name": "graphs", "equal": True}])
     (command,) = STEPS["bench"].commands(run, 300.0)

@@ -5,8 +5,17 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
+
+from scripts.demo_model import ARCHS
+
+TWO_ARCHS = [
+    arch if arch in {"mixtral", "gpt_oss"} else pytest.param(arch, marks=pytest.mark.slow)
+    for arch in ARCHS
+]
+"""All of them in `make test-all`, else one with experts each for itself and the fused one."""
 
 TINY = {"layers": 2, "experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}
 

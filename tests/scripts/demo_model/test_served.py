@@ -13,9 +13,10 @@ import pytest
 from scripts.demo_model import ARCHS, write_demo_model
 
 ROOT = Path(__file__).resolve().parents[3]
+OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch != "mixtral"]
 
 
-@pytest.fixture(scope="module", params=ARCHS)
+@pytest.fixture(scope="module", params=["mixtral", *OTHERS])
 def observed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
