@@ -3,7 +3,8 @@
     python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic|shift|prefill]
 
 Table: every policy in every cell of capacity and concurrency (the first 100 requests at
-concurrency 1 and 4, all of them above). Ablation: ``trace`` with one part removed at a time.
+concurrency 1 and 4, all of them above). Ablation: ``trace`` with one part removed at a time, on
+the trace, on those of the real model (``--real``), on cold requests, and on made-up workloads.
 Synthetic: models of other shapes and workloads of other structure, short traces, where
 ``trace`` must not lose either. Shift: hit rates before, at and after a change of workload.
 Prefill: a request's decode hit rates before and after a neighbour's long prefill.
@@ -13,6 +14,7 @@ The seconds are CPU time of one thread (run with OMP_NUM_THREADS=1).
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from scripts.replay_questions import (  # noqa: E402
     table,
 )
 from scripts.replay_questions.cells import Row  # noqa: E402
+from scripts.replay_questions.parts import PARTS  # noqa: E402
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace  # noqa: E402
 
 Part = tuple[list[Row], list[Bar]]
@@ -50,8 +53,17 @@ def _prefill(trace: RoutingTrace, args: argparse.Namespace) -> Part:
     return rows, prefill.bars_of(rows)
 
 
-def _ablation(trace: RoutingTrace, args: argparse.Namespace) -> Part:
-    return ablation.ablation(trace, args.quick), []
+def _ablation(trace: RoutingTrace, args: argparse.Namespace) -> None:
+    traces = [load_trace(path) for path in args.real]
+    names = [path.name for path in (Path(args.trace), *args.real)]
+    chosen = ablation.cells(trace, traces)
+    parts = list(PARTS)[:3] if args.quick else list(PARTS)
+
+    def save(rows: list[Row], summary: list[Row]) -> None:
+        data = {"parameters": {"traces": names}, "samples": rows, "summary": summary}
+        write_report("replay_ablation", data, results=results_of(args), quiet=True)
+
+    ablation.ablation(itertools.islice(chosen, 2 if args.quick else None), parts, save)
 
 
 def _table(trace: RoutingTrace, args: argparse.Namespace) -> Part:
@@ -59,29 +71,39 @@ def _table(trace: RoutingTrace, args: argparse.Namespace) -> Part:
     return rows, [] if args.quick else table.bars_of(rows)
 
 
-PARTS: dict[str, Callable[[RoutingTrace, argparse.Namespace], Part]] = {
+QUESTIONS: dict[str, Callable[[RoutingTrace, argparse.Namespace], Part | None]] = {
     "synthetic": _synthetic,
     "shift": _shift,
     "prefill": _prefill,
     "ablation": _ablation,
     "table": _table,
 }
-"""In the order in which they run: the longest one last."""
+"""In the order in which they run: the longest one last. None: it wrote its report itself."""
 
 
 def main() -> int:
     """Runs the parts asked for; exit status 1 if a bar is missed."""
     parser = parser_of(__doc__)
     parser.add_argument("trace", help="routing trace; the bars are those of gpt-oss-20b's")
-    parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--only", choices=list(QUESTIONS))
     parser.add_argument("--seeds", type=int, default=3, help="of every synthetic trace")
+    parser.add_argument(
+        "--real",
+        type=Path,
+        nargs="*",
+        default=sorted((ROOT / "benchmarks" / "traces").glob("*.npz")),
+        help="traces of scripts/record_routing.py, for the ablation (default: the project's)",
+    )
     args = parser.parse_args()
     trace = load_trace(args.trace)
     met = True
-    for name, run in PARTS.items():
+    for name, run in QUESTIONS.items():
         if args.only not in (None, name):
             continue
-        rows, bars = run(trace, args)
+        answer = run(trace, args)
+        if answer is None:
+            continue
+        rows, bars = answer
         parameters = {"trace": Path(args.trace).name, "requests": trace.num_requests}
         write_report(
             f"replay_{name}",

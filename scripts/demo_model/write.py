@@ -40,12 +40,18 @@ def shards(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]:
     return groups
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
+    """Write ``data`` as the Hugging Face hub's files are written."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_target(out: Path, needed: int, force: bool) -> None:
-    """Refuse an ``out`` that is a file, holds files, or has fewer than ``needed`` bytes."""
+def check_target(
+    out: Path, needed: int, force: bool, smaller: str = "ask for less with --experts-gb"
+) -> None:
+    """Refuse an ``out`` that is a file, holds files, or has fewer than ``needed`` bytes.
+
+    ``smaller`` tells the user how to need less.
+    """
     if out.exists() and not out.is_dir():
         raise DemoModelError(f"{out} is a file; OUT must be a directory")
     if out.is_dir() and any(out.iterdir()) and not force:
@@ -55,11 +61,11 @@ def _check_target(out: Path, needed: int, force: bool) -> None:
     if free < needed:
         raise DemoModelError(
             f"{existing} has {free / 1e9:.2f} GB free and the checkpoint needs "
-            f"{needed / 1e9:.2f} GB; free some space or ask for less with --experts-gb"
+            f"{needed / 1e9:.2f} GB; free some space or {smaller}"
         )
 
 
-def _clear_checkpoint(out: Path) -> None:
+def clear_checkpoint(out: Path) -> None:
     """Remove an earlier checkpoint's files, config first: a torn rewrite must not load."""
     (out / "config.json").unlink(missing_ok=True)
     for path in (*out.glob("model-*-of-*.safetensors"), out / "model.safetensors.index.json"):
@@ -76,11 +82,11 @@ def _write_tokenizer(out: Path, tokenizer: Tokenizer, max_positions: int) -> Non
         "additional_special_tokens": list(SPECIALS[2:]),
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(out / "tokenizer_config.json", settings)
+    write_json(out / "tokenizer_config.json", settings)
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _write_shards(
+def write_shards(
     out: Path, weights: Sequence[Weight], seed: int, max_bytes: int, progress: bool
 ) -> None:
     """Make and write the tensors shard by shard; only one shard is in memory at a time."""
@@ -102,7 +108,7 @@ def _write_shards(
                 bar.update(weight.nbytes)
             save_file(tensors, out / file_name, metadata={"format": "pt"})
     index = {"metadata": {"total_size": total}, "weight_map": location}
-    _write_json(out / "model.safetensors.index.json", index)
+    write_json(out / "model.safetensors.index.json", index)
 
 
 def _check_choices(arch: str, max_positions: int, shared_noise: bool) -> None:
@@ -162,13 +168,13 @@ def write_demo_model(
     )
     weights = list(checkpoint.weights())
     total = sum(weight.nbytes for weight in weights)
-    _check_target(out, total + 16_000_000, force)
+    check_target(out, total + 16_000_000, force)
     out.mkdir(parents=True, exist_ok=True)
-    _clear_checkpoint(out)
+    clear_checkpoint(out)
     _write_tokenizer(out, tokenizer, max_positions)
-    _write_shards(out, weights, seed, max_shard_bytes, progress)
+    write_shards(out, weights, seed, max_shard_bytes, progress)
     end = {"eos_token_id": checkpoint.vocabulary.end, "pad_token_id": checkpoint.pad}
-    _write_json(out / "generation_config.json", {"do_sample": True, **end})
+    write_json(out / "generation_config.json", {"do_sample": True, **end})
     # Last: a directory without config.json is not a checkpoint.
-    _write_json(out / "config.json", config_of(checkpoint))
+    write_json(out / "config.json", config_of(checkpoint))
     return shape

