@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 class SimulatedGpu(HostMemory):
-    """A FastMemory whose rows are filled by a simulated copy engine."""
+    """A FastMemory whose slots are filled by a simulated copy engine."""
 
     def __init__(self, vllm_config: Any, host_share: float) -> None:
         super().__init__(vllm_config)
@@ -41,7 +41,7 @@ class SimulatedGpu(HostMemory):
         host = HostTier(store, int(self._host_share * store.num_layers * store.num_experts))
         host.fill()
         self.device = SimulatedDevice(store.layout, host.arena, shape.num_pool_slots)
-        self.device.rows = {
+        self.device.slots = {
             name: tensor.view(shape.num_pool_slots, -1).view(torch.uint8).numpy()
             for name, tensor in pool.tensors.items()
         }
