@@ -18,10 +18,9 @@ help: ## what each target does
 setup: $(STAMP) ## .venv with locked CPU requirements, extension built
 
 $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml pyproject.toml setup.py \
-  scripts/install_torch.py $(SOURCES)
+  scripts/install_lock.py $(SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python scripts/install_torch.py requirements/cpu.lock
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/python scripts/install_lock.py requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
 	VMO_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

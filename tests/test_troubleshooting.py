@@ -28,7 +28,7 @@ USER_ERRORS = {
     "NotImplementedError",
     "Problem",
 }
-OTHERS = re.compile(r"\((vLLM|argparse)'s\)")
+OTHERS = re.compile(r"\((vLLM|argparse|`make setup`)'s\)")
 """Marks a row whose message is not the package's."""
 
 

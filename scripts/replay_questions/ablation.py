@@ -12,14 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from scripts.replay_questions.cells import PLAIN, Row, log
 from scripts.replay_questions.parts import COMPLETE, PARTS
 from scripts.replay_questions.workloads import Cell, gpt_oss, real, restarts, shift, synthetic
+from scripts.replay_questions.young import YOUNG_TOKENS
 from vllm_moe_offload.trace.routing import RoutingTrace
 
-YOUNG = "first 16 tokens"
+ALL, FIRST = "all tokens", f"first {YOUNG_TOKENS} tokens"
 MATTERS = 0.002
 """Change of a workload's worst margin from which a part is worth its code."""
 
@@ -52,38 +54,38 @@ def ablation(chosen: Iterable[Cell], parts: Sequence[str], save: Save) -> None:
             with PARTS[part]():
                 rate, young = cell.rates("trace")
             row = {"workload": cell.workload, "cell": cell.name, "part": part}
-            rows.append({**row, "hit_rate": rate, "margin": rate - best})
+            rows.append(row | {"tokens": ALL, "hit_rate": rate, "margin": rate - best})
             if cell.has_young:
-                row |= {"workload": YOUNG, "cell": f"{cell.workload}, {cell.name}"}
-                rows.append({**row, "hit_rate": young, "margin": young - best_young})
+                figures = {"hit_rate": young, "margin": young - best_young}
+                rows.append(row | {"tokens": FIRST} | figures)
         seconds = time.process_time() - began
         log(f"ablation: {cell.workload}, {cell.name} in {seconds:.0f} s of CPU")
         save(rows, summary(rows))
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Per part and workload: worst and mean margin, and how removing the part changes them.
+    """Per workload and part: worst and mean margin, and how removing the part changes them.
 
-    ``steady_change`` is the mean change over all cells. A part ``matters`` where a change of
-    the worst margin, in either direction, is :data:`MATTERS` or more.
+    A part ``matters`` where it changes the worst margin by :data:`MATTERS` or more, for better
+    or for worse.
     """
     found = []
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        mine = [row for row in rows if row["workload"] == workload]
+    for tokens, workload in dict.fromkeys((row["tokens"], row["workload"]) for row in rows):
+        mine = [row for row in rows if (row["tokens"], row["workload"]) == (tokens, workload)]
         whole = [row["margin"] for row in mine if row["part"] == COMPLETE]
         for part in dict.fromkeys(row["part"] for row in mine):
             margins = [row["margin"] for row in mine if row["part"] == part]
-            worst, mean = min(margins), sum(margins) / len(margins)
-            worst_change = worst - min(whole)
+            worst_change = min(margins) - min(whole)
             found.append(
                 {
+                    "tokens": tokens,
                     "workload": workload,
                     "part": part,
                     "cells": len(margins),
-                    "worst_margin": worst,
-                    "mean_margin": mean,
+                    "worst_margin": min(margins),
+                    "mean_margin": mean(margins),
                     "worst_change": worst_change,
-                    "mean_change": mean - sum(whole) / len(whole),
+                    "mean_change": mean(margins) - mean(whole),
                     "matters": abs(worst_change) >= MATTERS,
                 }
             )
@@ -91,33 +93,41 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def markdown(summarised: Sequence[dict[str, Any]]) -> str:
-    """The table of ``docs/policies.md``: change of the worst and of the mean margin."""
-    workloads = list(dict.fromkeys(row["workload"] for row in summarised))
+    """The tables of ``docs/policies.md``: one of all tokens, one of requests' first ones."""
+    return "\n\n".join(_table(summarised, tokens) for tokens in (ALL, FIRST))
+
+
+def _table(summarised: Sequence[dict[str, Any]], tokens: str) -> str:
+    """Change of the worst margin per workload, and of the mean over all cells."""
+    mine = [row for row in summarised if row["tokens"] == tokens]
+    workloads = list(dict.fromkeys(row["workload"] for row in mine))
     lines = [
-        "| `trace` | " + " | ".join(workloads) + " | worth it |",
-        "|---" * (len(workloads) + 2) + "|",
+        f"| {tokens} | " + " | ".join(workloads) + " | mean | worth it |",
+        "|---" * (len(workloads) + 3) + "|",
     ]
-    for part in dict.fromkeys(row["part"] for row in summarised):
-        found = {row["workload"]: row for row in summarised if row["part"] == part}
-        if part == COMPLETE:
-            figures = [_pair(found[w], "worst_margin", "mean_margin") for w in workloads]
-            lines.append(f"| {part}: margin | " + " | ".join(figures) + " | |")
-            continue
-        figures = [_pair(found[w], "worst_change", "mean_change") for w in workloads]
-        lines.append(f"| without {part} | " + " | ".join(figures) + f" | {_verdict(found)} |")
+    for part in dict.fromkeys(row["part"] for row in mine):
+        found = [row for row in mine if row["part"] == part]
+        cells = sum(row["cells"] for row in found)
+        is_whole = part == COMPLETE
+        kind = "margin" if is_whole else "change"
+        average = sum(row[f"mean_{kind}"] * row["cells"] for row in found) / cells
+        figures = [_figure(row[f"worst_{kind}"], row["matters"]) for row in found]
+        title = "worst margin, complete" if is_whole else f"without {part}"
+        verdict = "" if is_whole else _verdict(found)
+        lines.append(f"| {title} | {' | '.join(figures)} | {_figure(average)} | {verdict} |")
     return "\n".join(lines)
 
 
-def _pair(row: dict[str, Any], worst: str, mean: str) -> str:
-    mark = "**" if row["matters"] and worst == "worst_change" else ""
-    return f"{mark}{row[worst]:+.4f}{mark} / {row[mean]:+.4f}"
+def _figure(value: float, matters: bool = False) -> str:
+    figure = f"{value:+.4f}".replace("0.", ".")
+    return f"**{figure}**" if matters else figure
 
 
-def _verdict(found: dict[str, dict[str, Any]]) -> str:
-    lost = [row["worst_change"] for row in found.values() if row["matters"]]
-    if not lost:
-        return "no"
-    return "yes" if min(lost) < 0 else "no, it costs"
+def _verdict(found: Sequence[dict[str, Any]]) -> str:
+    """Whether the part is worth it: ``costs`` where removing it helps somewhere."""
+    lost = any(row["worst_change"] < 0 for row in found if row["matters"])
+    gained = any(row["worst_change"] > 0 for row in found if row["matters"])
+    return ("yes, costs" if gained else "yes") if lost else ("costs" if gained else "no")
 
 
 def main() -> int:

@@ -129,7 +129,7 @@ def real(traces: Sequence[RoutingTrace]) -> Iterator[Cell]:
         schedule = recorded_schedule(trace)
         b = max(len(schedule.tokens(step).requests) for step in range(schedule.num_steps))
         for capacity in (0.25, 0.5):
-            name = f"real model, B={b}"
+            name = f"real, B={b}"
             yield Cell(name, f"c={capacity:g}", capacity, [Run(trace, schedule)], True)
 
 
@@ -154,12 +154,12 @@ def restarts(trace: RoutingTrace, traces: Sequence[RoutingTrace]) -> Iterator[Ce
     prepare = remembering(list(matrices(trace, slice(RESTARTS, RESTARTS + REMEMBERED))))
     schedule = decode_schedule(few, 1, RESTARTS)
     runs = [Run(few, alone(schedule, request), prepare) for request in range(RESTARTS)]
-    yield Cell("after a restart", "gpt-oss", 0.25, runs, has_young=True)
+    yield Cell("gpt-oss, restarts", "B=1", 0.25, runs, has_young=True)
     for one in traces[:1]:
         prepare = remembering(list(matrices(one, slice(REAL_KNOWN, None))))
         schedule = recorded_schedule(one)
         runs = [Run(one, alone(schedule, request), prepare) for request in range(REAL_KNOWN)]
-        yield Cell("after a restart", "real model", 0.25, runs, has_young=True)
+        yield Cell("real, restarts", "B=1", 0.25, runs, has_young=True)
 
 
 def synthetic() -> Iterator[Cell]:

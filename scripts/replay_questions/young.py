@@ -87,7 +87,8 @@ def replay_counted(
         weights = np.repeat(rows.weights, trace.top_k)
         policy.begin_step(rows)
         for layer in range(layers):
-            votes[...] = np.bincount(ids[layer].reshape(-1), weights, experts)
+            votes[...] = 0.0
+            np.add.at(votes, ids[layer].reshape(-1), weights)  # as serving rounds
             policy.observe(layer, ids[layer], votes)
             if watched.size:
                 needed = np.unique(ids[layer, watched])
