@@ -15,10 +15,10 @@ from scripts.replay_questions.parts import COMPLETE, PARTS
 from scripts.replay_questions.workloads import Cell, Run, alone, cut, matrices, remembering
 from scripts.replay_questions.young import replay_counted
 from scripts.synthetic_trace import synthetic_trace
+from vllm_moe_offload.forecast.forecast import CONSTANT, POPULARITY, PRIOR, VALUE
 from vllm_moe_offload.policy import Policy, TracePolicy
-from vllm_moe_offload.policy.forecast import CONSTANT, POPULARITY, PRIOR, VALUE
-from vllm_moe_offload.replay import decode_schedule, replay, replay_recorded
-from vllm_moe_offload.replay import recorded_schedule as recorded
+from vllm_moe_offload.replay.run import decode_schedule, replay, replay_recorded
+from vllm_moe_offload.replay.run import recorded_schedule as recorded
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
 ROOT = Path(__file__).resolve().parents[2]
