@@ -46,15 +46,11 @@ def locked_version(lock: Path) -> str:
 def sources(version: str) -> list[list[str]]:
     """Arguments of pip, in the order in which they are tried.
 
-    Where pip finds the CPU build by itself (a mirror, a folder of wheels) that comes first. The
-    last one is for machines whose index has a CPU build under the plain version.
+    Where pip finds the CPU build by itself (a mirror, a folder of wheels) that comes first.
     """
     soon = ("--timeout", "15", "--retries", "1")  # where the index cannot be reached
-    return [
-        [f"torch=={version}+cpu"],
-        [*soon, "--index-url", CPU_INDEX, f"torch=={version}+cpu"],
-        [f"torch=={version}"],
-    ]
+    build = f"torch=={version}+cpu"
+    return [[build], [*soon, "--index-url", CPU_INDEX, build]]
 
 
 def run(*command: str) -> str:

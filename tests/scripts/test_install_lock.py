@@ -13,7 +13,7 @@ from scripts.install_lock import InstallError
 
 VERSION = "2.13.0"
 CPU, CUDA = f"{VERSION}+cpu", f"{VERSION}+cu130"
-NEAR, INDEX, PLAIN, REST = "near", "the CPU index", "plain", "the rest"
+NEAR, INDEX, REST = "near", "the CPU index", "the rest"
 
 
 class Machine:
@@ -21,8 +21,7 @@ class Machine:
 
     def __init__(self, installed: str | None = None, **found: str) -> None:
         self.installed = installed
-        self.found = {NEAR: found.get("near"), PLAIN: found.get("plain")}
-        self.found[INDEX] = found.get("index")
+        self.found = {NEAR: found.get("near"), INDEX: found.get("index")}
         self.asked: list[str] = []
 
     def run(self, command: tuple[str, ...], **_: object) -> subprocess.CompletedProcess[str]:
@@ -41,8 +40,6 @@ class Machine:
             self.asked.append(REST)
             return subprocess.CompletedProcess(command, 0, "", "")
         where = INDEX if install_lock.CPU_INDEX in command else NEAR
-        if command[-1] == f"torch=={VERSION}":
-            where = PLAIN
         self.asked.append(where)
         if self.found[where] is None:
             return subprocess.CompletedProcess(
@@ -68,14 +65,13 @@ def setup(monkeypatch: pytest.MonkeyPatch, machine: Machine, lock: Path) -> None
 @pytest.mark.parametrize(
     ("machine", "asked"),
     [
-        (Machine(near=CPU, index=CPU, plain=CPU), [NEAR]),
-        (Machine(index=CPU, plain=CUDA), [NEAR, INDEX]),
-        (Machine(plain=CPU), [NEAR, INDEX, PLAIN]),
+        (Machine(near=CPU, index=CPU), [NEAR]),
+        (Machine(index=CPU), [NEAR, INDEX]),
         (Machine(installed=CPU, near=CPU), []),
         (Machine(installed=CUDA, near=CPU), [NEAR]),  # an earlier try left PyPI's build
         (Machine(installed="2.12.0+cpu", near=CPU), [NEAR]),
     ],
-    ids=["near", "index", "plain", "there", "for GPUs", "older"],
+    ids=["near", "index", "there", "for GPUs", "older"],
 )
 def test_the_cpu_build_is_found_and_then_the_rest(
     monkeypatch: pytest.MonkeyPatch, lock: Path, machine: Machine, asked: list[str]
@@ -85,13 +81,15 @@ def test_the_cpu_build_is_found_and_then_the_rest(
     assert machine.asked == [*asked, REST]
 
 
-@pytest.mark.parametrize("machine", [Machine(plain=CUDA), Machine()], ids=["for GPUs", "none"])
+@pytest.mark.parametrize(
+    "machine", [Machine(installed=CUDA), Machine()], ids=["for GPUs", "none"]
+)
 def test_without_one_what_to_do_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, lock: Path, machine: Machine
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         setup(monkeypatch, machine, lock)
-    assert machine.asked == [NEAR, INDEX, PLAIN]
+    assert machine.asked == [NEAR, INDEX]
     message = str(stop.value)
     assert "\n" not in message
     for part in (CPU, "No matching distribution", install_lock.CPU_INDEX, "PIP_FIND_LINKS"):
