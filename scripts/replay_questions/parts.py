@@ -104,6 +104,28 @@ PARTS: dict[str, Removal] = {
 """Name of a part to what takes it out. Without matching, every request gets the collection's
 mean; without learned weights, the initial ones stay."""
 
+_GOING = ("matching with the collection", "fall-back and shadows")
+
+
+@contextlib.contextmanager
+def _together(half_lives: Sequence[float], parts: Sequence[str]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_histories(*half_lives)())
+        for part in parts:
+            stack.enter_context(PARTS[part]())
+        yield
+
+
+TOGETHER: dict[str, Removal] = {
+    "histories of 16 and 200 tokens": _histories(16.0, 200.0),
+    "histories of 4, 16 and 200 tokens": _histories(4.0, 16.0, 200.0),
+    "histories of 16 and 200 tokens, matching and shadows": (
+        lambda: _together((16.0, 200.0), _GOING)
+    ),
+}
+"""Several parts at once: what each alone does not miss, two may not do without."""
+REMOVALS = PARTS | TOGETHER
+
 
 def _nothing(self: object, *args: object) -> None:
     """In place of a method that is left out."""
