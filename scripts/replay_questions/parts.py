@@ -104,14 +104,12 @@ PARTS: dict[str, Removal] = {
 """Name of a part to what takes it out. Without matching, every request gets the collection's
 mean; without learned weights, the initial ones stay."""
 
-_GOING = ("matching with the collection", "fall-back and shadows")
-
 
 @contextlib.contextmanager
-def _together(half_lives: Sequence[float], parts: Sequence[str]) -> Iterator[None]:
+def _together() -> Iterator[None]:
+    going = ("history of 200 tokens", "matching with the collection", "fall-back and shadows")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_histories(*half_lives)())
-        for part in parts:
+        for part in going:
             stack.enter_context(PARTS[part]())
         yield
 
@@ -119,9 +117,7 @@ def _together(half_lives: Sequence[float], parts: Sequence[str]) -> Iterator[Non
 TOGETHER: dict[str, Removal] = {
     "histories of 16 and 200 tokens": _histories(16.0, 200.0),
     "histories of 4, 16 and 200 tokens": _histories(4.0, 16.0, 200.0),
-    "histories of 16 and 200 tokens, matching and shadows": (
-        lambda: _together((16.0, 200.0), _GOING)
-    ),
+    "history of 200 tokens, matching and shadows": _together,
 }
 """Several parts at once: what each alone does not miss, two may not do without."""
 REMOVALS = PARTS | TOGETHER
