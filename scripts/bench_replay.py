@@ -1,10 +1,11 @@
 """Hit rates of all policies on a routing trace, and what each part of ``trace`` brings.
 
-    python scripts/bench_replay.py TRACE.npz [--quick] [--only table|ablation|synthetic|shift|prefill]
+    python scripts/bench_replay.py TRACE.npz [--quick] [--only QUESTION]
 
 Table: every policy in every cell of capacity and concurrency (the first 100 requests at
 concurrency 1 and 4, all of them above). Ablation: ``trace`` with one part removed at a time, on
-the trace, on those of the real model (``--real``), on cold requests, and on made-up workloads.
+the trace, on those of the real model (``--real``), on cold requests, and on made-up workloads;
+together: the same with several parts removed at once.
 Synthetic: models of other shapes and workloads of other structure, short traces, where
 ``trace`` must not lose either. Shift: hit rates before, at and after a change of workload.
 Prefill: a request's decode hit rates before and after a neighbour's long prefill.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,10 +33,11 @@ from scripts.replay_questions import (  # noqa: E402
     table,
 )
 from scripts.replay_questions.cells import Row  # noqa: E402
-from scripts.replay_questions.parts import PARTS  # noqa: E402
+from scripts.replay_questions.parts import COMPLETE, PARTS, TOGETHER  # noqa: E402
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace  # noqa: E402
 
 Part = tuple[list[Row], list[Bar]]
+Question = Callable[[RoutingTrace, argparse.Namespace], Part | None]
 
 
 def _synthetic(trace: RoutingTrace, args: argparse.Namespace) -> Part:
@@ -53,17 +55,21 @@ def _prefill(trace: RoutingTrace, args: argparse.Namespace) -> Part:
     return rows, prefill.bars_of(rows)
 
 
-def _ablation(trace: RoutingTrace, args: argparse.Namespace) -> None:
-    traces = [load_trace(path) for path in args.real]
-    names = [path.name for path in (Path(args.trace), *args.real)]
-    chosen = ablation.cells(trace, traces)
-    parts = list(PARTS)[:3] if args.quick else list(PARTS)
+def _without(name: str, removals: Sequence[str]) -> Question:
+    """The ablation of some parts, which writes its report as it goes."""
 
-    def save(rows: list[Row], summary: list[Row]) -> None:
-        data = {"parameters": {"traces": names}, "samples": rows, "summary": summary}
-        write_report("replay_ablation", data, results=results_of(args), quiet=True)
+    def ask(trace: RoutingTrace, args: argparse.Namespace) -> None:
+        traces = [load_trace(path) for path in args.real]
+        names = [path.name for path in (Path(args.trace), *args.real)]
 
-    ablation.ablation(itertools.islice(chosen, 2 if args.quick else None), parts, save)
+        def save(rows: list[Row], summary: list[Row]) -> None:
+            data = {"parameters": {"traces": names}, "samples": rows, "summary": summary}
+            write_report(name, data, results=results_of(args), quiet=True)
+
+        chosen = itertools.islice(ablation.cells(trace, traces), 2 if args.quick else None)
+        ablation.ablation(chosen, removals[:3] if args.quick else removals, save)
+
+    return ask
 
 
 def _table(trace: RoutingTrace, args: argparse.Namespace) -> Part:
@@ -71,11 +77,12 @@ def _table(trace: RoutingTrace, args: argparse.Namespace) -> Part:
     return rows, [] if args.quick else table.bars_of(rows)
 
 
-QUESTIONS: dict[str, Callable[[RoutingTrace, argparse.Namespace], Part | None]] = {
+QUESTIONS: dict[str, Question] = {
     "synthetic": _synthetic,
     "shift": _shift,
     "prefill": _prefill,
-    "ablation": _ablation,
+    "ablation": _without("replay_ablation", list(PARTS)),
+    "together": _without("replay_together", [COMPLETE, *TOGETHER]),
     "table": _table,
 }
 """In the order in which they run: the longest one last. None: it wrote its report itself."""

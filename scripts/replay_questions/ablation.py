@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 from scripts.replay_questions.cells import PLAIN, Row, log
-from scripts.replay_questions.parts import COMPLETE, PARTS
+from scripts.replay_questions.parts import COMPLETE, REMOVALS
 from scripts.replay_questions.workloads import Cell, gpt_oss, real, restarts, shift, synthetic
 from scripts.replay_questions.young import YOUNG_TOKENS
 from vllm_moe_offload.trace.routing import RoutingTrace
@@ -42,7 +42,7 @@ def ablation(chosen: Iterable[Cell], parts: Sequence[str], save: Save) -> None:
 
     Args:
         chosen: cells.
-        parts: keys of ``parts.PARTS``; the first is :data:`COMPLETE`.
+        parts: keys of ``parts.REMOVALS``; the first is :data:`COMPLETE`.
         save: is given all rows so far and their summary after every cell.
     """
     rows: list[Row] = []
@@ -51,7 +51,7 @@ def ablation(chosen: Iterable[Cell], parts: Sequence[str], save: Save) -> None:
         plain = [cell.rates(policy) for policy in PLAIN]
         best, best_young = (max(rates) for rates in zip(*plain, strict=True))
         for part in parts:
-            with PARTS[part]():
+            with REMOVALS[part]():
                 rate, young = cell.rates("trace")
             row = {"workload": cell.workload, "cell": cell.name, "part": part}
             rows.append(row | {"tokens": ALL, "hit_rate": rate, "margin": rate - best})
@@ -107,13 +107,14 @@ def _table(summarised: Sequence[dict[str, Any]], tokens: str) -> str:
     ]
     for part in dict.fromkeys(row["part"] for row in mine):
         found = [row for row in mine if row["part"] == part]
+        everywhere = [row for row in summarised if row["part"] == part]
         cells = sum(row["cells"] for row in found)
         is_whole = part == COMPLETE
         kind = "margin" if is_whole else "change"
         average = sum(row[f"mean_{kind}"] * row["cells"] for row in found) / cells
         figures = [_figure(row[f"worst_{kind}"], row["matters"]) for row in found]
         title = "worst margin, complete" if is_whole else f"without {part}"
-        verdict = "" if is_whole else _verdict(found)
+        verdict = "" if is_whole else _verdict(everywhere)
         lines.append(f"| {title} | {' | '.join(figures)} | {_figure(average)} | {verdict} |")
     return "\n".join(lines)
 
@@ -124,7 +125,7 @@ def _figure(value: float, matters: bool = False) -> str:
 
 
 def _verdict(found: Sequence[dict[str, Any]]) -> str:
-    """Whether the part is worth it: ``costs`` where removing it helps somewhere."""
+    """Whether a part is worth it on any workload; ``costs``: one does better without it."""
     lost = any(row["worst_change"] < 0 for row in found if row["matters"])
     gained = any(row["worst_change"] > 0 for row in found if row["matters"])
     return ("yes, costs" if gained else "yes") if lost else ("costs" if gained else "no")

@@ -105,5 +105,23 @@ PARTS: dict[str, Removal] = {
 mean; without learned weights, the initial ones stay."""
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    going = ("history of 200 tokens", "matching with the collection", "fall-back and shadows")
+    with contextlib.ExitStack() as stack:
+        for part in going:
+            stack.enter_context(PARTS[part]())
+        yield
+
+
+TOGETHER: dict[str, Removal] = {
+    "histories of 16 and 200 tokens": _histories(16.0, 200.0),
+    "histories of 4, 16 and 200 tokens": _histories(4.0, 16.0, 200.0),
+    "history of 200 tokens, matching and shadows": _together,
+}
+"""Several parts at once: what each alone does not miss, two may not do without."""
+REMOVALS = PARTS | TOGETHER
+
+
 def _nothing(self: object, *args: object) -> None:
     """In place of a method that is left out."""

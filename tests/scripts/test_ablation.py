@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scripts.replay_questions import ablation
-from scripts.replay_questions.parts import COMPLETE, PARTS
+from scripts.replay_questions.parts import COMPLETE, PARTS, REMOVALS
 from scripts.replay_questions.workloads import Cell, Run, alone, cut, matrices, remembering
 from scripts.replay_questions.young import replay_counted
 from scripts.synthetic_trace import synthetic_trace
@@ -22,7 +22,7 @@ from vllm_moe_offload.replay.run import recorded_schedule as recorded
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "benchmarks" / "results" / "replay_ablation.json"
+REPORTS = ("replay_ablation", "replay_together")
 TRACES = sorted((ROOT / "benchmarks" / "traces").glob("*.npz"))
 
 
@@ -88,11 +88,11 @@ def whole(longer: RoutingTrace) -> tuple[list[int], list[float]]:
     return outcome(longer)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", REMOVALS)
 def test_a_part_is_out_while_it_is_out(
     longer: RoutingTrace, whole: tuple[list[int], list[float]], part: str
 ) -> None:
-    with PARTS[part]():
+    with REMOVALS[part]():
         without = outcome(longer)
     # Shadows decide nothing on so short a trace.
     assert (without == whole) == (part in (COMPLETE, "fall-back and shadows"))
@@ -101,7 +101,7 @@ def test_a_part_is_out_while_it_is_out(
 def test_what_was_out_is_back(
     longer: RoutingTrace, whole: tuple[list[int], list[float]]
 ) -> None:
-    for removal in PARTS.values():
+    for removal in REMOVALS.values():
         with removal():
             pass
     assert outcome(longer) == whole
@@ -112,6 +112,7 @@ def test_what_was_out_is_back(
     [
         ("own history", range(POPULARITY)),
         ("history of 200 tokens", [3]),
+        ("histories of 4, 16 and 200 tokens", [1, 2, 3]),
         ("popularity", range(POPULARITY, PRIOR)),
         ("collection of activation matrices", [PRIOR]),
     ],
@@ -119,7 +120,7 @@ def test_what_was_out_is_back(
 def test_a_forecast_that_is_out_weighs_nothing(
     trace: RoutingTrace, part: str, forecasts: Iterator[int]
 ) -> None:
-    with PARTS[part]():
+    with REMOVALS[part]():
         weights = policy_after(trace).forecast._mixture.weights
     assert not weights[list(forecasts)].any()
     assert weights[[VALUE, CONSTANT]].any()
@@ -200,6 +201,9 @@ def test_a_part_matters_where_it_moves_the_worst_margin() -> None:
     assert verdicts == ["no", "yes", "costs"]
 
 
-def test_the_documents_table_is_that_of_the_report() -> None:
-    table = ablation.markdown(json.loads(REPORT.read_text())["summary"])
-    assert table in (ROOT / "docs" / "policies.md").read_text()
+@pytest.mark.parametrize("report", REPORTS)
+def test_the_documents_tables_are_those_of_the_reports(report: str) -> None:
+    path = ROOT / "benchmarks" / "results" / f"{report}.json"
+    tables = ablation.markdown(json.loads(path.read_text())["summary"])
+    document = (ROOT / "docs" / "policies.md").read_text()
+    assert all(table in document for table in tables.split("\n\n"))
