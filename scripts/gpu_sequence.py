@@ -31,7 +31,7 @@ BENCH_MARGIN_S = 12.0
 COPIER_TESTS = "tests/gpu/test_copier.py"
 SANITIZED = (
     f"{COPIER_TESTS}::test_every_byte_arrives_and_no_other_changes[23909-memcpy]",
-    f"{COPIER_TESTS}::test_more_rows_than_one_launch_takes[gather]",
+    f"{COPIER_TESTS}::test_more_slots_than_one_launch_takes[gather]",
     f"{COPIER_TESTS}::test_kernels_wait_for_copies_that_were_joined[gather]",
 )
 """Which copier tests run under compute-sanitizer: a copy engine, the kernel, order of both."""

@@ -128,14 +128,14 @@ def test_a_forecast_that_is_out_weighs_nothing(
 
 def test_other_parts_are_out_as_well(trace: RoutingTrace) -> None:
     with PARTS["successor model"]():
-        assert policy_after(trace).model is None
+        assert policy_after(trace).forecast.model is None
     with PARTS["collection of activation matrices"]():
-        assert not len(policy_after(trace).collection)
+        assert not len(policy_after(trace).forecast.collection)
     with PARTS["fall-back and shadows"]():
         assert policy_after(trace)._fallback is None
     whole = policy_after(trace)
-    assert whole.model is not None
-    assert len(whole.collection)
+    assert whole.forecast.model is not None
+    assert len(whole.forecast.collection)
     assert whole._fallback is not None
 
 
@@ -155,7 +155,7 @@ def test_a_restarted_server_remembers(trace: RoutingTrace) -> None:
     assert counted.hits.size == trace.lens[2]
     (policy,) = policies
     assert isinstance(policy, TracePolicy)
-    assert len(policy.collection) == len(known)
+    assert len(policy.forecast.collection) == len(known)
 
 
 def test_requests_are_cut(trace: RoutingTrace) -> None:
