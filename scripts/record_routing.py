@@ -13,12 +13,14 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.upcycle.prompts import prompts  # noqa: E402
+from vllm_moe_offload.config import MODES  # noqa: E402
 
 KV_CACHE_BYTES = 256 << 20
 SHOWN = 3
@@ -74,16 +76,20 @@ def record(args: argparse.Namespace, store: Path) -> list[str]:
         cleanup_dist_env_and_memory()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = build_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.model / "config.json").exists():
         parser.error(f"{args.model} is no checkpoint; see python -m scripts.upcycle --help")
     if args.concurrency < 1:
         parser.error(f"concurrency must be at least 1, got {args.concurrency}")
     if args.trace.suffix != ".npz":
         parser.error(f"the trace must end in .npz, got {args.trace}")
+    if not args.trace.absolute().parent.is_dir():
+        parser.error(f"{args.trace.parent} is no directory")
+    if args.mode not in MODES[1:]:
+        parser.error(f"mode is {args.mode!r}; allowed: {', '.join(MODES[1:])}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     with tempfile.TemporaryDirectory() as temporary:

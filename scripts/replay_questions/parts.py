@@ -1,7 +1,7 @@
 """``trace`` without one of its parts, taken out from outside.
 
-The product has no switch for any of them: here its constants and methods are replaced for as
-long as a replay runs.
+None of them needs a switch in the product: its constants and methods are replaced for as long as
+a replay runs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _distance() -> Iterator[None]:
     begin = TracePolicy.__init__
 
     def without(self: TracePolicy, layers: int, experts: int, **options: float) -> None:
-        begin(self, layers, experts, **{**options, "distance_weight": 0.0})
+        begin(self, layers, experts, **options)
+        self._unvisited[...] = self._visited_factor = np.float32(1.0)
+        self._decay = self._observer.decay = 1.0
 
     with mock.patch.object(TracePolicy, "__init__", without):
         yield
