@@ -17,25 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MODULES = (
-    "numpy",
-    "pydantic",
-    "rich",
-    "tqdm",
-    "msgpack",
-    "xxhash",
-    "prometheus_client",
-    "psutil",
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "vllm",
-    "pytest",
-    "hypothesis",
-)
-"""What plugin, tests and benchmarks import."""
+from scripts.gpu_probe import MODULES  # noqa: E402
+
 LEAST_CAPABILITY = (8, 0)
 CUDA_LIBRARY = "_cuda.so"
 
