@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,12 @@ POLL_S = 0.2
 
 
 def run_command(
-    command: Command, *, log: Path, env: Mapping[str, str], deadline: float, poll: Any
+    command: Command,
+    *,
+    log: Path,
+    env: Mapping[str, str],
+    deadline: float,
+    poll: Callable[[], object],
 ) -> dict[str, Any]:
     """Runs a command in a process group of its own until ``deadline`` (``time.monotonic()``).
 

@@ -20,10 +20,25 @@ ROOMS = [
 """From the ground up: a room imports from itself and from rooms below it."""
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 NO_TORCH = {
-    *("config", "native", "step", "trace", "cache", "store", "policy", "replay", "metrics"),
+    *(
+        "config",
+        "native",
+        "step",
+        "trace",
+        "cache",
+        "forecast",
+        "store",
+        "policy",
+        "replay",
+        "metrics",
+    ),
 }
-TORCH_ALLOWED = {f"{NAME}.cache.pool", f"{NAME}.store.checkpoint_reader"}
-"""Tensors are what these two are about; replay and plans import neither."""
+TORCH_ALLOWED = {
+    f"{NAME}.cache.pool",
+    f"{NAME}.store.checkpoint_reader",
+    f"{NAME}.forecast.lookahead",
+}
+"""Tensors are what these are about; replay and plans import none of them."""
 STRANGERS = {("trace", "policy"), ("policy", "trace")}
 """Rooms that do not know of each other, whatever their rank."""
 
