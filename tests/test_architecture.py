@@ -38,7 +38,7 @@ TORCH_ALLOWED = {
     f"{NAME}.store.checkpoint_reader",
     f"{NAME}.forecast.lookahead",
 }
-"""Tensors are what these are about; replay and plans import none of them."""
+"""Tensors are what these are about."""
 STRANGERS = {("trace", "policy"), ("policy", "trace")}
 """Rooms that do not know of each other, whatever their rank."""
 
