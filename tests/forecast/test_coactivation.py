@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_moe_offload.forecast.coactivation import MAX_TOKENS, CrossLayerPredictor
+from vllm_moe_offload.forecast.coactivation import MAX_STEP_TOKENS, CrossLayerPredictor
 from vllm_moe_offload.step import StepTokens
 
 LAYERS, EXPERTS = 4, 8
@@ -78,7 +78,7 @@ def test_nothing_is_predicted_too_early_or_in_prefill() -> None:
     fresh.begin_step(rows_of(1))
     fresh.observe(0, np.array([[3]]))
     assert fresh.probabilities(0, 1) is None
-    for tokens in (rows_of(1, prefill=True), rows_of(MAX_TOKENS + 1)):
+    for tokens in (rows_of(1, prefill=True), rows_of(MAX_STEP_TOKENS + 1)):
         predictor = taught()
         predictor.begin_step(tokens)
         predictor.observe(0, np.zeros((tokens.request_of_token.size, 1), np.int64))

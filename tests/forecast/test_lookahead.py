@@ -8,7 +8,12 @@ import torch
 
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
 from vllm_moe_offload.forecast import lookahead
-from vllm_moe_offload.forecast.lookahead import MAX_TOKENS, NUM_BINS, RouterLookahead, Routers
+from vllm_moe_offload.forecast.lookahead import (
+    MAX_ASKED_TOKENS,
+    NUM_BINS,
+    RouterLookahead,
+    Routers,
+)
 from vllm_moe_offload.native import NO_EXPERT, NativeError
 from vllm_moe_offload.policy import TracePolicy
 from vllm_moe_offload.step import StepTokens
@@ -149,7 +154,7 @@ def test_of_a_long_prompt_a_sample_is_looked_at() -> None:
     model = Model(alike=True)
     model.bias[...] = 0
     ahead = model.lookahead(depth=1)
-    count = 10 * MAX_TOKENS
+    count = 10 * MAX_ASKED_TOKENS
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn((count, HIDDEN), generator=generator)
     hidden[:, :] = hidden[:1]

@@ -31,9 +31,10 @@ FloatArray = npt.NDArray[np.float32]
 BLOCK = 64
 """Inputs per block; more experts than this share inputs by hashing."""
 BATCH = 32
-MAX_TOKENS = 64
+MAX_STEP_TOKENS = 64
 """Steps of more tokens than this are prefill, which streams whole layers: not predicted."""
 MIN_TOKENS = 128
+"""Tokens seen before anything is predicted, and between two fits at least."""
 
 
 class RoutingPredictor(Predictor):
@@ -139,7 +140,7 @@ class CrossLayerPredictor(RoutingPredictor):
     def begin_step(self, tokens: StepTokens) -> None:
         """A step begins; steps with a prompt in them are not predicted."""
         count = tokens.request_of_token.size
-        self._active = count <= MAX_TOKENS and not bool(tokens.is_prefill.any())
+        self._active = count <= MAX_STEP_TOKENS and not bool(tokens.is_prefill.any())
         if not self._active:
             return
         self._requests = [tokens.requests[index] for index in tokens.request_of_token]

@@ -30,7 +30,7 @@ from vllm_moe_offload.step import IdArray, StepTokens
 
 FloatArray = npt.NDArray[np.float32]
 
-MAX_TOKENS = 64
+MAX_ASKED_TOKENS = 64
 """Tokens of a step that the routers are asked about; of longer ones, a sample that is spread
 evenly. So many tokens use most experts anyway, and the sample names them."""
 
@@ -51,7 +51,7 @@ FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def sampled_tokens(num_tokens: int) -> npt.NDArray[np.int64]:
     """Tokens of a step of ``num_tokens`` that the routers are asked about (``csrc/lookahead.h``)."""
-    count = min(num_tokens, MAX_TOKENS)
+    count = min(num_tokens, MAX_ASKED_TOKENS)
     return np.arange(count) * num_tokens // max(count, 1)
 
 
@@ -112,7 +112,7 @@ class RouterLookahead(Predictor):
             hidden_size,
             top_k,
             depth,
-            MAX_TOKENS,
+            MAX_ASKED_TOKENS,
             MEMORY,
             routers.weight.data_ptr(),
             FLOAT_TYPES[routers.weight.dtype],

@@ -77,7 +77,7 @@ class Prefetcher:
         self.predictor.begin_step(tokens)
 
     def observe(self, layer: int, ids: IdArray) -> None:
-        """Layer ``layer`` routed the step's slots; ids ``[tokens, top_k]``."""
+        """Layer ``layer`` routed the step's tokens; ids ``[tokens, top_k]``."""
         self.predictor.observe(layer, ids)
 
     def end_step(self) -> None:
