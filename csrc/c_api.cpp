@@ -99,15 +99,6 @@ int32_t vmo_planner_finish(vmo_planner* planner) {
   });
 }
 
-int32_t vmo_planner_drive(vmo_planner* planner, int32_t first_layer, int32_t num_layers,
-                          const int32_t* ids, int64_t ids_per_layer, const float* gain,
-                          float decay) {
-  return guarded<int32_t>(-1, [&] {
-    planner->core.drive(first_layer, num_layers, ids, ids_per_layer, gain, decay);
-    return 0;
-  });
-}
-
 int32_t vmo_planner_complete(vmo_planner* planner, int32_t slot, int32_t ok) {
   return guarded<int32_t>(-1, [&] {
     planner->core.complete(slot, ok != 0);

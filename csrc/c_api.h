@@ -14,7 +14,7 @@ extern "C" {
 
 // Number of this interface: raised by every change of a function or a struct below. Whoever
 // loads the library compares it with the number that it was written for.
-#define VMO_ABI_VERSION 1
+#define VMO_ABI_VERSION 2
 VMO_API int32_t vmo_abi_version(void);
 
 VMO_API const char* vmo_last_error(void);
@@ -64,14 +64,6 @@ VMO_API vmo_planner* vmo_planner_create(int32_t num_layers, int32_t num_experts,
 VMO_API void vmo_planner_destroy(vmo_planner* planner);
 
 VMO_API int32_t vmo_planner_finish(vmo_planner* planner);
-// A shadow's share of a step: for each of `num_layers` layers from `first_layer` on,
-// scores[layer] = scores[layer] * decay + gain[i] (gain NULL: scores stay), then plan with
-// instant reads and finish. ids int32 [num_layers, ids_per_layer]; gain
-// [num_layers, num_experts]. Needs num_experts staging slots. 0, or -1 on an error: layers
-// before an id out of range stay planned.
-VMO_API int32_t vmo_planner_drive(vmo_planner* planner, int32_t first_layer, int32_t num_layers,
-                                  const int32_t* ids, int64_t ids_per_layer, const float* gain,
-                                  float decay);
 VMO_API int32_t vmo_planner_complete(vmo_planner* planner, int32_t slot, int32_t ok);
 // Slot reserved, -1 nothing to do, -2 error.
 VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_t expert,

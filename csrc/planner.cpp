@@ -369,27 +369,6 @@ void Planner::count(int32_t layer, size_t num_misses, size_t num_awaited) {
   }
 }
 
-void Planner::drive(int32_t first_layer, int32_t num_layers, const int32_t* ids,
-                    int64_t ids_per_layer, const float* gain, float decay) {
-  require(fixed_slots_ || config_.num_staging_slots >= config_.num_experts,
-          "drive needs a staging slot for every expert of a layer, got " +
-              std::to_string(config_.num_staging_slots));
-  require(first_layer >= 0 && num_layers >= 0 && num_layers <= config_.num_layers - first_layer,
-          "layers [" + std::to_string(first_layer) + ", " +
-              std::to_string(first_layer + num_layers) + ") are not all in [0, " +
-              std::to_string(config_.num_layers) + ")");
-  for (int32_t i = 0; i < num_layers; ++i) {
-    const int32_t layer = first_layer + i;
-    if (gain != nullptr) {
-      float* row = &scores_[static_cast<size_t>(key_of(layer, 0))];
-      const float* added = gain + static_cast<int64_t>(i) * config_.num_experts;
-      for (int32_t e = 0; e < config_.num_experts; ++e) row[e] = row[e] * decay + added[e];
-    }
-    plan(layer, ids + i * ids_per_layer, ids_per_layer, kPlanInstant);
-    finish();
-  }
-}
-
 void Planner::finish() {
   if (open_layer_ < 0) throw std::logic_error("finish() without an open plan");
   if (!expected_.empty()) forget_expected(open_layer_);

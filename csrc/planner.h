@@ -95,13 +95,6 @@ class Planner {
   // ended; one that was not completed leaves its slot empty.
   void finish();
 
-  // A shadow's share of a step, all reads instant: for each of `num_layers` layers from
-  // `first_layer` on, scores[layer] = scores[layer] * decay + gain (unless gain is null), then
-  // plan and finish. ids [num_layers, ids_per_layer], gain [num_layers, num_experts].
-  // Needs num_experts staging slots. On an id out of range the layers before it stay planned.
-  void drive(int32_t first_layer, int32_t num_layers, const int32_t* ids, int64_t ids_per_layer,
-             const float* gain, float decay);
-
   // A read into `slot` ended. `ok` false empties the slot.
   void complete(int32_t slot, bool ok);
 

@@ -1,10 +1,10 @@
-"""What the ``trace`` policy itself costs: per layer call and per step, shadows included.
+"""What the ``trace`` policy itself costs: per layer call and per step.
 
     python scripts/bench_policy.py [--quick]
 
 Decode steps of several model sizes and batches on a cache of a quarter of all experts. The
 layer call is ``observe`` (what serving waits for in every layer). The rest is ``catch_up``
-(scores, learning, shadows), which serving does while it waits for a read, and ``end_step``.
+(scores, learning), which serving does while it waits for a read, and ``end_step``.
 Planning is ``bench_planner.py``'s. Medians and means of wall time; the mean shows the
 successor model's refits, which are rare and long.
 """
@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 from scripts.harness.options import parser_of, results_of  # noqa: E402
 from scripts.harness.report import Bar, write_report  # noqa: E402
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
-from vllm_moe_offload.policy.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402
 from vllm_moe_offload.step import StepTokens  # noqa: E402
 
@@ -41,7 +40,7 @@ def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) ->
     policy = TracePolicy(layers, experts)
     shape = CacheShape(layers, experts, layers * experts // 4)
     cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
-    bind_policy(policy, cache)
+    policy.bind(cache)
     taste = generator.normal(0.0, 1.2, (KINDS, layers, experts))
     times: dict[str, list[float]] = {"observe": [], "catch_up": [], "end_step": []}
     names = [str(index) for index in range(requests)]

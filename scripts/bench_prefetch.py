@@ -3,9 +3,9 @@
     python scripts/bench_prefetch.py [--quick]
 
 One vLLM engine per contestant, each in a process of its own (prefetch_contestant.py), all with
-a quarter of the experts cached: `lru`, `lrfu`, `trace` without prefetch, `trace` that predicts
-from routing alone instead of asking the next layers' routers, `trace`, and `oracle`, which is
-`trace` with a predictor that knows every routing of the round beforehand, in the next step too.
+a quarter of the experts cached: `lru`, `lrfu`, `trace` without prefetch, `trace`, and `oracle`,
+which is `trace` with a predictor that knows every routing of the round beforehand, in the next
+step too.
 In every round all get the same prompts, one after the other, while the others sleep; sampling
 is seeded, so all must generate the same tokens and the oracle's record is exact. New prompts
 every round; the first one warms caches up and does not count.
@@ -37,7 +37,6 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "lrfu": {"mode": "lrfu"},
     "lru": {"mode": "lru"},
     "trace without prefetch": {"mode": "trace", "prefetch": False},
-    "trace by routing alone": {"mode": "trace"},
     "trace": {"mode": "trace"},
     "oracle": {"mode": "trace"},
 }
@@ -181,7 +180,7 @@ def bars_of(found: dict[str, Any]) -> list[Bar]:
         ),
         Bar(f"B={b}: speed, trace / lrfu", found["faster_than_lrfu"], 1.0),
         Bar(
-            f"B={b}: tracing, predicting, shadowing, share of step time",
+            f"B={b}: tracing and predicting, share of step time",
             found["contestants"]["trace"]["policy_share"],
             COST,
             at_least=False,

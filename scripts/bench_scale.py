@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 from scripts.harness.options import parser_of, results_of  # noqa: E402
 from scripts.harness.report import Bar, write_report  # noqa: E402
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache  # noqa: E402
-from vllm_moe_offload.policy.shadow import bind_policy  # noqa: E402
 from vllm_moe_offload.policy.trace import TracePolicy  # noqa: E402
 from vllm_moe_offload.step import StepTokens  # noqa: E402
+from vllm_moe_offload.trace.collection import ActivationCollection  # noqa: E402
 
 BASE = {"layers": 30, "experts": 2048, "entries": 10_000, "requests": 8, "top_k": 1}
 VARIED: dict[str, tuple[int, ...]] = {
@@ -159,12 +159,13 @@ def measure(
 ) -> dict[str, Any]:
     """Milliseconds per step of one size."""
     workload = Workload(layers, experts, top_k)
-    policy = TracePolicy(layers, experts, entries=entries)
+    policy = TracePolicy(layers, experts)
+    policy.forecast.collection = ActivationCollection(layers, experts, entries)
     for _ in range(entries):
         policy.forecast.collection.add(workload.matrix())
     shape = CacheShape(layers, experts, layers * experts // 4)
     cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
-    bind_policy(policy, cache)
+    policy.bind(cache)
     batch = Batch(workload, requests)
     samples = [time_step(policy, cache, batch.step(number)) for number in range(steps)]
     ms = {part: 1e3 * np.array([one[part] for one in samples]) for part in samples[0]}

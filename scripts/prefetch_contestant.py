@@ -20,15 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.harness.completions import prompts  # noqa: E402
 from scripts.harness.engine import take_stdout  # noqa: E402
+from scripts.harness.foretold import Foretold  # noqa: E402
 from vllm_moe_offload.cache.planner import COUNTER_NAMES  # noqa: E402
-from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor, RoutingPredictor  # noqa: E402
-from vllm_moe_offload.transfer.prefetch import LAYERS_AHEAD  # noqa: E402
 
 ROUTING = "routing.npz"
 KV_CACHE_BYTES = 256 << 20
 
 
-class Oracle(RoutingPredictor):
+class Oracle(Foretold):
     """Predicts what a record says."""
 
     depth = 4
@@ -54,21 +53,13 @@ class Oracle(RoutingPredictor):
     def observe(self, layer: int, ids: np.ndarray) -> None:
         self.wrong += not np.array_equal(ids, self.steps[self._step][layer])
 
-    def predict(
-        self, layer: int, ahead: int, threshold: float
-    ) -> list[tuple[int, float]] | None:
+    def told(self, layer: int, ahead: int) -> list[tuple[int, float]] | None:
         step, target = divmod(
             self._step * len(self.steps[0]) + layer + ahead, len(self.steps[0])
         )
         if step >= len(self.steps):
             return None
         return [(expert, 1.0) for expert in np.unique(self.steps[step][target]).tolist()]
-
-    def end_step(self) -> None:
-        pass
-
-    def end_request(self, request: str) -> None:
-        pass
 
 
 class Recorder:
@@ -127,19 +118,11 @@ class Contestant:
         self.oracle: Oracle | None = None
         if arguments["name"] == "oracle":
             self.oracle = Oracle()
-            self._predict_with(self.oracle)
-        if arguments["name"] == "trace by routing alone":
-            shape = runtime.cache.shape
-            self._predict_with(
-                CrossLayerPredictor(shape.num_layers, shape.num_experts, depth=LAYERS_AHEAD)
-            )
+            if runtime.prefetcher is None:
+                raise RuntimeError("oracle: this engine does not prefetch")
+            runtime.prefetcher.predictor = self.oracle
         self.recorder = Recorder(self.runtime) if arguments["records"] else None
         self.routing = Path(arguments["directory"]) / ROUTING
-
-    def _predict_with(self, predictor: RoutingPredictor) -> None:
-        if self.runtime.prefetcher is None:
-            raise RuntimeError(f"{self.arguments['name']}: this engine does not prefetch")
-        self.runtime.prefetcher.predictor = predictor
 
     def counters(self) -> dict[str, float]:
         """The cache's counters and the runtime's clocks."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from scripts.harness.foretold import Foretold
 from tests.stores import layer_tensors
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.pool import SlotPool
-from vllm_moe_offload.forecast.coactivation import RoutingPredictor
 from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -20,34 +20,20 @@ from vllm_moe_offload.transfer.prefetch import Prefetcher
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 
 
-class Foresight(RoutingPredictor):
+class Foresight(Foretold):
     """Predicts whatever the test says."""
+
+    depth = 2
 
     def __init__(self) -> None:
         self.likely = np.zeros((LAYERS, EXPERTS), np.float32)
 
-    def begin_step(self, tokens: StepTokens) -> None:
-        pass
-
-    def observe(self, layer: int, ids: np.ndarray) -> None:
-        pass
-
-    depth = 2
-
-    def predict(self, layer, ahead, threshold):
+    def told(self, layer: int, ahead: int) -> list[tuple[int, float]] | None:
         if layer + ahead >= LAYERS:
             return None
         likely = self.likely[layer + ahead]
         order = np.argsort(-likely, kind="stable").tolist()
-        return [
-            (expert, float(likely[expert])) for expert in order if likely[expert] >= threshold
-        ]
-
-    def end_step(self) -> None:
-        pass
-
-    def end_request(self, request: str) -> None:
-        pass
+        return [(expert, float(likely[expert])) for expert in order]
 
 
 def runtime_of(

@@ -15,7 +15,6 @@ from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.native import NO_EXPERT, NativeError
 from vllm_moe_offload.policy import Policy, make_policy
-from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.transfer import Transfer
 from vllm_moe_offload.transfer.prefetch import Prefetcher
@@ -28,7 +27,7 @@ def serve(policy: Policy, routings: list[np.ndarray], steps: list[StepTokens]) -
     """Serves steps ``[layers, tokens, top_k]``; reads take no time."""
     shape = CacheShape(LAYERS, EXPERTS, 12, EXPERTS)
     cache = ExpertCache(shape, policy.rules)
-    bind_policy(policy, cache)
+    policy.bind(cache)
     calls = LayerCalls(cache, policy, None)
     for step, of_step in zip(routings, steps, strict=True):
         calls.begin_step(of_step)
@@ -92,7 +91,7 @@ def test_native_observer_equals_observe(
 def test_a_layer_call_of_another_size_than_its_step_is_refused(spec: str) -> None:
     policy = make_policy(spec, LAYERS, EXPERTS)
     cache = ExpertCache(CacheShape(LAYERS, EXPERTS, 12, EXPERTS), policy.rules)
-    bind_policy(policy, cache)
+    policy.bind(cache)
     calls = LayerCalls(cache, policy, None)
     one = np.ones(1, np.int64)
     calls.begin_step(StepTokens.of_lengths(["a"], one, 0 * one, np.zeros(1, np.bool_)))
@@ -247,7 +246,7 @@ def calls_of(
     """In a step of so many tokens; no expert is resident."""
     policy = make_policy("trace" if lookahead else spec, LAYERS, EXPERTS)
     cache = ExpertCache(CacheShape(LAYERS, EXPERTS, 12, EXPERTS), policy.rules)
-    bind_policy(policy, cache)
+    policy.bind(cache)
     prefetcher = None
     if lookahead:
         routers = Routers.of(torch.zeros(LAYERS, EXPERTS, 16))

@@ -32,9 +32,7 @@ from tests.runtimes import (
 )
 from tests.stores import build, layout_of
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, ExpertCache
-from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
 from vllm_moe_offload.policy import make_policy
-from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.store import ExpertStore
@@ -224,19 +222,6 @@ def test_a_call_that_needs_nothing_gets_slot_0(store, slots: int) -> None:
     runtime.close()
 
 
-def test_prefill_is_not_predicted() -> None:
-    predictor = CrossLayerPredictor(LAYERS, EXPERTS, depth=2)
-    for position in range(200):
-        predictor.begin_step(decode_tokens(["a"], position))
-        for layer in range(LAYERS):
-            predictor.observe(layer, np.array([[layer, layer + 1]]))
-        predictor.end_step()
-    tokens = StepTokens.of_lengths(["b"], np.array([5]), np.array([0]), np.array([True]))
-    predictor.begin_step(tokens)
-    predictor.observe(0, np.zeros((5, 2), np.int64))
-    assert predictor.probabilities(0, 1) is None
-
-
 def test_a_read_error_ends_the_call_and_leaves_nothing_behind(tmp_path: Path) -> None:
     store = build(tmp_path, layout_of(8192, 12), LAYERS, EXPERTS)
     foresight = Foresight()
@@ -280,7 +265,7 @@ def test_serving_observes_scores_and_counts_as_replay_does(store, id_type) -> No
     runtime = runtime_of(store, 12, 2)
     policy = make_policy("trace", LAYERS, EXPERTS)
     cache = ExpertCache(runtime.cache.shape, policy.rules)
-    bind_policy(policy, cache)
+    policy.bind(cache)
     generator = np.random.default_rng(0)
     popular = generator.dirichlet(np.full(EXPERTS, 1.0), LAYERS)
     votes = np.zeros(EXPERTS, np.float32)

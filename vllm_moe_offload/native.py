@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """``VMO_ABI_VERSION``: the interface of the core that this module declares."""
 
 _REMEDY = "run `pip install -e .` (or `make setup`)"
@@ -178,10 +178,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_planner_create": (c_void_p, [c_int32] * 7 + [POINTER(PlannerView)]),
     "vmo_planner_destroy": (None, [c_void_p]),
     "vmo_planner_finish": (c_int32, [c_void_p]),
-    "vmo_planner_drive": (
-        c_int32,
-        [c_void_p, c_int32, c_int32, c_void_p, c_int64, c_void_p, c_float],
-    ),
     "vmo_planner_complete": (c_int32, [c_void_p, c_int32, c_int32]),
     "vmo_planner_prefetch": (c_int32, [c_void_p, c_int32, c_int32, c_float]),
     "vmo_planner_cancel_prefetch": (c_int32, [c_void_p, c_int32]),

@@ -19,15 +19,12 @@ from vllm_moe_offload.cache.planner import (
     MISS_AWAIT,
     MISS_READ,
     PLAN_TRANSIENT,
-    SCOPE_PER_LAYER,
     ExpertCache,
 )
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.metrics import CounterFile
-from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
@@ -58,7 +55,7 @@ class OffloadRuntime:
         recorder: TraceRecorder | None = None,
         counter_file: CounterFile | None = None,
     ) -> None:
-        bind_policy(policy, cache)
+        policy.bind(cache)
         self.cache = cache
         self.pool = pool
         self.policy = policy
@@ -96,7 +93,7 @@ class OffloadRuntime:
 
     @property
     def num_step_tokens(self) -> int | None:
-        """Slots of the step that runs; None if no request stands behind it."""
+        """Tokens of the step that runs; None if no request stands behind it."""
         return None if self._calls.tokens is None else self._calls.num_tokens
 
     @property
@@ -213,18 +210,7 @@ class OffloadRuntime:
         self._warn_of_waves()
         ids = topk_ids.contiguous().numpy()
         num_tokens, flags = self._calls.extent(ids)
-        needed = np.unique(ids[:num_tokens]).astype(np.int32)
-        needed = needed[needed != NO_EXPERT]
-        # What is resident first, so that no wave evicts what a later one would have hit.
-        resident = self.cache.page_table[layer, needed] >= 0
-        order = np.concatenate([needed[resident], needed[~resident]])
-        size = self._wave_size()
-        for begin in range(0, order.size, size):
-            wave = np.ascontiguousarray(order[begin : begin + size])
-            if not self.cache.plan(layer, wave, flags):
-                raise RuntimeError(
-                    f"{wave.size} experts of layer {layer} do not fit in {self.cache.shape}"
-                )
+        for _ in self.cache.waves(layer, ids[:num_tokens], flags):
             self._read_misses(layer)
             # One more entry than experts, the last: NO_EXPERT is in no wave.
             slots = np.full(self.cache.shape.num_experts + 1, self.cache.slots[0], ids.dtype)
@@ -232,16 +218,8 @@ class OffloadRuntime:
             in_wave = np.zeros(self.cache.shape.num_experts + 1, np.bool_)
             in_wave[self.cache.experts] = True
             yield torch.from_numpy(slots[ids]), torch.from_numpy(in_wave[ids])
-            self.cache.finish()
         if layer == self._last_layer:
             self._end_step()
-
-    def _wave_size(self) -> int:
-        shape = self.cache.shape
-        slots = shape.num_slots
-        if self.cache.rules.scope == SCOPE_PER_LAYER:
-            slots //= shape.num_layers
-        return slots + shape.num_staging_slots
 
     def _warn_of_waves(self) -> None:
         if not self._warned_of_waves:

@@ -12,13 +12,18 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from vllm_moe_offload.cache.planner import PlannerRules
 from vllm_moe_offload.forecast import forecast
-from vllm_moe_offload.forecast.forecast import CONSTANT, HALF_LIVES, POPULARITY, PRIOR, Forecast
+from vllm_moe_offload.forecast.forecast import (
+    CONSTANT,
+    HALF_LIVES,
+    LASTING,
+    POPULARITY,
+    PRIOR,
+    Forecast,
+)
 from vllm_moe_offload.forecast.mixture import Mixture
-from vllm_moe_offload.policy import TracePolicy, shadow
+from vllm_moe_offload.policy import TracePolicy, trace
 from vllm_moe_offload.trace.collection import ActivationCollection
 
 Removal = Callable[[], AbstractContextManager[Any]]
@@ -33,7 +38,7 @@ def _forecasts_off(indices: Sequence[int]) -> Iterator[None]:
 
     def without(self: Forecast, *args: Any, **options: Any) -> None:
         begin(self, *args, **options)
-        self._factors[list(indices)] = 0.0
+        self._active[list(indices)] = False
 
     with mock.patch.object(Forecast, "__init__", without):
         yield
@@ -58,30 +63,9 @@ def _collection() -> Iterator[None]:
         yield
 
 
-def _matching() -> AbstractContextManager[Any]:
-    """The mean of the collection for every request, instead of the nearest entries."""
-    none = (np.zeros(0, np.int64), np.zeros(0, np.float32))
-    return mock.patch.object(ActivationCollection, "nearest", return_value=none)
-
-
 @contextlib.contextmanager
-def _distance() -> Iterator[None]:
-    begin = TracePolicy.__init__
-
-    def without(self: TracePolicy, layers: int, experts: int, **options: float) -> None:
-        begin(self, layers, experts, **options)
-        self._unvisited[...] = self._visited_factor = np.float32(1.0)
-        self._decay = self._observer.decay = 1.0
-
-    with mock.patch.object(TracePolicy, "__init__", without):
-        yield
-
-
-@contextlib.contextmanager
-def _slow_and_popular() -> Iterator[None]:
-    stand_in = mock.patch.object(forecast, "LASTING", CONSTANT)
-    slow = HALF_LIVES.index(200.0)
-    with _forecasts_off([slow, *range(POPULARITY, PRIOR)]), stand_in:
+def _slow_popularity() -> Iterator[None]:
+    with mock.patch.object(forecast, "LASTING", LASTING - 1), _forecasts_off([LASTING]):
         yield
 
 
@@ -93,35 +77,20 @@ PARTS: dict[str, Removal] = {
     "history of 1 token": _histories(1.0),
     "history of 4 tokens": _histories(4.0),
     "history of 16 tokens": _histories(16.0),
-    "history of 200 tokens": _histories(200.0),
     "popularity": _popularity,
-    "history of 200 tokens and popularity": _slow_and_popular,
     "collection of activation matrices": _collection,
-    "matching with the collection": _matching,
     "learned weights (mixture)": lambda: mock.patch.object(Mixture, "fit", _nothing),
-    "distance to the next visit": _distance,
-    "fall-back and shadows": lambda: mock.patch.object(shadow, "LARGEST_SHADOWED", 0),
+    "distance to the next visit": lambda: mock.patch.object(trace, "DISTANCE_WEIGHT", 0.0),
     "admission": lambda: mock.patch.object(TracePolicy, "rules", PlannerRules(admission=False)),
 }
-"""Name of a part to what takes it out. Without matching, every request gets the collection's
-mean; without learned weights, the initial ones stay."""
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    going = ("history of 200 tokens", "matching with the collection", "fall-back and shadows")
-    with contextlib.ExitStack() as stack:
-        for part in going:
-            stack.enter_context(PARTS[part]())
-        yield
-
+"""Name of a part to what takes it out. Without learned weights, the initial ones stay."""
 
 TOGETHER: dict[str, Removal] = {
-    "histories of 16 and 200 tokens": _histories(16.0, 200.0),
-    "histories of 4, 16 and 200 tokens": _histories(4.0, 16.0, 200.0),
-    "history of 200 tokens, matching and shadows": _together,
+    "histories of 4 and 16 tokens": _histories(4.0, 16.0),
+    "popularity of 1000 steps": _slow_popularity,
 }
-"""Several parts at once: what each alone does not miss, two may not do without."""
+"""Several parts at once, and halves of one: what each alone does not miss, two may not do
+without."""
 REMOVALS = PARTS | TOGETHER
 
 

@@ -6,10 +6,7 @@ import numpy as np
 
 from scripts.harness.report import Bar
 from scripts.replay_questions.cells import PLAIN, Row, log
-from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
-from vllm_moe_offload.policy import make_policy
-from vllm_moe_offload.policy.shadow import bind_policy
-from vllm_moe_offload.replay.run import plan_waves
+from vllm_moe_offload.replay.run import replay_step, unstaged
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.routing import RoutingTrace
 
@@ -39,11 +36,8 @@ def prefill(trace: RoutingTrace, pairs: int) -> list[Row]:
 
 def _around_prefill(trace: RoutingTrace, name: str, pair: int) -> np.ndarray:
     """Hits and needs of ``a``'s decode steps just before and just after, ``[2, 2]``."""
-    layers, experts = trace.num_layers, trace.num_experts
-    policy = make_policy(name, layers, experts)
-    shape = CacheShape(layers, experts, layers * experts // 4)
-    cache = ExpertCache(shape, policy.rules, unbounded_staging=True)
-    bind_policy(policy, cache)
+    policy, cache = unstaged(trace, name, 0.25)
+    policy.bind(cache)
     long_enough = np.flatnonzero(trace.lens >= PREFILL_AT + PREFILL_SEEN)
     mine = int(trace.starts[long_enough[pair % long_enough.size]])
     generator = np.random.default_rng(pair)
@@ -53,13 +47,7 @@ def _around_prefill(trace: RoutingTrace, name: str, pair: int) -> np.ndarray:
     def step(places: np.ndarray, tokens: StepTokens) -> tuple[int, int]:
         ids = np.ascontiguousarray(trace.ids[places].transpose(1, 0, 2), np.int32)
         before = cache.count("hits"), cache.count("misses")
-        policy.begin_step(tokens)
-        for layer in range(layers):
-            votes = np.zeros(experts, np.float32)
-            np.add.at(votes, ids[layer], tokens.weights[:, None])
-            policy.observe(layer, ids[layer], votes)
-            plan_waves(cache, policy, layer, ids[layer], PLAN_INSTANT)
-        policy.end_step()
+        replay_step(policy, cache, tokens, ids)
         hits = cache.count("hits") - before[0]
         return hits, hits + cache.count("misses") - before[1]
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.cache.planner import PLAN_INSTANT, CacheShape, ExpertCache
-from vllm_moe_offload.policy import Policy, make_policy
-from vllm_moe_offload.policy.shadow import bind_policy
-from vllm_moe_offload.replay.run import capacity_slots, plan_waves
+from vllm_moe_offload.policy import Policy
+from vllm_moe_offload.replay.run import replay_step, unstaged
 from vllm_moe_offload.replay.schedule import Schedule
 from vllm_moe_offload.trace.routing import RoutingTrace
 
@@ -53,49 +51,34 @@ def replay_counted(
     capacity: float,
     prepare: Prepare | None = None,
 ) -> Counted:
-    """Replays ``schedule`` by the rules of ``vllm_moe_offload/replay.py``.
+    """Replays ``schedule`` by the rules of ``vllm_moe_offload/replay/run.py``.
 
     Args:
-        trace: whose tokens the schedule names; none may be recomputed.
+        trace: whose tokens the schedule names.
         schedule: which token runs when.
         name: of the policy.
         capacity: share of all experts that the cache holds.
         prepare: is given the policy before the first step.
     """
-    layers, experts = trace.num_layers, trace.num_experts
-    policy = make_policy(name, layers, experts)
+    policy, cache = unstaged(trace, name, capacity)
     if prepare is not None:
         prepare(policy)
-    slots = capacity_slots(capacity, layers, experts)
-    cache = ExpertCache(
-        CacheShape(layers, experts, slots), policy.rules, unbounded_staging=True
-    )
-    bind_policy(policy, cache)
-    young = _young(schedule)
+    policy.bind(cache)
+    routed, young = trace.routed, _young(schedule)
     totals = np.zeros((schedule.num_steps + 1, 2), np.int64)
     first = np.zeros(2, np.int64)
-    votes = np.zeros(experts, np.float32)
     for step in range(schedule.num_steps):
         for request in schedule.ended[step]:
             policy.end_request(str(request))
-        rows = schedule.tokens(step)
-        at = slice(schedule.offsets[step], schedule.offsets[step + 1])
-        ids = np.ascontiguousarray(
-            trace.ids[schedule.row_token[at]].transpose(1, 0, 2), dtype=np.int32
-        )
-        watched = np.flatnonzero(young[at])
-        weights = np.repeat(rows.weights, trace.top_k)
-        policy.begin_step(rows)
-        for layer in range(layers):
-            votes[...] = 0.0
-            np.add.at(votes, ids[layer].reshape(-1), weights)  # as serving rounds
-            policy.observe(layer, ids[layer], votes)
-            if watched.size:
-                needed = np.unique(ids[layer, watched])
-                first[0] += np.count_nonzero(cache.page_table[layer, needed] >= 0)
-                first[1] += needed.size
-            plan_waves(cache, policy, layer, ids[layer], PLAN_INSTANT)
-        policy.end_step()
+        ids = schedule.ids(routed, step)
+        watched = ids[:, young[schedule.offsets[step] : schedule.offsets[step + 1]]]
+
+        def count(layer: int, watched: npt.NDArray[np.int32] = watched) -> None:
+            needed = np.unique(watched[layer])
+            first[0] += np.count_nonzero(cache.page_table[layer, needed] >= 0)
+            first[1] += needed.size
+
+        replay_step(policy, cache, schedule.tokens(step), ids, count if watched.size else None)
         totals[step + 1] = cache.count("hits"), cache.count("hits") + cache.count("misses")
     hits, needs = np.diff(totals, axis=0).T
     return Counted(hits, needs, int(first[0]), int(first[1]))

@@ -17,6 +17,7 @@ from vllm_moe_offload.cache.planner import (
     PLAN_INSTANT,
     PLAN_TRANSIENT,
     PLAN_UNPINNED,
+    SCOPE_GLOBAL,
     SCOPE_PER_LAYER,
     CacheShape,
     ExpertCache,
@@ -440,39 +441,6 @@ def test_other_ids_that_are_no_expert_are_errors(wrong: int) -> None:
         cache.remap(0, np.array([-1, wrong], np.int64), np.zeros(2, np.int64))
 
 
-def test_driving_passes_over_ids_of_no_expert() -> None:
-    with_them, without = (
-        ExpertCache(CacheShape(2, 4, 2), SCORED, unbounded_staging=True) for _ in range(2)
-    )
-    with_them.drive(0, np.array([[3, -1, 1], [-1, -1, -1]], np.int32))
-    without.drive(0, np.array([[3, 1]], np.int32))
-    without.drive(1, np.zeros((1, 0), np.int32))
-    np.testing.assert_array_equal(with_them.page_table, without.page_table)
-    np.testing.assert_array_equal(with_them.counters, without.counters)
-
-
-def test_errors_name_what_is_wrong() -> None:
-    cache = ExpertCache(CacheShape(2, 4, 2, 2), SCORED)
-    with pytest.raises(NativeError, match=r"expert id 4 .*outside \[0, 4\)"):
-        cache.plan(0, ids(1, 4))
-    with pytest.raises(NativeError, match=r"layer 2 is outside \[0, 2\)"):
-        cache.plan(2, ids(1))
-    cache.plan(0, ids(1))
-    with pytest.raises(NativeError, match="layer 1 planned while the plan of layer 0 is open"):
-        cache.plan(1, ids(1))
-    with pytest.raises(NativeError, match="num_layers must be positive"):
-        ExpertCache(CacheShape(0, 4, 2, 2), SCORED)
-    with pytest.raises(NativeError, match="no read under way"):
-        cache.complete(3, True)
-
-
-def test_transient_calls_need_no_victim_where_staging_is_unbounded() -> None:
-    cache = ExpertCache(CacheShape(1, 6, 1, 0), SCORED, unbounded_staging=True)
-    assert cache.plan(0, ids(1, 2, 3), PLAN_TRANSIENT)
-    cache.finish()
-    assert cache.num_resident == 0
-
-
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("recency", [False, True])
 @pytest.mark.parametrize("distinct_scores", [3, 10_000])
@@ -507,39 +475,30 @@ def test_victims_of_a_large_cache_are_the_references(
         np.testing.assert_array_equal(cache.page_table, table)
 
 
-@pytest.mark.parametrize("rules", [SCORED, PlannerRules(ORDER_RECENCY, SCOPE_PER_LAYER, False)])
-def test_driving_layers_is_scoring_planning_and_finishing_them(rules: PlannerRules) -> None:
-    driven, planned = (
-        ExpertCache(CacheShape(3, 12, 10), rules, unbounded_staging=True) for _ in range(2)
-    )
-    generator = np.random.default_rng(0)
-    decay = np.float32(0.9)
-    for _ in range(30):
-        step_ids = generator.integers(0, 12, (3, 2, 3)).astype(np.int32)
-        gain = generator.random((3, 12), np.float32)
-        driven.drive(0, step_ids[:1], gain[:1], decay)
-        driven.drive(1, step_ids[1:], gain[1:], decay)
-        for layer in range(3):
-            planned.scores[layer] *= decay
-            planned.scores[layer] += gain[layer]
-            planned.plan(layer, step_ids[layer], PLAN_INSTANT)
-            planned.finish()
-        np.testing.assert_array_equal(driven.scores, planned.scores)
-        np.testing.assert_array_equal(driven.page_table, planned.page_table)
-        np.testing.assert_array_equal(driven.counters, planned.counters)
-    before = driven.scores.copy()
-    driven.drive(0, step_ids)
-    np.testing.assert_array_equal(driven.scores, before)
+@pytest.mark.parametrize(
+    ("scope", "sizes"), [(SCOPE_GLOBAL, [5, 2]), (SCOPE_PER_LAYER, [3, 3, 1])]
+)
+def test_waves_serve_everything_and_what_is_resident_first(
+    scope: int, sizes: list[int]
+) -> None:
+    cache = ExpertCache(CacheShape(2, 8, 4, 1), PlannerRules(scope=scope, admission=False))
+    for expert in (6, 7):
+        cache.plan(0, ids(expert), PLAN_INSTANT)
+        cache.finish()
+    needed = np.array([[0, 1, -1], [7, 2, 3], [6, 4, 0]], np.int32)
+    assert not cache.plan(0, needed, PLAN_INSTANT)
+    waves, hits = [], []
+    for _ in cache.waves(0, needed, PLAN_INSTANT):
+        waves.append(cache.experts.tolist())
+        hits.append(cache.outcome.num_hits)
+    assert [len(wave) for wave in waves] == sizes
+    assert sorted(expert for wave in waves for expert in wave) == [0, 1, 2, 3, 4, 6, 7]
+    assert {6, 7} <= set(waves[0])
+    assert hits[0] == 2
+    assert cache.plan(1, ids(0))  # no plan is open
 
 
-def test_driving_says_what_is_wrong() -> None:
-    cache = ExpertCache(CacheShape(2, 4, 2), SCORED, unbounded_staging=True)
-    with pytest.raises(NativeError, match=r"layers \[1, 3\) are not all in \[0, 2\)"):
-        cache.drive(1, np.zeros((2, 1), np.int32))
-    with pytest.raises(NativeError, match=r"expert id 4 .*outside \[0, 4\)"):
-        cache.drive(0, np.full((2, 1), 4, np.int32))
-    bounded = ExpertCache(CacheShape(2, 4, 2, 1), SCORED)
-    with pytest.raises(
-        NativeError, match="drive needs a staging slot for every expert of a layer, got 1"
-    ):
-        bounded.drive(0, np.zeros((2, 1), np.int32))
+def test_waves_of_a_cache_without_slots_are_an_error() -> None:
+    cache = ExpertCache(CacheShape(1, 4, 0, 0), SCORED)
+    with pytest.raises(RuntimeError, match="1 experts of layer 0 do not fit in"):
+        list(cache.waves(0, ids(1, 2)))

@@ -47,7 +47,7 @@ def test_replay_writes_json_and_a_plot(trace_file: Path, tmp_path: Path, capsys)
         [
             "replay",
             str(trace_file),
-            "--policy=lru,lrfu:half_life=32,trace:value=0,prior=0,belady",
+            "--policy=lru,lrfu:half_life=32,eamc:entries=3,belady",
             "--capacity=0.25,0.5",
             "--concurrency=1,2",
             f"--json={out}",
@@ -60,11 +60,10 @@ def test_replay_writes_json_and_a_plot(trace_file: Path, tmp_path: Path, capsys)
         (b, c, policy)
         for b in (1, 2)
         for c in (0.25, 0.5)
-        for policy in ("lru", "lrfu:half_life=32", "trace:value=0,prior=0", "belady")
+        for policy in ("lru", "lrfu:half_life=32", "eamc:entries=3", "belady")
     ]
     for result in results:
         assert {"hit_rate", "misses_per_token"} <= result.keys()
-        assert ("prefetch_coverage" in result) == result["policy"].startswith("trace")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "lrfu:half_life=32" in capsys.readouterr().out
 

@@ -112,7 +112,7 @@ def test_scores_do_not_depend_on_when_tables_are_multiplied_out(
 ) -> None:
     def scores_of_a_run() -> np.ndarray:
         generator = np.random.default_rng(5)
-        policy = TracePolicy(LAYERS, EXPERTS, fallback=0)
+        policy = TracePolicy(LAYERS, EXPERTS)
         for step in range(60):
             tokens = StepTokens.of_lengths(
                 ["a", "b"], np.ones(2, int), np.full(2, step), np.zeros(2, np.bool_)

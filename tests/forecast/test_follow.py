@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.policy.test_policies import rows_of
-from vllm_moe_offload.forecast.forecast import VALUE, Forecast, TraceOptions
+from vllm_moe_offload.forecast.forecast import STATE_HALF_LIFE_TOKENS, VALUE, Forecast
 from vllm_moe_offload.native import NativeError
 
 LAYERS, EXPERTS, TOP_K = 5, 6, 2
@@ -14,7 +14,7 @@ LAYERS, EXPERTS, TOP_K = 5, 6, 2
 
 def learned(requests: int, generator: np.random.Generator) -> Forecast:
     """A forecast in the middle of a step, whose successor model knows something."""
-    forecast = Forecast(LAYERS, EXPERTS, TraceOptions())
+    forecast = Forecast(LAYERS, EXPERTS)
     model = forecast.model
     assert model is not None
     model.weights[...] = generator.normal(0, 0.5, model.weights.shape)
@@ -44,7 +44,7 @@ def test_forecasts_follow_as_if_the_states_had_moved(lengths: list[int]) -> None
     forecast.follow(2, np.ascontiguousarray(ids[2:4]), scores, factors)
 
     moved = states[:count].copy()
-    decay = 2.0 ** (-1.0 / forecast.options.state_half_life)
+    decay = 2.0 ** (-1.0 / STATE_HALF_LIFE_TOKENS)
     owner = np.repeat(np.arange(len(lengths)), lengths) + 1
     seen = slice(0, 4 * EXPERTS)  # the last layer was not routed yet
     for index, length in enumerate(lengths):

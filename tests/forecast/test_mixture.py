@@ -22,9 +22,8 @@ def fed(mixture: Mixture, right: int, steps: int, seed: int = 0) -> None:
         mixture.fit(ALL)
 
 
-def mixture_of(size: int = 200, **changes: float) -> Mixture:
-    options = {"discount": 0.4, "memory_steps": 500.0} | changes
-    return Mixture(np.array([0.5, 0.5, 0.0]), size, **options)
+def mixture_of(size: int = 200) -> Mixture:
+    return Mixture(np.array([0.5, 0.5, 0.0]), size)
 
 
 def test_keeps_the_initial_weights_without_evidence() -> None:
@@ -42,7 +41,7 @@ def test_a_few_steps_tell_the_right_forecast(size: int) -> None:
 
 
 def test_follows_when_another_forecast_becomes_right() -> None:
-    mixture = mixture_of(memory_steps=50.0)
+    mixture = mixture_of()
     fed(mixture, right=2, steps=200)
     fed(mixture, right=0, steps=200, seed=1)
     assert mixture.weights[0] > 0.8

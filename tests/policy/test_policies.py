@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.synthetic_trace import synthetic_trace
+from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.policy import POLICIES, make_policy
 from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.replay.run import replay
@@ -16,8 +17,6 @@ SERVING = [name for name in POLICIES if name != "belady"]
 EVERY = [
     *POLICIES,
     "lrfu:half_life=32",
-    "trace:follow=0",
-    "trace:value=0",
     "eamc:entries=3",
 ]
 
@@ -69,14 +68,14 @@ def test_scores_stay_finite_in_prefill_decode_and_mixed_steps(name: str) -> None
 @pytest.mark.parametrize("name", SERVING)
 def test_bound_scores_are_the_ones_written(name: str) -> None:
     policy = make_policy(name, LAYERS, EXPERTS)
-    table = np.full((LAYERS, EXPERTS), -1, np.float32)
+    cache = ExpertCache(CacheShape(LAYERS, EXPERTS, 8), policy.rules)
     before = policy.scores.copy()
-    policy.bind(table)
-    np.testing.assert_array_equal(table, before)
+    policy.bind(cache)
+    np.testing.assert_array_equal(cache.scores, before)
     step(policy, rows_of(["a"], [1]), some_ids(np.random.default_rng(1), 1))
-    assert policy.scores is table
+    assert policy.scores is cache.scores
     if policy.rules.order == 0 and name != "eamc":  # eamc follows at the next step
-        assert (table != before).any()
+        assert (cache.scores != before).any()
 
 
 @pytest.mark.parametrize("name", SERVING)

@@ -11,7 +11,6 @@ from scripts.synthetic_trace import synthetic_trace
 from tests.reference_planner import ReferencePlanner
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.policy import make_policy
-from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.replay.run import capacity_slots, replay, replay_recorded
 from vllm_moe_offload.replay.schedule import ReplayError, decode_schedule, recorded_schedule
 from vllm_moe_offload.step import StepTokens
@@ -135,20 +134,6 @@ def test_progress_covers_every_token() -> None:
     assert sum(done) == 9
 
 
-def test_prefetch_figures_only_where_asked_for() -> None:
-    trace = synthetic_trace(layers=5, experts=16, top_k=2, requests=3, tokens=150, seed=4)
-    plain = replay(trace, "trace", 0.25, 2)
-    assert plain.prefetch_coverage is None
-    assert "prefetch_waste" not in plain.as_dict()
-    forecast = replay(trace, "trace", 0.25, 2, prefetch_depth=3)
-    assert forecast.hit_rate == plain.hit_rate  # it only watches
-    assert 0 < forecast.prefetch_coverage < 1
-    assert 0 < forecast.prefetch_waste < 1
-
-
-# ---- recorded schedules ----------------------------------------------------------------
-
-
 class Server:
     """What a server does with a cache and a recorder, with reads that end at once."""
 
@@ -159,7 +144,7 @@ class Server:
             (chosen := make_policy(policy, self.layers, self.experts)).rules,
         )
         self.policy = chosen
-        bind_policy(self.policy, self.cache)
+        self.policy.bind(self.cache)
         self.recorder = TraceRecorder(
             path,
             num_layers=self.layers,

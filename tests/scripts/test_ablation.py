@@ -94,8 +94,7 @@ def test_a_part_is_out_while_it_is_out(
 ) -> None:
     with REMOVALS[part]():
         without = outcome(longer)
-    # Shadows decide nothing on so short a trace.
-    assert (without == whole) == (part in (COMPLETE, "fall-back and shadows"))
+    assert (without == whole) == (part == COMPLETE)
 
 
 def test_what_was_out_is_back(
@@ -111,8 +110,8 @@ def test_what_was_out_is_back(
     ("part", "forecasts"),
     [
         ("own history", range(POPULARITY)),
-        ("history of 200 tokens", [3]),
-        ("histories of 4, 16 and 200 tokens", [1, 2, 3]),
+        ("history of 4 tokens", [1]),
+        ("histories of 4 and 16 tokens", [1, 2]),
         ("popularity", range(POPULARITY, PRIOR)),
         ("collection of activation matrices", [PRIOR]),
     ],
@@ -131,12 +130,9 @@ def test_other_parts_are_out_as_well(trace: RoutingTrace) -> None:
         assert policy_after(trace).forecast.model is None
     with PARTS["collection of activation matrices"]():
         assert not len(policy_after(trace).forecast.collection)
-    with PARTS["fall-back and shadows"]():
-        assert policy_after(trace)._fallback is None
     whole = policy_after(trace)
     assert whole.forecast.model is not None
     assert len(whole.forecast.collection)
-    assert whole._fallback is not None
 
 
 def test_a_restarted_server_remembers(trace: RoutingTrace) -> None:

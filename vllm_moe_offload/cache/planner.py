@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.native import (
+    NO_EXPERT,
     Counters,
     LayerCall,
     LayerOutcome,
@@ -199,7 +200,7 @@ class ExpertCache:
 
     @property
     def slots(self) -> npt.NDArray[np.int32]:
-        """Rows of :attr:`experts` (a view)."""
+        """Slots of :attr:`experts` (a view)."""
         return self._slots[: self.outcome.num_experts]
 
     @property
@@ -238,38 +239,33 @@ class ExpertCache:
         """Ends the open plan: decides by the scores of now which of its misses stay."""
         check(core.vmo_planner_finish(self.handle))
 
-    def drive(
-        self,
-        first_layer: int,
-        ids: npt.NDArray[np.int32],
-        gain: npt.NDArray[np.float32] | None = None,
-        decay: float = 1.0,
-    ) -> None:
-        """Scores and plans consecutive layers of a shadow, whose reads take no time.
+    def waves(
+        self, layer: int, ids: npt.NDArray[np.integer[Any]], flags: int = 0
+    ) -> Iterator[None]:
+        """Plans the experts in ``ids``, which do not fit at once, some at a time.
 
-        Per layer: ``scores[layer] = scores[layer] * decay + gain``, plan, finish. Needs
-        unbounded staging.
-
-        Args:
-            first_layer: layer of ``ids[0]``.
-            ids: C-contiguous ``[layers, ...]``.
-            gain: C-contiguous ``[layers, num_experts]``; None leaves the scores alone.
-            decay: factor on the scores before ``gain`` is added.
+        Each iteration is an open plan, finished when the next is asked for. What is resident
+        comes first, so that no wave evicts what a later one would have hit.
 
         Raises:
-            NativeError: an id or a layer is out of range; layers before it stay planned.
+            RuntimeError: not even one wave fits.
         """
-        check(
-            core.vmo_planner_drive(
-                self.handle,
-                first_layer,
-                len(ids),
-                ids.ctypes.data,
-                ids.size // max(len(ids), 1),
-                None if gain is None else gain.ctypes.data,
-                decay,
-            )
-        )
+        needed = np.unique(ids).astype(np.int32)
+        needed = needed[needed != NO_EXPERT]
+        resident = self.page_table[layer, needed] >= 0
+        order = np.concatenate([needed[resident], needed[~resident]])
+        size = self.shape.num_slots
+        if self.rules.scope == SCOPE_PER_LAYER:
+            size //= self.shape.num_layers
+        size = max(size + self.shape.num_staging_slots, 1)
+        for begin in range(0, order.size, size):
+            wave = np.ascontiguousarray(order[begin : begin + size])
+            if not self.plan(layer, wave, flags):
+                raise RuntimeError(
+                    f"{wave.size} experts of layer {layer} do not fit in {self.shape}"
+                )
+            yield
+            self.finish()
 
     def complete(self, slot: int, ok: bool) -> None:
         """A read into ``slot`` ended; ``ok`` False empties it."""

@@ -19,8 +19,6 @@ from vllm_moe_offload.replay.run import ReplayResult, capacity_slots, replay, re
 from vllm_moe_offload.replay.schedule import decode_schedule
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
 
-PREFETCH_DEPTH = 4
-
 
 def _items(option: str, text: str) -> list[str]:
     items = [item.strip() for item in text.split(",") if item.strip()]
@@ -40,7 +38,7 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any], allowed: str) -
 
 
 def _policy_specs(text: str) -> list[str]:
-    """Splits ``lru,lrfu:half_life=8,trace:prior=0,value=0``: a parameter has no name."""
+    """Splits ``lru,lrfu:half_life=8,eamc:entries=9``: a parameter belongs to the policy before it."""
     specs: list[str] = []
     for item in _items("--policy", text):
         is_parameter = "=" in item and ":" not in item
@@ -137,7 +135,6 @@ def _replay_grid(
                     capacity,
                     concurrency,
                     num_requests=arguments.requests,
-                    prefetch_depth=PREFETCH_DEPTH if spec.split(":")[0] == "trace" else 0,
                     progress=bar.update,
                 )
             )
@@ -147,8 +144,7 @@ def _replay_grid(
 def _print_results(results: Sequence[ReplayResult]) -> None:
     table = Table()
     table.add_column("policy", no_wrap=True)
-    headings = ("capacity", "concurrency", "hit rate", "misses per token")
-    for heading in (*headings, "prefetch coverage", "prefetch waste"):
+    for heading in ("capacity", "concurrency", "hit rate", "misses per token"):
         table.add_column(heading, justify="right")
     for result in results:
         table.add_row(
@@ -157,8 +153,6 @@ def _print_results(results: Sequence[ReplayResult]) -> None:
             "recorded" if result.concurrency is None else str(result.concurrency),
             f"{result.hit_rate:.4f}",
             f"{result.misses_per_token:.2f}",
-            "" if result.prefetch_coverage is None else f"{result.prefetch_coverage:.3f}",
-            "" if result.prefetch_waste is None else f"{result.prefetch_waste:.3f}",
         )
     Console().print(table)
 

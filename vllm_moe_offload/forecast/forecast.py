@@ -1,18 +1,15 @@
 """What the running requests are expected to use next: forecasts, and how they are mixed.
 
-* *history*: the mean of the requests' own averages over few and over many tokens;
+* *history*: the mean of the requests' own averages over their last tokens;
 * *popularity*: what all requests used lately, those that ended included;
-* *prior*: what the collection knows: the finished requests nearest to a request's own matrix
-  (prompt included), else the collection's mean. It also stands in for the history of a
-  request that has none yet;
+* *prior*: the mean of the collection, which finished requests left. It also stands in for the
+  history of a request that has none yet;
 * *value*: the successor model (``forecast/successor.py``) on each request's recent routing.
 
 Their weights are learned (``forecast/mixture.py``).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +23,13 @@ from vllm_moe_offload.step import FloatArray, StepTokens
 from vllm_moe_offload.trace.activation import ExpertTracer
 from vllm_moe_offload.trace.collection import ActivationCollection
 
-HALF_LIVES = (1.0, 4.0, 16.0, 200.0)
+HALF_LIVES = (1.0, 4.0, 16.0)
 """Tokens after which a use counts half in each average: the last token, a phrase, a
-paragraph, the whole answer. The mixture sorts out which of them matters."""
+paragraph. The mixture sorts out which of them matters."""
 POPULARITY_HALF_LIVES = (30.0, 1000.0)
 """Steps after which a use counts half in the popularities: what the requests before these
 used, and what most requests use."""
-INITIAL_WEIGHTS = (0.0, 0.25, 0.0, 0.5, 0.05, 0.05, 0.1, 0.25, 0.0)
+INITIAL_WEIGHTS = (0.0, 0.25, 0.5, 0.05, 0.05, 0.1, 0.25, 0.0)
 """Before anything was used: averages, popularities, prior, value, constant. A step or two of
 evidence outweighs them."""
 POPULARITY = len(HALF_LIVES)
@@ -44,61 +41,17 @@ COLD_TOKENS = 0.1
 """Tokens of own history that weigh as much as what stands in for it: below one, since a
 request's first token says more about it than all other requests."""
 
-MATCHED_TOKENS = 32
-"""Age at which a request is matched for the last time: then its own history says more."""
-
-MATCHING_GROWTH = 4
-"""A request is matched again when it is so many times as old."""
-
-MATCHES_PER_STEP = 2
-"""Requests that ask the collection in one step, so that no step waits for many."""
-
-LEARNING_ROWS = 4
+LEARNING_REQUESTS = 4
 """Requests learned from at a time: more add cost per step, and evidence comes anyway."""
 
 LARGEST_MODELLED = 16384
 """Experts in all layers beyond which the successor model costs more than it brings."""
 
+STATE_HALF_LIFE_TOKENS = 3.0
+"""After which a use counts half in the successor model's state."""
 
-@dataclass(frozen=True, slots=True)
-class TraceOptions:
-    """Constants of the policy; none is tuned to a model.
-
-    Attributes:
-        value: factor on the successor model's part of the scores; 0 turns it off.
-        history: factor on the averages' part; 0 turns them off.
-        slow_history: further factor on the slowest average; 0 turns it off.
-        popularity: factor on what all requests used; 0 turns it off.
-        prior: factor on the collection's part; 0 turns the collection off.
-        state_half_life: tokens after which a use counts half in the successor model's state.
-        discount: of the future, per token, in the successor model.
-        ridge: its regularisation, in tokens of evidence.
-        memory_tokens: its evidence kept; older routing fades, so that a shift is followed.
-        mixture_discount: of the future, per step, in what the mixture forecasts. Low suits
-            small caches, high large ones; between .3 and .6 hardly anything changes.
-        mixture_steps: evidence that the mixture keeps, in steps: it follows a running request.
-        distance_weight: see the module; 0 turns it off.
-        entries: capacity of the collection.
-        follow: whether the successor model's forecasts follow within a step what its layers
-            routed to so far (1) or only from step to step (0).
-        fallback: whether shadows are heeded (1) or not (0).
-    """
-
-    value: float = 1.0
-    history: float = 1.0
-    slow_history: float = 1.0
-    popularity: float = 1.0
-    prior: float = 1.0
-    state_half_life: float = 3.0
-    discount: float = 0.7
-    ridge: float = 40.0
-    memory_tokens: float = 50_000.0
-    mixture_discount: float = 0.4
-    mixture_steps: float = 100.0
-    distance_weight: float = 0.5
-    entries: float = 300
-    follow: float = 1.0
-    fallback: float = 1.0
+COLLECTED = 300
+"""Activation matrices of finished requests that are kept."""
 
 
 class Forecast:
@@ -107,7 +60,7 @@ class Forecast:
     Attributes:
         collection: activation matrices of finished requests.
         tracer: those of the running ones.
-        model: the successor model, None where it is off or the model is too large.
+        model: the successor model, None where there are more experts than it is for.
         requests: state of the running requests.
         full_score: forecast for an expert that every request uses at every token, in the long
             run.
@@ -115,47 +68,30 @@ class Forecast:
             towards what the call used; it loses ``gain * fading`` at the same time.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, options: TraceOptions) -> None:
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
-        self.options = options
         size = num_layers * num_experts
-        self.collection = ActivationCollection(num_layers, num_experts, int(options.entries))
+        self.collection = ActivationCollection(num_layers, num_experts, COLLECTED)
         self.tracer = ExpertTracer(num_layers, num_experts)
         self.model: SuccessorModel | None = None
-        if options.value != 0 and size <= LARGEST_MODELLED:
-            self.model = SuccessorModel(
-                num_layers,
-                num_experts,
-                discount=options.discount,
-                ridge=options.ridge,
-                memory_tokens=options.memory_tokens,
-            )
-        self._mixture = Mixture(
-            np.array(INITIAL_WEIGHTS),
-            size,
-            discount=options.mixture_discount,
-            memory_steps=options.mixture_steps,
-        )
+        if size <= LARGEST_MODELLED:
+            self.model = SuccessorModel(num_layers, num_experts)
+        self._mixture = Mixture(np.array(INITIAL_WEIGHTS), size)
         parts = self._mixture.parts
         parts[CONSTANT] = 1.0
-        self._factors = np.ones(len(parts))
-        self._factors[:POPULARITY] = options.history
-        self._factors[POPULARITY - 1] *= options.slow_history
-        self._factors[POPULARITY:PRIOR] = options.popularity
-        self._factors[PRIOR] = options.prior
-        self._factors[VALUE] = options.value if self.model is not None else 0.0
+        self._active = np.ones(len(parts), np.bool_)
+        self._active[VALUE] = self.model is not None
         self._averages = UseAverages(HALF_LIVES, parts[:POPULARITY])
         self._popularity = FadingTables(parts[POPULARITY:PRIOR])
         self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES))
         self._popularity_weight = np.zeros_like(self._popularity_keep)
-        self.requests = RunningRequests(size, self.model.state_size if self.model else 0)
-        self._is_prior_current = True
-        self._state_decay = 2.0 ** (-1.0 / options.state_half_life)
+        self.requests = RunningRequests(self.model.state_size if self.model else 0)
+        self._state_decay = 2.0 ** (-1.0 / STATE_HALF_LIFE_TOKENS)
         self._top_k = 0
         self._read: FloatArray = np.zeros(len(parts), np.float32)
         self._fade: FloatArray = np.zeros(len(parts), np.float32)
         self.gain = 0.0
-        known = self._mixture.weights * self._factors
+        known = self._mixture.weights
         self.full_score = float(known.sum() - known[VALUE] - known[PRIOR])
 
     def begin_step(self, tokens: StepTokens) -> None:
@@ -169,7 +105,6 @@ class Forecast:
             ],
             np.int64,
         )
-        self._match(tokens)
         self._refresh_parts()
         self._mix()
 
@@ -188,37 +123,11 @@ class Forecast:
         self._averages.add(row)
         return row
 
-    def _match(self, tokens: StepTokens) -> None:
-        """Asks the collection what requests like the young ones used."""
-        if not self.options.prior or not len(self.collection):
-            return
-        state = self.requests
-        matched = 0
-        for row, request in zip(self._running.tolist(), tokens.requests, strict=True):
-            age_tokens = int(state.tokens[row])
-            if age_tokens < state.match_at[row] or age_tokens > MATCHED_TOKENS:
-                continue
-            if matched == MATCHES_PER_STEP:
-                break  # the others are still due at the next step
-            matched += 1
-            state.match_at[row] = max(1, MATCHING_GROWTH * age_tokens)
-            forecast = self.collection.mean()
-            activation = self.tracer.get(request)
-            if activation is not None:
-                indices, cosines = self.collection.nearest(activation.counts, 3)
-                for index, cosine in zip(indices, cosines, strict=True):
-                    self.collection.add_distribution(int(index), float(cosine), forecast)
-                forecast /= 1.0 + float(cosines.sum())
-            state.prior[row] = forecast.reshape(-1)
-            self._is_prior_current = False
-
     def _refresh_parts(self) -> None:
         state, count = self.requests, len(self.requests)
         parts = self._mixture.parts
         self._averages.refresh_totals(count)
-        if not self._is_prior_current:
-            np.sum(state.prior[:count], axis=0, out=parts[PRIOR])
-            self._is_prior_current = True
+        parts[PRIOR] = self.collection.mean().reshape(-1)
         if self.model is not None and self.model.version:
             self._values = self.model.predict(state.state[:count])
             np.sum(np.clip(self._values, 0.0, 1.0), axis=0, out=parts[VALUE])
@@ -230,13 +139,11 @@ class Forecast:
         mixing[...] = 0.0
         mixing[CONSTANT, CONSTANT] = 1.0
         mixing[VALUE, VALUE] = 1.0 / count
-        mixing[PRIOR, PRIOR] = self._top_k / count  # its rows sum to 1, uses to top_k
+        mixing[PRIOR, PRIOR] = self._top_k  # a layer of the mean sums to 1, its uses to top_k
         if self._popularity_weight.all():
             popular = np.arange(POPULARITY, PRIOR)
             mixing[popular, popular] = 1.0 / self._popularity_weight
-        stand_in = PRIOR if self.options.prior and len(self.collection) else LASTING
-        if stand_in == LASTING and not self.options.popularity:
-            stand_in = CONSTANT  # the same for all: nothing is known
+        stand_in = PRIOR if len(self.collection) else LASTING
         cold = COLD_TOKENS * (1.0 - averages.decay)
         reached = averages.weight[:, :count].mean(axis=1)
         history = np.arange(POPULARITY)
@@ -244,8 +151,8 @@ class Forecast:
         mixing[history, stand_in] = cold / (reached + cold) * mixing[stand_in, stand_in]
         mixing[:, :POPULARITY] *= averages.totals.scale
         mixing[:, POPULARITY:PRIOR] *= self._popularity.scale
-        self._mixture.fit(self._factors != 0)
-        weights = self._mixture.weights * self._factors
+        self._mixture.fit(self._active)
+        weights = self._mixture.weights.copy()
         # An average moves towards what this call used by a share that shrinks to 1 - decay.
         share = (1.0 - averages.decay) / (1.0 - (1.0 - reached) * averages.decay + cold)
         gains = weights[:POPULARITY] * share
@@ -268,8 +175,8 @@ class Forecast:
     ) -> None:
         """Lets all values, and scores with them, follow what layers of this step routed to.
 
-        Nothing happens where the successor model is off, has learned nothing yet, or is too
-        large for this.
+        Nothing happens where the successor model has learned nothing yet, or is too large for
+        this.
 
         Args:
             first_layer: layer of ``ids[0]``.
@@ -279,7 +186,7 @@ class Forecast:
         """
         if self.model is None or not self.model.version or not self.model.dense:
             return
-        weight = self._mixture.weights[VALUE] * self._factors[VALUE] / len(self.requests)
+        weight = self._mixture.weights[VALUE] / len(self.requests)
         weighted = factors * np.float32(weight)
         owners = self._step.request_of_token
         lengths = np.bincount(owners, minlength=self._running.size)
@@ -335,15 +242,17 @@ class Forecast:
     def _learn_values(self, model: SuccessorModel, uses: StepUses) -> None:
         """Moves the successor model's states on and lets it learn from some of them."""
         state, rows = self.requests, uses.rows
-        started = rows[(rows < LEARNING_ROWS) & (state.tokens[rows] > 0)]
+        started = rows[(rows < LEARNING_REQUESTS) & (state.tokens[rows] > 0)]
         model.discount_traces(state.trace, state.state, started)
         state.state[rows] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
         gain = ((1.0 - self._state_decay) * self._state_decay**uses.age).astype(np.float32)
         model.add_uses(state.state, uses.owner, uses.keys, gain)
-        learnable = rows[(rows < LEARNING_ROWS) & (uses.lengths == 1) & ~self._step.is_prefill]
+        learnable = rows[
+            (rows < LEARNING_REQUESTS) & (uses.lengths == 1) & ~self._step.is_prefill
+        ]
         if learnable.size:
-            used = np.zeros((LEARNING_ROWS, model.size), np.float32)
-            few = uses.owner < LEARNING_ROWS
+            used = np.zeros((LEARNING_REQUESTS, model.size), np.float32)
+            few = uses.owner < LEARNING_REQUESTS
             used[uses.owner[few], uses.keys[few]] = 1.0
             model.learn(state.state[learnable], state.trace[learnable], used[learnable])
 
@@ -351,7 +260,6 @@ class Forecast:
         """The request stops counting at once; its matrix enters the collection."""
         if request in self.requests.row_of:
             self._averages.move(*self.requests.remove(request))
-            self._is_prior_current = False
         activation = self.tracer.end_request(request)
-        if activation is not None and self.options.prior:
+        if activation is not None:
             self.collection.add(activation.counts)

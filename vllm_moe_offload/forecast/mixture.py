@@ -25,6 +25,12 @@ FITTED_EACH = 64
 FITTED_EVERY = 8
 """The weights are refitted at each of the first steps, then every few: what a step adds to
 hundreds of others is not worth its time."""
+DISCOUNT = 0.4
+"""Of the future, per step: ``g`` above. Low suits small caches, high large ones; between .3 and .6
+hardly anything changes."""
+MEMORY_STEPS = 100.0
+"""Evidence kept, so that a running request is followed."""
+KEEP = 1.0 - 1.0 / MEMORY_STEPS
 RIDGE = 1.0
 """Pull towards the initial weights: that of a few experts in a single step."""
 
@@ -38,14 +44,7 @@ class Mixture:
         weights: float64 ``[forecasts]``, to be multiplied with the forecasts.
     """
 
-    def __init__(
-        self,
-        initial: npt.NDArray[np.float64],
-        size: int,
-        *,
-        discount: float,
-        memory_steps: float,
-    ) -> None:
+    def __init__(self, initial: npt.NDArray[np.float64], size: int) -> None:
         """``initial``: weights ``[forecasts]`` before there is evidence."""
         count = len(initial)
         self.parts: FloatArray = np.zeros((count, size), np.float32)
@@ -54,8 +53,6 @@ class Mixture:
         self._initial = initial.copy()
         # Odd, so that a sample meets every expert number and not those of one residue.
         self._stride = size // LEARNED_KEYS | 1
-        self._discount = discount
-        self._keep = 1.0 - 1.0 / memory_steps
         self._gram: npt.NDArray[np.float64] = np.zeros((count, count))
         self._cross: npt.NDArray[np.float64] = np.zeros(count)
         self._steps = 0
@@ -69,11 +66,11 @@ class Mixture:
         """
         self._steps += 1
         parts = np.ascontiguousarray(self.parts[:, :: self._stride])
-        self._gram *= self._keep
+        self._gram *= KEEP
         self._gram += self.mixing @ (parts @ parts.T) @ self.mixing.T
-        self._trace *= np.float32(self._discount)
-        self._trace += ((1.0 - self._discount) * self.mixing).astype(np.float32) @ parts
-        self._cross *= self._keep
+        self._trace *= np.float32(DISCOUNT)
+        self._trace += ((1.0 - DISCOUNT) * self.mixing).astype(np.float32) @ parts
+        self._cross *= KEEP
         self._cross += self._trace @ used[:: self._stride]
 
     def fit(self, active: npt.NDArray[np.bool_]) -> None:

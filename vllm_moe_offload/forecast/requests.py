@@ -18,21 +18,17 @@ class RunningRequests:
         row_of: row by request.
         state: float32 ``[rows, width]``, the successor model's view of what was used lately.
         trace: float32 ``[rows, width + 1]``, discounted earlier states (constant last).
-        prior: float32 ``[rows, size]``, what the collection knows of such requests.
         tokens: int64 ``[rows]``, tokens computed.
-        match_at: int64 ``[rows]``, tokens at which the collection is asked again.
     """
 
-    def __init__(self, size: int, width: int) -> None:
+    def __init__(self, width: int) -> None:
         self.order: list[str] = []
         self.row_of: dict[str, int] = {}
         self.state: FloatArray = np.zeros((8, width), np.float32)
         self.trace: FloatArray = np.zeros((8, width + 1), np.float32)
-        self.prior: FloatArray = np.zeros((8, size), np.float32)
         self.tokens: npt.NDArray[np.int64] = np.zeros(8, np.int64)
-        self.match_at: npt.NDArray[np.int64] = np.zeros(8, np.int64)
 
-    _ARRAYS = ("state", "trace", "prior", "tokens", "match_at")
+    _ARRAYS = ("state", "trace", "tokens")
 
     def __len__(self) -> int:
         return len(self.order)

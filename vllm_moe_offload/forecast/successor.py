@@ -26,6 +26,12 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
+DISCOUNT = np.float32(0.7)
+"""Of the future, per token: ``g`` above."""
+RIDGE = np.float32(40.0)
+"""Regularisation, in tokens of evidence."""
+MEMORY_TOKENS = 50_000.0
+"""Evidence kept; older routing fades, so that a shift is followed."""
 DENSE_STATE = 1024
 MAX_WEIGHTS = 1 << 22
 MIN_TOKENS = 100
@@ -45,23 +51,11 @@ class SuccessorModel:
         version: grows whenever ``weights`` change.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_experts: int,
-        *,
-        discount: float,
-        ridge: float,
-        memory_tokens: float,
-    ) -> None:
-        """``memory_tokens``: older evidence fades once this many tokens were seen."""
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         size = num_layers * num_experts
         self.size = size
         self.dense = size <= DENSE_STATE
         self.state_size = size if self.dense else max(64, min(DENSE_STATE, MAX_WEIGHTS // size))
-        self.discount = np.float32(discount)
-        self._ridge = np.float32(ridge)
-        self._memory_tokens = memory_tokens
         if not self.dense:
             generator = np.random.default_rng(0x5EED)
             self.bucket: npt.NDArray[np.int64] = generator.integers(0, self.state_size, size)
@@ -108,9 +102,9 @@ class SuccessorModel:
         self, traces: FloatArray, states: FloatArray, rows: npt.NDArray[np.int64]
     ) -> None:
         """Takes the states of ``rows`` into their traces ``[requests, state_size + 1]``."""
-        discounted = traces[rows] * self.discount
-        discounted[:, :-1] += (1 - self.discount) * states[rows]
-        discounted[:, -1] += 1 - self.discount
+        discounted = traces[rows] * DISCOUNT
+        discounted[:, :-1] += (1 - DISCOUNT) * states[rows]
+        discounted[:, -1] += 1 - DISCOUNT
         traces[rows] = discounted
 
     def predict(self, states: FloatArray) -> FloatArray:
@@ -149,7 +143,7 @@ class SuccessorModel:
     def _refit(self) -> None:
         """Refits W; ever more rarely, so that its cost stays a small share of all steps."""
         regular = self._gram.copy()
-        regular.flat[:: len(regular) + 1] += self._ridge
+        regular.flat[:: len(regular) + 1] += RIDGE
         if self.dense:
             self._adopt(np.linalg.solve(regular, self._cross))
         else:
@@ -159,13 +153,13 @@ class SuccessorModel:
             self._solved = 0
         self._next_solve = self.num_tokens + max(
             MIN_TOKENS if self.num_tokens < 1000 else 500,
-            0.2 * min(self.num_tokens, self._memory_tokens),
+            0.2 * min(self.num_tokens, MEMORY_TOKENS),
         )
-        if self._effective > self._memory_tokens:
-            keep = np.float32(self._memory_tokens / self._effective)
+        if self._effective > MEMORY_TOKENS:
+            keep = np.float32(MEMORY_TOKENS / self._effective)
             self._gram *= keep
             self._cross *= keep
-            self._effective = self._memory_tokens
+            self._effective = MEMORY_TOKENS
 
     def _solve_columns(self, inverse: FloatArray) -> None:
         """The next columns of a refit; the old weights hold until the last."""

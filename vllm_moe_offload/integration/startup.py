@@ -11,7 +11,6 @@ from vllm_moe_offload import __version__
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
-from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
 from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
@@ -145,12 +144,16 @@ def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> 
 def _predictor(
     options: OffloadConfig, shape: CacheShape, routers: Routers | None, top_k: int
 ) -> Predictor | None:
-    """The model's routers, asked early; without them co-activation, learned online."""
+    """The model's routers, asked early."""
     if options.mode != "trace" or not options.prefetch or shape.holds_everything:
         return None
-    if routers is not None:
-        return RouterLookahead(routers, top_k, LAYERS_AHEAD)
-    return CrossLayerPredictor(shape.num_layers, shape.num_experts, depth=LAYERS_AHEAD)
+    if routers is None:
+        logger.warning(
+            "MoE offload: no router was found beside the experts of every layer, so nothing is "
+            "read ahead: each layer waits for what it misses"
+        )
+        return None
+    return RouterLookahead(routers, top_k, LAYERS_AHEAD)
 
 
 def _collection_file(

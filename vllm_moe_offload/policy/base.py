@@ -9,12 +9,14 @@ resident only if it scores higher.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
 
-from vllm_moe_offload.cache.planner import PlannerRules
+from vllm_moe_offload.cache.planner import ExpertCache, PlannerRules
+from vllm_moe_offload.native import Observer, core
 from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
 
 
@@ -39,10 +41,10 @@ class Policy(ABC):
         """Score of an expert that every request uses at every step, on this policy's scale."""
         return 1.0
 
-    def bind(self, scores: FloatArray) -> None:
-        """Makes ``scores`` (the cache's table) the one that this policy writes."""
-        scores[...] = self.scores
-        self.scores = scores
+    def bind(self, cache: ExpertCache) -> None:
+        """Makes the scores of ``cache`` the table that this policy writes."""
+        cache.scores[...] = self.scores
+        self.scores = cache.scores
 
     def begin_step(self, tokens: StepTokens) -> None:
         """A step of the model begins."""
@@ -84,3 +86,19 @@ class Policy(ABC):
     def end_request(self, request: str) -> None:
         """``request`` ended: it must stop counting."""
         del request
+
+
+def fade_and_gain(observer: Observer, layer: int, num_experts: int) -> None:
+    """Moves one layer's scores by its votes, as ``observer`` says (``csrc/follow.h``).
+
+    The rule by which a layer call changes scores, for those that observe in Python.
+    """
+    begin_bytes = layer * num_experts * 4
+    core.vmo_follow(
+        observer.scores + begin_bytes,
+        observer.votes + begin_bytes,
+        observer.fade + begin_bytes if observer.fade else None,
+        ctypes.c_float.from_address(observer.gains + 4 * layer).value,
+        observer.decay,
+        num_experts,
+    )

@@ -17,9 +17,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from vllm_moe_offload.cache.planner import ORDER_RECENCY, SCOPE_PER_LAYER, PlannerRules
+from vllm_moe_offload.cache.planner import (
+    ORDER_RECENCY,
+    SCOPE_PER_LAYER,
+    ExpertCache,
+    PlannerRules,
+)
 from vllm_moe_offload.native import GAIN_BY_USES, GAIN_BY_VOTES, SCORES_STAY, Observer
-from vllm_moe_offload.policy.base import Policy
+from vllm_moe_offload.policy.base import Policy, fade_and_gain
 from vllm_moe_offload.step import FloatArray, IdArray
 
 DEFAULT_HALF_LIFE_STEPS = 8.0
@@ -28,8 +33,7 @@ DEFAULT_HALF_LIFE_STEPS = 8.0
 class PlainPolicy(Policy):
     """A policy whose scores fade by a factor and gain by votes, layer call by layer call.
 
-    That is little enough for the core to do by itself: in serving (``vmo_observer``), and in
-    shadows that run beside another policy (``vmo_planner_drive``).
+    That is little enough for the core to do by itself in serving (``vmo_observer``).
 
     Attributes:
         follows: what scores gain: ``native.SCORES_STAY``, nothing; ``GAIN_BY_VOTES``, the
@@ -52,16 +56,10 @@ class PlainPolicy(Policy):
             follows=self.follows,
         )
 
-    def bind(self, scores: FloatArray) -> None:
-        """See :meth:`Policy.bind`; ``scores`` must be contiguous."""
-        super().bind(scores)
-        self._observer.scores = scores.ctypes.data
-
-    def gain(self, votes: FloatArray) -> FloatArray | None:
-        """What scores gain by ``votes`` ``[..., num_experts]``; None if they never change."""
-        if self.follows == SCORES_STAY:
-            return None
-        return votes if self.follows == GAIN_BY_VOTES else (votes > 0).astype(np.float32)
+    def bind(self, cache: ExpertCache) -> None:
+        """See :meth:`Policy.bind`."""
+        super().bind(cache)
+        self._observer.scores = self.scores.ctypes.data
 
     def native_observer(self, num_tokens: int, top_k: int) -> int:
         """See :meth:`Policy.native_observer`."""
@@ -70,11 +68,10 @@ class PlainPolicy(Policy):
 
     def observe(self, layer: int, ids: IdArray, votes: FloatArray) -> None:
         """Fades the layer's scores and adds this call's gain."""
-        gain = self.gain(votes)
-        if gain is not None:
-            row = self.scores[layer]
-            row *= self.decay
-            row += gain
+        if self.follows == SCORES_STAY:
+            return
+        self._votes[layer] = votes if self.follows == GAIN_BY_VOTES else votes > 0
+        fade_and_gain(self._observer, layer, self.num_experts)
 
 
 class LRU(PlainPolicy):

@@ -11,7 +11,7 @@ its slots and staging slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,15 +21,12 @@ import numpy.typing as npt
 from vllm_moe_offload.cache.planner import (
     PLAN_INSTANT,
     PLAN_UNPINNED,
-    SCOPE_PER_LAYER,
     CacheShape,
     ExpertCache,
 )
-from vllm_moe_offload.forecast.coactivation import CrossLayerPredictor
 from vllm_moe_offload.native import check, core
 from vllm_moe_offload.policy import Policy, make_policy
 from vllm_moe_offload.policy.belady import Belady
-from vllm_moe_offload.policy.shadow import bind_policy
 from vllm_moe_offload.replay.schedule import (
     ReplayError,
     Schedule,
@@ -44,12 +41,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What one policy did at one capacity and concurrency.
-
-    ``prefetch_coverage`` is the share of misses that the cross-layer predictor named at least
-    one layer call ahead, ``prefetch_waste`` the share of the experts it named that were then
-    not used; None for policies that do not predict.
-    """
+    """What one policy did at one capacity and concurrency (None: the server's own)."""
 
     policy: str
     capacity: float
@@ -59,11 +51,9 @@ class ReplayResult:
     hits: int
     misses: int
     tokens: int
-    prefetch_coverage: float | None = None
-    prefetch_waste: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: without the figures that do not apply."""
+        """For JSON: without a concurrency that does not apply."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -81,30 +71,25 @@ def replay(
     concurrency: int,
     *,
     num_requests: int | None = None,
-    prefetch_depth: int = 0,
     progress: Progress | None = None,
     timeline: list[tuple[int, int]] | None = None,
 ) -> ReplayResult:
     """Replays the first ``num_requests`` requests by the rules of the module.
 
-    ``prefetch_depth`` above 0 also scores the cross-layer predictor that many layers ahead.
     ``progress`` is called with the number of tokens done since its last call. ``timeline``
     receives hits and misses so far after every step.
 
     Raises:
         ReplayError, ValueError: a parameter is out of range; says which and why.
     """
-    shape = (trace.num_layers, trace.num_experts)
-    slots = capacity_slots(capacity, *shape)
-    chosen = make_policy(policy, *shape)
-    cache = ExpertCache(CacheShape(*shape, slots), chosen.rules, unbounded_staging=True)
+    chosen, cache = unstaged(trace, policy, capacity)
     schedule = decode_schedule(trace, concurrency, num_requests)
-    predictor = CrossLayerPredictor(*shape, depth=prefetch_depth) if prefetch_depth else None
-    forecast = _Forecast(predictor, cache) if predictor is not None else None
-    counts = _run(
-        trace, schedule, chosen, cache, forecast, progress=progress, timeline=timeline
-    )
-    return _result(policy, capacity, concurrency, counts)
+    for tokens in _run(trace, schedule, chosen, cache):
+        if timeline is not None:
+            timeline.append((cache.count("hits"), cache.count("misses")))
+        if progress is not None:
+            progress(tokens.request_of_token.size)
+    return _result(policy, capacity, concurrency, schedule, cache)
 
 
 def replay_recorded(
@@ -126,210 +111,105 @@ def replay_recorded(
         chosen.rules,
         unbounded_staging=recorded.staging_slots == 0,
     )
-    share = slots / (shape[0] * shape[1])
-    return _result(
-        policy, share, None, _run(trace, schedule, chosen, cache, None, progress=progress)
-    )
+    for tokens in _run(trace, schedule, chosen, cache):
+        if progress is not None:
+            progress(tokens.request_of_token.size)
+    return _result(policy, slots / (shape[0] * shape[1]), None, schedule, cache)
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
-    hits: int
-    misses: int
-    tokens: int
-    forecast: _Forecast | None
+def unstaged(trace: RoutingTrace, policy: str, capacity: float) -> tuple[Policy, ExpertCache]:
+    """A policy, and a cache of ``capacity`` with all the staging slots that are ever needed."""
+    shape = (trace.num_layers, trace.num_experts)
+    chosen = make_policy(policy, *shape)
+    slots = capacity_slots(capacity, *shape)
+    return chosen, ExpertCache(CacheShape(*shape, slots), chosen.rules, unbounded_staging=True)
 
 
 def _result(
-    policy: str, capacity: float, concurrency: int | None, counts: _Counts
+    policy: str,
+    capacity: float,
+    concurrency: int | None,
+    schedule: Schedule,
+    cache: ExpertCache,
 ) -> ReplayResult:
-    forecast = counts.forecast
+    hits, misses = cache.count("hits"), cache.count("misses")
+    tokens = int(schedule.row_token.size)
     return ReplayResult(
         policy=policy,
         capacity=capacity,
         concurrency=concurrency,
-        hit_rate=counts.hits / max(counts.hits + counts.misses, 1),
-        misses_per_token=counts.misses / max(counts.tokens, 1),
-        hits=counts.hits,
-        misses=counts.misses,
-        tokens=counts.tokens,
-        prefetch_coverage=None if forecast is None else forecast.coverage,
-        prefetch_waste=None if forecast is None else forecast.waste,
+        hit_rate=hits / max(hits + misses, 1),
+        misses_per_token=misses / max(tokens, 1),
+        hits=hits,
+        misses=misses,
+        tokens=tokens,
     )
 
 
 def _run(
-    trace: RoutingTrace,
-    schedule: Schedule,
-    policy: Policy,
-    cache: ExpertCache,
-    forecast: _Forecast | None,
-    *,
-    progress: Progress | None,
-    timeline: list[tuple[int, int]] | None = None,
-) -> _Counts:
-    bind_policy(policy, cache)
+    trace: RoutingTrace, schedule: Schedule, policy: Policy, cache: ExpertCache
+) -> Iterator[StepTokens]:
+    """Replays ``schedule`` and yields each step's tokens once it is done."""
     flags = PLAN_INSTANT
+    routed = trace.routed
+    policy.bind(cache)
     if isinstance(policy, Belady):
-        policy.foresee(schedule.offsets, _routing(trace, schedule))
+        policy.foresee(schedule.offsets, routed[schedule.row_token])
         flags |= PLAN_UNPINNED
-    votes = np.zeros(trace.num_experts, np.float32)
     for step in range(schedule.num_steps):
         for request in schedule.ended[step]:
             policy.end_request(str(request))
-            if forecast is not None:
-                forecast.end_request(str(request))
         tokens = schedule.tokens(step)
-        ids = _step_ids(trace, schedule, step)
-        policy.begin_step(tokens)
-        if forecast is not None:
-            forecast.begin_step(tokens)
-        for layer in range(trace.num_layers):
-            layer_ids = ids[layer]
-            _count_votes(layer_ids, tokens, trace.num_experts, votes)
-            policy.observe(layer, layer_ids, votes)
-            if forecast is not None:
-                forecast.observe(layer, layer_ids)
-            plan_waves(cache, policy, layer, layer_ids, flags)
-        policy.end_step()
-        if forecast is not None:
-            forecast.end_step()
-        if timeline is not None:
-            timeline.append((cache.count("hits"), cache.count("misses")))
-        if progress is not None:
-            progress(tokens.request_of_token.size)
-    return _Counts(
-        cache.count("hits"), cache.count("misses"), int(schedule.row_token.size), forecast
-    )
+        replay_step(policy, cache, tokens, schedule.ids(routed, step), flags=flags)
+        yield tokens
 
 
-def plan_waves(
-    cache: ExpertCache,
+def replay_step(
     policy: Policy,
-    layer: int,
-    ids: npt.NDArray[np.integer[Any]],
-    flags: int,
+    cache: ExpertCache,
+    tokens: StepTokens,
+    ids: npt.NDArray[np.int32],
+    before_layer: Callable[[int], object] | None = None,
+    *,
+    flags: int = PLAN_INSTANT,
 ) -> None:
-    """Plans and finishes one layer call, in waves where its experts do not fit at once.
+    """One step, ids ``[layers, tokens, top_k]``, as serving makes it.
 
-    Waves as serving makes them: resident experts first, as many as the pool has rows. And as
-    in serving, the policy catches up at a step's first miss.
-
-    Raises:
-        ReplayError: the cache has no rows at all.
+    Calls that do not fit at once run in waves, and the policy catches up at the first miss.
+    ``before_layer`` is called with each layer before it is planned.
     """
-    if cache.plan(layer, ids, flags):
-        _finish(cache, policy)
-        return
-    needed = np.unique(ids).astype(np.int32)
-    resident = cache.page_table[layer, needed] >= 0
-    order = np.concatenate([needed[resident], needed[~resident]])
-    size = cache.shape.num_slots
-    if cache.rules.scope == SCOPE_PER_LAYER:
-        size //= cache.shape.num_layers
-    size += cache.shape.num_staging_slots
-    for begin in range(0, order.size, max(size, 1)):
-        wave = np.ascontiguousarray(order[begin : begin + max(size, 1)])
-        if not cache.plan(layer, wave, flags):
-            raise ReplayError(
-                f"{wave.size} experts of layer {layer} do not fit in {cache.shape}"
-            )
-        _finish(cache, policy)
+    votes = np.zeros(cache.shape.num_experts, np.float32)
+    policy.begin_step(tokens)
+    for layer, layer_ids in enumerate(ids):
+        _count_votes(layer_ids, tokens, votes)
+        policy.observe(layer, layer_ids, votes)
+        if before_layer is not None:
+            before_layer(layer)
+        if cache.plan(layer, layer_ids, flags):
+            _catch_up(cache, policy)
+            cache.finish()
+            continue
+        for _ in cache.waves(layer, layer_ids, flags):
+            _catch_up(cache, policy)
+    policy.end_step()
 
 
-def _finish(cache: ExpertCache, policy: Policy) -> None:
+def _catch_up(cache: ExpertCache, policy: Policy) -> None:
     if cache.outcome.num_misses:
         policy.catch_up()
-    cache.finish()
-
-
-class _Forecast:
-    """Scores the cross-layer predictor without touching the cache.
-
-    One layer ahead and up, an expert that is not resident counts as named if at least one
-    token is expected to use it; budgets and transfer times are serving's business.
-    """
-
-    THRESHOLD = 0.5
-
-    def __init__(self, predictor: CrossLayerPredictor, cache: ExpertCache) -> None:
-        self._predictor = predictor
-        self._cache = cache
-        shape = cache.shape
-        self._named = np.zeros((shape.num_layers, shape.num_experts), np.bool_)
-        self._issued = self._useful = self._misses = 0
-
-    def begin_step(self, tokens: StepTokens) -> None:
-        self._predictor.begin_step(tokens)
-
-    def observe(self, layer: int, ids: npt.NDArray[np.int32]) -> None:
-        absent = self._cache.page_table[layer] < 0
-        needed = np.zeros(absent.size, np.bool_)
-        needed[ids.reshape(-1)] = True
-        missing = needed & absent
-        named = self._named[layer] & absent
-        self._misses += int(np.count_nonzero(missing))
-        self._issued += int(np.count_nonzero(named))
-        self._useful += int(np.count_nonzero(named & missing))
-        self._named[layer] = False
-        self._predictor.observe(layer, ids)
-        for ahead in range(1, self._predictor.depth + 1):
-            likely = self._predictor.probabilities(layer, ahead)
-            if likely is None:
-                break
-            self._named[layer + ahead] |= likely >= self.THRESHOLD
-
-    def end_step(self) -> None:
-        self._predictor.end_step()
-
-    def end_request(self, request: str) -> None:
-        self._predictor.end_request(request)
-
-    @property
-    def coverage(self) -> float:
-        return self._useful / max(self._misses, 1)
-
-    @property
-    def waste(self) -> float:
-        return 1.0 - self._useful / max(self._issued, 1)
 
 
 def _count_votes(
-    ids: npt.NDArray[np.int32],
-    tokens: StepTokens,
-    num_experts: int,
-    votes: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.int32], tokens: StepTokens, votes: npt.NDArray[np.float32]
 ) -> None:
-    """Sums the weights of the rows per expert, in the order and precision of serving."""
+    """Sums the weights of the tokens per expert, in the order and precision of serving."""
     check(
         core.vmo_expert_histogram(
             ids.ctypes.data,
-            ids.shape[0],
-            ids.shape[1],
+            *ids.shape,
             ids.itemsize,
             tokens.weights.ctypes.data,
-            num_experts,
+            votes.size,
             votes.ctypes.data,
         )
     )
-
-
-def _routing(trace: RoutingTrace, schedule: Schedule) -> npt.NDArray[np.integer[Any]]:
-    """Ids ``[tokens, layers, top_k]`` of the whole schedule."""
-    if trace.schedule is None or not trace.schedule.recomputed_ids.size:
-        return np.asarray(trace.ids[schedule.row_token])
-    both = np.concatenate([trace.ids, trace.schedule.recomputed_ids])
-    return np.asarray(both[schedule.row_token])
-
-
-def _step_ids(trace: RoutingTrace, schedule: Schedule, step: int) -> npt.NDArray[np.int32]:
-    """Ids ``[layers, tokens, top_k]`` of one step."""
-    tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
-    if trace.schedule is not None:
-        own = trace.ids.shape[0]
-        again = tokens >= own
-        if again.any():
-            ids = trace.ids[np.where(again, 0, tokens)]
-            ids[again] = trace.schedule.recomputed_ids[tokens[again] - own]
-            return np.ascontiguousarray(ids.transpose(1, 0, 2), dtype=np.int32)
-    return np.ascontiguousarray(trace.ids[tokens].transpose(1, 0, 2), dtype=np.int32)

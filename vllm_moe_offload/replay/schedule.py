@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.step import StepTokens
-from vllm_moe_offload.trace.routing import RoutingTrace
+from vllm_moe_offload.trace.routing import Ids, RoutingTrace
 
 
 class ReplayError(ValueError):
@@ -53,6 +53,11 @@ class Schedule:
             first,
             first < self.prefill_ends[requests[starts]],
         )
+
+    def ids(self, routed: Ids, step: int) -> npt.NDArray[np.int32]:
+        """Routing ``[layers, tokens, top_k]`` of one step; ``routed``: of the whole trace."""
+        tokens = self.row_token[self.offsets[step] : self.offsets[step + 1]]
+        return np.ascontiguousarray(routed[tokens].transpose(1, 0, 2), dtype=np.int32)
 
 
 def decode_schedule(

@@ -93,6 +93,13 @@ class RoutingTrace:
     schedule: RecordedSchedule | None = None
 
     @property
+    def routed(self) -> Ids:
+        """What ``row_token`` counts in: :attr:`ids`, then what was computed again."""
+        if self.schedule is None or not self.schedule.recomputed_ids.size:
+            return self.ids
+        return np.concatenate([self.ids, self.schedule.recomputed_ids])
+
+    @property
     def num_requests(self) -> int:
         """Requests in the trace."""
         return int(self.starts.size)
