@@ -50,3 +50,23 @@ def test_a_runner_without_a_method_that_is_patched_is_an_unknown_vllm(runner, mo
     monkeypatch.delattr(runner, "reload_weights")
     with pytest.raises(patching.UnsupportedVLLM, match=r"GPUModelRunner\.reload_weights"):
         patching.wrap(runner, "reload_weights", lambda original, *_: None)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.0rc1", "0.33.1+cpu"])
+def test_versions_that_are_supported(version, monkeypatch):
+    monkeypatch.setattr(patching, "vllm_version", lambda: version)
+    patching.check_version()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("0.31.2", r"supports vllm>=0\.32,<0\.34, but vLLM 0\.31\.2 is installed"),
+        ("0.34.0rc1", r"vLLM 0\.34\.0rc1 is installed"),
+        ("main", "cannot read the version of vLLM: 'main'"),
+    ],
+)
+def test_versions_that_are_not(version, message, monkeypatch):
+    monkeypatch.setattr(patching, "vllm_version", lambda: version)
+    with pytest.raises(patching.UnsupportedVLLM, match=message):
+        patching.check_version()

@@ -8,7 +8,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-SUPPORTED = (("0.32", "0.34"), "vllm>=0.32,<0.34")
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+SUPPORTED = ">=0.32,<0.34"
+"""Versions of vLLM; those of the extras in ``pyproject.toml``."""
 
 
 class UnsupportedVLLM(RuntimeError):
@@ -23,17 +27,16 @@ def vllm_version() -> str:
 
 
 def check_version() -> None:
-    """Raises UnsupportedVLLM unless vLLM is >=0.32,<0.34."""
+    """Raises UnsupportedVLLM unless vLLM is one of :data:`SUPPORTED`."""
     version = vllm_version()
-    parts = version.split("+")[0].split(".")
     try:
-        release = (int(parts[0]), int(parts[1]))
-    except (ValueError, IndexError) as error:
+        is_supported = Version(version) in SpecifierSet(SUPPORTED, prereleases=True)
+    except InvalidVersion as error:
         raise UnsupportedVLLM(f"cannot read the version of vLLM: {version!r}") from error
-    if not (0, 32) <= release < (0, 34):
+    if not is_supported:
         own = importlib.metadata.version("vllm-moe-offload")
         raise UnsupportedVLLM(
-            f"vllm-moe-offload {own} supports {SUPPORTED[1]}, but vLLM {version} is installed. "
+            f"vllm-moe-offload {own} supports vllm{SUPPORTED}, but vLLM {version} is installed. "
             "Install a supported vLLM, or uninstall vllm-moe-offload."
         )
 
@@ -45,7 +48,7 @@ def require(owner: Any, name: str) -> Any:
         where = getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))
         raise UnsupportedVLLM(
             f"vLLM {vllm_version()} has no {where}.{name}, which vllm-moe-offload hooks into; "
-            f"supported is {SUPPORTED[1]}"
+            f"supported is vllm{SUPPORTED}"
         )
     return getattr(owner, name)
 
