@@ -50,7 +50,7 @@ def test_follows_when_another_forecast_becomes_right() -> None:
 def test_weights_are_never_negative_and_0_where_not_active() -> None:
     mixture = mixture_of()
     fed(mixture, right=2, steps=10)
-    mixture._cross[1] = -100.0  # used the less the more it was forecast
+    mixture._sums.cross[1] = -100.0  # used the less the more it was forecast
     mixture.fit(np.array([False, True, True]))
     assert mixture.weights[:2].tolist() == [0.0, 0.0]
     assert mixture.weights[2] > 0

@@ -13,7 +13,7 @@ from vllm_moe_offload.forecast.successor import SuccessorModel
 def quick_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little regularisation, and a short future whose values are easily told."""
     monkeypatch.setattr(successor, "DISCOUNT", np.float32(0.5))
-    monkeypatch.setattr(successor, "RIDGE", np.float32(0.1))
+    monkeypatch.setattr(successor, "RIDGE", 0.1)
 
 
 def feed(model: SuccessorModel, sequence: list[int]) -> np.ndarray:
@@ -70,8 +70,8 @@ def test_a_wide_model_is_solved_column_by_column() -> None:
         steps += 1
         if steps == 25:  # 100 tokens: a refit begins
             ridge = 0.1 * np.eye(model.state_size + 1, dtype=np.float32)
-            gram = model._gram + ridge
-            expected = np.linalg.solve(gram, model._cross)
+            gram = model._sums.gram + ridge
+            expected = np.linalg.solve(gram, model._sums.cross)
     assert steps == 25 + 2048 // 256
     np.testing.assert_allclose(model.weights, expected[:-1], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(model.bias, expected[-1], rtol=1e-3, atol=1e-4)

@@ -42,7 +42,8 @@ def test_prefill_and_decode_are_counted_apart(run) -> None:
     activation = tracer.get("a")
     assert activation.prefill.tolist() == [[2, 1, 1, 0, 0], [0, 1, 0, 2, 1]]
     assert activation.decode.tolist() == [[0, 1, 0, 0, 1], [1, 1, 0, 0, 0]]
-    assert (activation.num_prefill, activation.num_decode, activation.high_water) == (2, 1, 3)
+    done = activation.progress
+    assert (done.num_prefill, done.num_decode, done.high_water) == (2, 1, 3)
     assert activation.counts.sum() == 3 * 2 * 2
 
 
@@ -64,7 +65,8 @@ def test_what_is_computed_again_is_not_counted_again(run) -> None:
     run(tracer, rows_of(("a", 0, 4, True)), [[[0], [1], [2], [3]]] * 2)
     activation = tracer.get("a")
     assert activation.counts.tolist() == [[1, 1, 1, 1, 0]] * 2
-    assert (activation.num_prefill, activation.num_decode) == (2, 2)
+    done = activation.progress
+    assert (done.num_prefill, done.num_decode) == (2, 2)
 
 
 def test_ids_of_no_expert_count_nowhere(run) -> None:
@@ -83,7 +85,7 @@ def test_positions_from_the_prefix_cache_are_absent_and_known(run) -> None:
     tracer = ExpertTracer(LAYERS, EXPERTS)
     run(tracer, rows_of(("a", 48, 1, True)), [[[0]]] * 2)
     activation = tracer.get("a")
-    assert activation.num_cached == 48
+    assert activation.progress.num_cached == 48
     assert activation.counts.sum() == 2
 
 

@@ -148,7 +148,7 @@ def test_a_step_that_broke_off_is_dropped(tmp_path: Path) -> None:
 
 def test_the_limit_stops_recording_with_one_warning(tmp_path: Path, caplog) -> None:
     path = tmp_path / "trace.npz"
-    row_bytes = LAYERS * TOP_K + 20
+    row_bytes = LAYERS * TOP_K + 21
     target = recorder(path, limit_bytes=4 * row_bytes)
     with caplog.at_level(logging.WARNING, logger="vllm.moe_offload"):
         step(target, ("a", 0, 3, True))

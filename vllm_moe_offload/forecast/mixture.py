@@ -3,13 +3,9 @@
 A score adds up several forecasts of the same thing: averages over few tokens and over many,
 popularity, what other requests did. Which of them can be trusted depends on the model and on
 the workload: where tokens come in runs the fast average does, where they are independent the
-slowest. Their weights are those of a ridge regression of the discounted future use
-
-    u_t = (1 - g) * sum over j >= 1 of g**(j - 1) * [share of the requests using it, step t + j]
-
-on the forecasts, by the running sums of ``forecast/successor.py`` (least squares with eligibility
-traces). All experts share the weights, so a single step is evidence from hundreds of them and
-the first few steps suffice. Old evidence fades, so that a shift of the workload is followed.
+slowest. Their weights are those of a ridge regression (``forecast/ridge.py``) of the discounted
+share of the coming steps' requests that use an expert on the forecasts. All experts share the
+weights, so a single step is evidence from hundreds of them and the first few steps suffice.
 """
 
 from __future__ import annotations
@@ -17,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.forecast.ridge import RidgeSums
 from vllm_moe_offload.step import FloatArray
 
 LEARNED_KEYS = 2048
@@ -26,7 +23,7 @@ FITTED_EVERY = 8
 """The weights are refitted at each of the first steps, then every few: what a step adds to
 hundreds of others is not worth its time."""
 DISCOUNT = 0.4
-"""Of the future, per step: ``g`` above. Low suits small caches, high large ones; between .3 and .6
+"""Of the future, per step: ``g``. Low suits small caches, high large ones; between .3 and .6
 hardly anything changes."""
 MEMORY_STEPS = 100.0
 """Evidence kept, so that a running request is followed."""
@@ -53,8 +50,7 @@ class Mixture:
         self._initial = initial.copy()
         # Odd, so that a sample meets every expert number and not those of one residue.
         self._stride = size // LEARNED_KEYS | 1
-        self._gram: npt.NDArray[np.float64] = np.zeros((count, count))
-        self._cross: npt.NDArray[np.float64] = np.zeros(count)
+        self._sums = RidgeSums(np.zeros((count, count)), np.zeros(count))
         self._steps = 0
         self._trace: FloatArray = np.zeros((count, -(-size // self._stride)), np.float32)
 
@@ -66,12 +62,13 @@ class Mixture:
         """
         self._steps += 1
         parts = np.ascontiguousarray(self.parts[:, :: self._stride])
-        self._gram *= KEEP
-        self._gram += self.mixing @ (parts @ parts.T) @ self.mixing.T
         self._trace *= np.float32(DISCOUNT)
         self._trace += ((1.0 - DISCOUNT) * self.mixing).astype(np.float32) @ parts
-        self._cross *= KEEP
-        self._cross += self._trace @ used[:: self._stride]
+        self._sums.fade(KEEP)
+        self._sums.add(
+            self.mixing @ (parts @ parts.T) @ self.mixing.T,
+            self._trace @ used[:: self._stride],
+        )
 
     def fit(self, active: npt.NDArray[np.bool_]) -> None:
         """Refits the weights now and then; those of forecasts that are not ``active`` are 0.
@@ -81,8 +78,7 @@ class Mixture:
         """
         if self._steps > FITTED_EACH and self._steps % FITTED_EVERY:
             return
-        gram = self._gram + RIDGE * np.eye(len(self._gram))
-        cross = self._cross + RIDGE * self._initial
+        gram, cross = self._sums.regular(RIDGE, toward=self._initial)
         chosen = np.flatnonzero(active)
         self.weights[...] = 0.0
         while chosen.size:

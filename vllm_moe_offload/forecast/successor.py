@@ -5,17 +5,12 @@ A request's state is its activation matrix with exponential forgetting (a few to
 
     V(x_t)[e] = (1 - g) * sum over j >= 1 of g**(j - 1) * [token t + j uses e],
 
-the successor representation (Dayan, 1993), and linear in the state: ``V(x) = x @ W + b``.
-W is the ridge regression over all tokens seen so far, i.e. least-squares temporal differences
-with lambda = 1 (Bradtke & Barto, 1996; Boyan, 2002), so it needs two running sums,
+the successor representation (Dayan, 1993), and linear in the state: ``V(x) = x @ W + b``. W is
+the ridge regression (``forecast/ridge.py``) over all tokens seen so far. What it holds is
+co-activation across layers and time: "who used these experts lately uses those soon". A score
+made of an expert's own history cannot know an expert that the request has not used yet.
 
-    G = sum x xT                  R = sum e yT,    e_t = g * e_{t-1} + (1 - g) * x_{t-1}
-
-where y is what a token used: the trace ``e`` credits every earlier state for it. What W holds
-is co-activation across layers and time: "who used these experts lately uses those soon". A
-score made of an expert's own history cannot know an expert that the request has not used yet.
-
-Beyond :data:`DENSE_STATE` experts the state is a count sketch (see ``trace/collection.py``)
+Beyond :data:`DENSE_STATE` experts the state is a count sketch (see ``trace/sketches.py``)
 of bounded width, so that W stays small.
 """
 
@@ -24,11 +19,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.forecast.ridge import RidgeSums
+from vllm_moe_offload.trace.sketches import count_sketch
+
 FloatArray = npt.NDArray[np.float32]
 
 DISCOUNT = np.float32(0.7)
 """Of the future, per token: ``g`` above."""
-RIDGE = np.float32(40.0)
+RIDGE = 40.0
 """Regularisation, in tokens of evidence."""
 MEMORY_TOKENS = 50_000.0
 """Evidence kept; older routing fades, so that a shift is followed."""
@@ -57,14 +55,13 @@ class SuccessorModel:
         self.dense = size <= DENSE_STATE
         self.state_size = size if self.dense else max(64, min(DENSE_STATE, MAX_WEIGHTS // size))
         if not self.dense:
-            generator = np.random.default_rng(0x5EED)
-            self.bucket: npt.NDArray[np.int64] = generator.integers(0, self.state_size, size)
-            self.sign: FloatArray = generator.choice(np.array([-1, 1], np.float32), size)
+            self.bucket, self.sign = count_sketch(size, self.state_size)
         width = self.state_size + 1  # the last input is the constant 1
         self.weights: FloatArray = np.zeros((self.state_size, size), np.float32)
         self.bias: FloatArray = np.zeros(size, np.float32)
-        self._gram: FloatArray = np.zeros((width, width), np.float32)
-        self._cross: FloatArray = np.zeros((width, size), np.float32)
+        self._sums = RidgeSums(
+            np.zeros((width, width), np.float32), np.zeros((width, size), np.float32)
+        )
         self._states: FloatArray = np.ones((BATCH, width), np.float32)
         self._traces: FloatArray = np.zeros((BATCH, width), np.float32)
         self._used: FloatArray = np.zeros((BATCH, size), np.float32)
@@ -130,8 +127,7 @@ class SuccessorModel:
             self._filled += take
             start += take
             if self._filled == BATCH:
-                self._gram += self._states.T @ self._states
-                self._cross += self._traces.T @ self._used
+                self._sums.add(self._states.T @ self._states, self._traces.T @ self._used)
                 self._filled = 0
         self.num_tokens += count
         self._effective += count
@@ -142,23 +138,20 @@ class SuccessorModel:
 
     def _refit(self) -> None:
         """Refits W; ever more rarely, so that its cost stays a small share of all steps."""
-        regular = self._gram.copy()
-        regular.flat[:: len(regular) + 1] += RIDGE
+        gram, cross = self._sums.regular(RIDGE)
         if self.dense:
-            self._adopt(np.linalg.solve(regular, self._cross))
+            self._adopt(np.linalg.solve(gram, cross))
         else:
-            self._inverse = np.asarray(np.linalg.inv(regular), np.float32)
-            self._fitted_cross = self._cross.copy()
-            self._solution = np.empty_like(self._cross)
+            self._inverse = np.asarray(np.linalg.inv(gram), np.float32)
+            self._fitted_cross = np.asarray(cross, np.float32)
+            self._solution = np.empty_like(self._fitted_cross)
             self._solved = 0
         self._next_solve = self.num_tokens + max(
             MIN_TOKENS if self.num_tokens < 1000 else 500,
             0.2 * min(self.num_tokens, MEMORY_TOKENS),
         )
         if self._effective > MEMORY_TOKENS:
-            keep = np.float32(MEMORY_TOKENS / self._effective)
-            self._gram *= keep
-            self._cross *= keep
+            self._sums.fade(MEMORY_TOKENS / self._effective)
             self._effective = MEMORY_TOKENS
 
     def _solve_columns(self, inverse: FloatArray) -> None:

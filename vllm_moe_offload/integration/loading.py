@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ def load_dummy_weights(
     if load is None:
         original(loader, model, model_config)
         return
-    original(loader, _WithoutExperts(model), model_config)
+    offloaded = set(map(id, load.layers))
+    dense = [module for module in model.modules() if id(module) not in offloaded]
+    original(loader, SimpleNamespace(modules=lambda: dense), model_config)
     with store_lock(load.directory):
         if load.open_store() is None:
             with load.builder() as builder, BackgroundWriter(builder) as writer:
@@ -112,17 +115,6 @@ def _initialize_dummy(tensor: torch.Tensor) -> None:
     initialize_single_dummy_weight(drawn)
     if drawn is not tensor:
         tensor.copy_(drawn)
-
-
-class _WithoutExperts:
-    """A model as the dummy loader sees it: its modules less the offloaded layers."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-
-    def modules(self) -> Iterator[torch.nn.Module]:
-        hidden = set(map(id, offloaded_layers(self._model)))
-        return (module for module in self._model.modules() if id(module) not in hidden)
 
 
 def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:

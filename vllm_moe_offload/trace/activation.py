@@ -1,9 +1,7 @@
 """Expert activation matrices of the running requests (MoE-Infinity's EAM, per request).
 
 ``M[l, e]`` counts the tokens of one request that layer l routed to expert e, prefill and
-decode apart. Positions are counted once: what is computed again after a preemption lies
-below the request's high-water mark and is not counted again; positions that came out of
-vLLM's prefix cache are never computed, and their number is kept.
+decode apart. Each position counts once (``trace/progress.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import numpy.typing as npt
 
 from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.step import StepTokens
+from vllm_moe_offload.trace.progress import RequestProgress
 
 Counts = npt.NDArray[np.float32]
 
@@ -27,18 +26,12 @@ class Activation:
     Attributes:
         prefill: float32 ``[layers, experts]``, counts of its prompt tokens.
         decode: float32 ``[layers, experts]``, counts of its generated tokens.
-        high_water: first position that was not counted yet.
-        num_prefill: prompt tokens counted.
-        num_decode: generated tokens counted.
-        num_cached: positions below the first one seen (prefix cache), never counted.
+        progress: which tokens these are.
     """
 
     prefill: Counts
     decode: Counts
-    high_water: int = 0
-    num_prefill: int = 0
-    num_decode: int = 0
-    num_cached: int = 0
+    progress: RequestProgress
 
     @property
     def counts(self) -> Counts:
@@ -74,37 +67,24 @@ class ExpertTracer:
         self._step = []
         self._counts = []
         fresh = np.ones(tokens.positions.size, np.bool_)
-        counts_per_request = np.bincount(
-            tokens.request_of_token, minlength=len(tokens.requests)
-        )
+        ends = np.cumsum(
+            np.bincount(tokens.request_of_token, minlength=len(tokens.requests))
+        ).tolist()
         start = 0
-        for index, request in enumerate(tokens.requests):
-            new = int(counts_per_request[index])
-            end = start + new
+        for request, end, is_prefill in zip(
+            tokens.requests, ends, tokens.is_prefill.tolist(), strict=True
+        ):
             activation = self._running.get(request)
             if activation is None:
                 first = int(tokens.positions[start]) if end > start else 0
-                shape = (self.num_layers, self.num_experts)
-                activation = Activation(
-                    np.zeros(shape, np.float32),
-                    np.zeros(shape, np.float32),
-                    first,
-                    num_cached=first,
-                )
+                prefill, decode = np.zeros((2, self.num_layers, self.num_experts), np.float32)
+                activation = Activation(prefill, decode, RequestProgress(first))
                 self._running[request] = activation
-            if new and tokens.positions[start] < activation.high_water:
-                fresh[start:end] = tokens.positions[start:end] >= activation.high_water
-                new = int(np.count_nonzero(fresh[start:end]))
-            if new:
-                last = int(tokens.positions[end - 1])
-                activation.high_water = max(activation.high_water, last + 1)
-            # A preempted request reads its own output again: that is no prompt.
-            if tokens.is_prefill[index] and not activation.num_decode:
-                activation.num_prefill += new
-                self._counts.append(activation.prefill)
-            else:
-                activation.num_decode += new
-                self._counts.append(activation.decode)
+            num_again, is_prompt = activation.progress.advance(
+                tokens.positions[start:end], is_prefill
+            )
+            fresh[start : start + num_again] = False
+            self._counts.append(activation.prefill if is_prompt else activation.decode)
             self._step.append(activation)
             start = end
         self._fresh = fresh

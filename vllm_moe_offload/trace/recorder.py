@@ -12,7 +12,6 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.step import StepTokens
+from vllm_moe_offload.trace.progress import RequestProgress
 from vllm_moe_offload.trace.routing import id_dtype
 
 logger = logging.getLogger("vllm.moe_offload")
 
 _npy: Any = np.lib.format  # untyped in numpy's stubs
 BLOCK_ROWS = 4096
-_TOKEN = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8")])
-
-
-@dataclass(slots=True)
-class _Request:
-    name: str
-    first_position: int
-    prefill_end: int = 0
-    has_decoded: bool = False
-    end_step: int = -1
+_TOKEN = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8"), ("is_again", "?")])
 
 
 class TraceRecorder:
@@ -79,7 +70,9 @@ class TraceRecorder:
         self._token_bytes = num_layers * top_k * self._dtype.itemsize + _TOKEN.itemsize
         self._ids_file = self._spool("ids")
         self._tokens_file = self._spool("rows")
-        self._requests: list[_Request] = []
+        self._names: list[str] = []  # and so on: of all requests so far
+        self._progress: list[RequestProgress] = []
+        self._end_steps: list[int] = []
         self._running: dict[str, int] = {}
         self._step = -1
         self._tokens: StepTokens | None = None
@@ -146,24 +139,19 @@ class TraceRecorder:
         indices = np.empty(len(tokens.requests), np.int32)
         lengths = np.bincount(tokens.request_of_token, minlength=len(tokens.requests))
         start = 0
-        for position, name in enumerate(tokens.requests):
-            end = start + int(lengths[position])
-            index = self._running.get(name)
-            if index is None:
-                index = self._running[name] = len(self._requests)
+        for place, name in enumerate(tokens.requests):
+            end = start + int(lengths[place])
+            if name not in self._running:
+                self._running[name] = len(self._names)
+                self._names.append(name)
                 first = int(tokens.positions[start]) if end > start else 0
-                self._requests.append(_Request(name, first))
-            request = self._requests[index]
-            if end > start:
-                last = int(tokens.positions[end - 1]) + 1
-                # What a preempted request computes again is no prompt beyond its own.
-                request.has_decoded |= not tokens.is_prefill[position]
-                if not request.has_decoded:
-                    request.prefill_end = max(request.prefill_end, last)
-                request.first_position = min(
-                    request.first_position, int(tokens.positions[start])
-                )
-            indices[position] = index
+                self._progress.append(RequestProgress(first))
+                self._end_steps.append(-1)
+            indices[place] = index = self._running[name]
+            num_again, _ = self._progress[index].advance(
+                tokens.positions[start:end], bool(tokens.is_prefill[place])
+            )
+            entries["is_again"][start : start + num_again] = True
             start = end
         entries["request"] = indices[tokens.request_of_token]
         try:
@@ -179,7 +167,7 @@ class TraceRecorder:
         """A request ended: the same name would be another request from now on."""
         index = self._running.pop(request, None)
         if index is not None:
-            self._requests[index].end_step = self._step + 1
+            self._end_steps[index] = self._step + 1
 
     def close(self) -> None:
         """Writes the trace; safe to call again.
@@ -196,7 +184,7 @@ class TraceRecorder:
                 logger.info(
                     "MoE offload: wrote the routing of %d tokens of %d requests to %s",
                     self._num_tokens,
-                    len(self._requests),
+                    len(self._names),
                     self._path,
                 )
         finally:
@@ -206,30 +194,25 @@ class TraceRecorder:
     def _write(self) -> None:
         self._tokens_file.seek(0)
         rows = np.frombuffer(self._tokens_file.read(self._num_tokens * _TOKEN.itemsize), _TOKEN)
-        is_own, order = self._own_rows(rows)
-        own = int(np.count_nonzero(is_own))
+        again = np.flatnonzero(rows["is_again"])
+        own = np.flatnonzero(~rows["is_again"])
+        own = own[np.argsort(rows["request"][own], kind="stable")]  # positions ascend already
         row_token = np.empty(rows.size, np.int64)
-        row_token[order] = np.arange(own)
-        row_token[~is_own] = own + np.arange(rows.size - own)
-        lens = np.bincount(rows["request"][is_own], minlength=len(self._requests))
-        prefill_ends = np.array([request.prefill_end for request in self._requests], np.int64)
+        row_token[own] = np.arange(own.size)
+        row_token[again] = own.size + np.arange(again.size)
+        lens = np.bincount(rows["request"][own], minlength=len(self._names))
         arrays: dict[str, npt.NDArray[Any]] = {
             "starts": (np.cumsum(lens) - lens).astype(np.int64),
             "lens": lens.astype(np.int64),
             "num_experts": np.asarray(self._num_experts, np.int64),
-            "names": np.array([request.name for request in self._requests], np.str_),
-            "prefill_lens": np.bincount(
-                rows["request"][is_own & (rows["position"] < prefill_ends[rows["request"]])],
-                minlength=len(self._requests),
-            ).astype(np.int64),
+            "names": np.array(self._names, np.str_),
+            "prefill_lens": np.array([one.num_prefill for one in self._progress], np.int64),
             "row_step": rows["step"].astype(np.int64),
             "row_request": rows["request"].astype(np.int32),
             "row_position": rows["position"].astype(np.int64),
             "row_token": row_token,
-            "first_positions": np.array(
-                [request.first_position for request in self._requests], np.int64
-            ),
-            "end_steps": np.array([request.end_step for request in self._requests], np.int64),
+            "first_positions": np.array([one.num_cached for one in self._progress], np.int64),
+            "end_steps": np.array(self._end_steps, np.int64),
             "layer_ids": self._layer_ids.astype(np.int64),
             "slots": np.asarray(self._slots[0], np.int64),
             "staging_slots": np.asarray(self._slots[1], np.int64),
@@ -245,25 +228,12 @@ class TraceRecorder:
                 for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         _npy.write_array(member, array, allow_pickle=False)
-                self._write_ids(archive, "ids", order)
-                self._write_ids(archive, "recomputed_ids", np.flatnonzero(~is_own))
+                self._write_ids(archive, "ids", own)
+                self._write_ids(archive, "recomputed_ids", again)
             os.replace(temporary, self._path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-    def _own_rows(
-        self, rows: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-        """Which rows are a position's first, and those rows by request and position."""
-        by_token = np.lexsort((np.arange(rows.size), rows["position"], rows["request"]))
-        request, position = rows["request"][by_token], rows["position"][by_token]
-        is_first = np.ones(rows.size, np.bool_)
-        is_first[1:] = (request[1:] != request[:-1]) | (position[1:] != position[:-1])
-        order = by_token[is_first]
-        is_own = np.zeros(rows.size, np.bool_)
-        is_own[order] = True
-        return is_own, order
 
     def _write_ids(
         self, archive: zipfile.ZipFile, name: str, order: npt.NDArray[np.int64]

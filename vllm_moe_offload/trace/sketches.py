@@ -21,6 +21,18 @@ COARSE_CANDIDATES = 256
 """Entries that the coarse sketches leave over, where there are more."""
 
 
+def count_sketch(size: int, width: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
+    """Where each of ``size`` numbers goes in a sketch of ``width``, and with which sign.
+
+    Returns int64 and float32 ``[size]``; the same in every process.
+    """
+    generator = np.random.default_rng(0x5EED)
+    return (
+        generator.integers(0, width, size),
+        generator.choice(np.array([-1, 1], np.float32), size),
+    )
+
+
 class Sketches:
     """Unit vectors of numbered entries.
 
@@ -33,10 +45,7 @@ class Sketches:
         self.is_exact = size <= EXACT_KEYS
         self._capacity = capacity
         width = size if self.is_exact else SKETCH_SIZE
-        # Fixed seed: the same matrices match the same way in every process.
-        generator = np.random.default_rng(0x5EED)
-        self._bucket: npt.NDArray[np.int64] = generator.integers(0, width, size)
-        self._sign: FloatArray = generator.choice(np.array([-1, 1], np.float32), size)
+        self._bucket, self._sign = count_sketch(size, width)
         self._vectors: FloatArray = np.zeros((min(capacity, 16), width), np.float32)
         self._coarse: FloatArray = np.zeros(
             (0 if self.is_exact else len(self._vectors), COARSE_SIZE), np.float32
