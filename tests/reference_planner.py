@@ -78,7 +78,7 @@ class ReferencePlanner:
 
     # ---- questions -------------------------------------------------------------------
 
-    def row_of(self, key: tuple[int, int]) -> int:
+    def slot_of(self, key: tuple[int, int]) -> int:
         for row, slot in enumerate(self.slots):
             if slot.key == key:
                 return row
@@ -128,7 +128,7 @@ class ReferencePlanner:
         self, layer: int, ids: list[int], *, transient: bool = False, instant: bool = False
     ) -> Plan | None:
         needed = sorted(set(ids) - {NO_EXPERT})
-        rows = [self.row_of((layer, expert)) for expert in needed]
+        rows = [self.slot_of((layer, expert)) for expert in needed]
         missing = [i for i, row in enumerate(rows) if row < 0]
         awaited = [i for i, row in enumerate(rows) if row >= 0 and self.is_loading(row)]
         for row in rows:
@@ -229,7 +229,7 @@ class ReferencePlanner:
 
     def prefetch(self, layer: int, expert: int, value: float) -> int:
         key = (layer, expert)
-        present = self.row_of(key)
+        present = self.slot_of(key)
         if present >= 0:
             self.slots[present].expected |= not self.slots[present].transient
             return -1

@@ -135,14 +135,14 @@ def real(traces: Sequence[RoutingTrace]) -> Iterator[Cell]:
 
 def alone(schedule: Schedule, request: int) -> Schedule:
     """The steps of one request, as if nobody else had been served."""
-    rows = np.flatnonzero(schedule.row_request == request)
-    step_of_row = np.repeat(np.arange(schedule.num_steps), np.diff(schedule.offsets))
-    _, starts = np.unique(step_of_row[rows], return_index=True)
+    tokens = np.flatnonzero(schedule.request == request)
+    step_of_token = np.repeat(np.arange(schedule.num_steps), np.diff(schedule.offsets))
+    _, starts = np.unique(step_of_token[tokens], return_index=True)
     return Schedule(
-        offsets=np.append(starts, rows.size).astype(np.int64),
-        row_token=schedule.row_token[rows],
-        row_request=schedule.row_request[rows],
-        row_position=schedule.row_position[rows],
+        offsets=np.append(starts, tokens.size).astype(np.int64),
+        token=schedule.token[tokens],
+        request=schedule.request[tokens],
+        position=schedule.position[tokens],
         ended=[[] for _ in starts],
         prefill_ends=schedule.prefill_ends,
     )

@@ -85,6 +85,6 @@ def replay_counted(
 
 
 def _young(schedule: Schedule) -> npt.NDArray[np.bool_]:
-    """``[rows]``: whether the row is one of a request's first generated tokens."""
-    age = schedule.row_position - schedule.prefill_ends[schedule.row_request]
+    """bool ``[tokens]``: whether it is one of its request's first generated ones."""
+    age = schedule.position - schedule.prefill_ends[schedule.request]
     return (age >= 0) & (age < YOUNG_TOKENS)

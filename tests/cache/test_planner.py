@@ -160,7 +160,7 @@ class PlannerMachine(RuleBasedStateMachine):
             assert self.cache.count(name) == self.reference.counters[name], name
         for layer in range(self.shape.num_layers):
             for expert in range(self.shape.num_experts):
-                row = self.reference.row_of((layer, expert))
+                row = self.reference.slot_of((layer, expert))
                 assert self.cache.page_table[layer, expert] == row
                 resident = row >= 0 and self.reference.slots[row].state == RESIDENT
                 assert self.cache.is_resident(layer, expert) == resident
@@ -471,7 +471,7 @@ def test_victims_of_a_large_cache_are_the_references(
         cache.finish()
         reference.plan(layer, needed.tolist(), instant=True)
         reference.finish()
-        table = [[reference.row_of((row, e)) for e in range(experts)] for row in range(layers)]
+        table = [[reference.slot_of((row, e)) for e in range(experts)] for row in range(layers)]
         np.testing.assert_array_equal(cache.page_table, table)
 
 

@@ -41,7 +41,7 @@ def test_belady_equals_looking_ahead(concurrency: int, seed: int) -> None:
     schedule = decode_schedule(trace, concurrency)
     calls = []
     for step in range(schedule.num_steps):
-        tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
+        tokens = schedule.token[schedule.offsets[step] : schedule.offsets[step + 1]]
         calls += [(layer, set(trace.ids[tokens, layer].ravel().tolist())) for layer in range(3)]
     expected = furthest_next_use(calls, 6)
     assert replay(trace, "belady", 0.25, concurrency).hits == expected

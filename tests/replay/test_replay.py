@@ -84,7 +84,7 @@ def reference_hits(trace: RoutingTrace, policy: str, slots: int, concurrency: in
     )
     schedule = decode_schedule(trace, concurrency)
     for step in range(schedule.num_steps):
-        tokens = schedule.row_token[schedule.offsets[step] : schedule.offsets[step + 1]]
+        tokens = schedule.token[schedule.offsets[step] : schedule.offsets[step + 1]]
         for layer in range(layers):
             chosen = trace.ids[tokens, layer].ravel().tolist()
             for expert in range(experts):

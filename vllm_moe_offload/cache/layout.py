@@ -3,7 +3,7 @@
 A *record* holds all parameters of one expert in the form the kernel reads
 (after ``process_weights_after_loading``). Tensors whose row is a multiple of
 :data:`ALIGNMENT` lie first, unpadded, so that one O_DIRECT ``preadv`` scatters them
-straight into the rows of the slot pool. All others (a bias row of 11,520 bytes would be
+straight into the slots of the pool. All others (a bias of 11,520 bytes would be
 refused with EINVAL) share one aligned *tail* that is read into a bounce buffer and copied.
 """
 
@@ -61,7 +61,7 @@ class ExpertLayout:
 
     @cached_property
     def direct(self) -> tuple[TensorSpec, ...]:
-        """Tensors read straight into their rows, in record order."""
+        """Tensors read straight into their slots, in record order."""
         return tuple(spec for spec in self.tensors if spec.is_direct)
 
     @cached_property

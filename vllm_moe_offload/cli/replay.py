@@ -120,7 +120,7 @@ def _replay_grid(
         capacity_slots(capacity, trace.num_layers, trace.num_experts)
     cells = list(itertools.product(concurrencies, capacities, specs))
     tokens = sum(
-        int(decode_schedule(trace, concurrency, arguments.requests).row_token.size)
+        int(decode_schedule(trace, concurrency, arguments.requests).token.size)
         for concurrency in concurrencies
     )
     total = tokens * len(capacities) * len(specs)

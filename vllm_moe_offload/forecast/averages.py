@@ -17,7 +17,7 @@ from vllm_moe_offload.native import NO_EXPERT
 from vllm_moe_offload.step import FloatArray, StepTokens
 
 SMALLEST_SCALE = 2.0**-60
-"""Scale at which a request's row is multiplied out, far from where float32 loses digits."""
+"""Scale at which a request's averages are multiplied out, far from where float32 loses digits."""
 SMALLEST_TABLE_SCALE = 2.0**-20
 """The same for a table; products of two are added up in float32 (``forecast/mixture.py``)."""
 
@@ -28,16 +28,16 @@ class StepUses:
 
     Attributes:
         keys: int64 ``[pairs]``, ``layer * num_experts + expert``.
-        owner: int64 ``[pairs]``, running request (its row) of each pair.
+        owner: int64 ``[pairs]``, running request (its index) of each pair.
         age: int64 ``[pairs]``, later tokens of the same request in the step.
-        rows: int64 ``[requests]``, running requests in the step.
+        indices: int64 ``[requests]``, those of the running requests in the step.
         lengths: int64 ``[requests]``, tokens that each of them computes.
     """
 
     keys: npt.NDArray[np.int64]
     owner: npt.NDArray[np.int64]
     age: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
     @classmethod
@@ -49,7 +49,7 @@ class StepUses:
         num_experts: int,
     ) -> StepUses:
         """Uses in ``ids`` ``[layers, tokens, top_k]``, which ``native.NO_EXPERT`` is none of;
-        ``running`` are the requests' rows."""
+        ``running`` are the indices of its requests."""
         layers, count, top_k = ids.shape
         lengths = np.bincount(tokens.request_of_token, minlength=len(tokens.requests))
         offsets = np.arange(layers, dtype=np.int64) * num_experts
@@ -114,7 +114,7 @@ class UseAverages:
     Attributes:
         totals: tables ``[averages, size]``, the sums over the running requests.
         decay: float64 ``[averages]``, factor per token.
-        weight: float64 ``[averages, rows]``, what an expert of every token would have by now:
+        weight: float64 ``[averages, requests]``, what an expert of every token would have by now:
             an average over few tokens has not reached its level yet.
     """
 
@@ -128,18 +128,18 @@ class UseAverages:
         self._scale: npt.NDArray[np.float64] = np.ones((count, 8))
         self.weight: npt.NDArray[np.float64] = np.zeros((count, 8))
 
-    def add(self, row: int) -> None:
-        """A request without any use takes ``row``."""
-        if row == self.weight.shape[1]:
+    def add(self, index: int) -> None:
+        """A request without any use takes ``index``."""
+        if index == self.weight.shape[1]:
             for name in ("_scaled", "_scale", "weight"):
                 array = getattr(self, name)
                 setattr(self, name, np.concatenate([array, array], axis=1))
-        self._scaled[:, row] = 0.0
-        self._scale[:, row] = 1.0
-        self.weight[:, row] = 0.0
+        self._scaled[:, index] = 0.0
+        self._scale[:, index] = 1.0
+        self.weight[:, index] = 0.0
 
     def move(self, source: int, target: int) -> None:
-        """The request of row ``target`` ended; that of ``source`` takes its row."""
+        """The request of index ``target`` ended; that of ``source`` takes its index."""
         self._are_totals_current = False
         if source != target:
             for array in (self._scaled, self._scale, self.weight):
@@ -147,31 +147,31 @@ class UseAverages:
 
     def take_in(self, uses: StepUses, running: int) -> None:
         """Moves the averages on by a step; ``running``: requests there are."""
-        rows, lengths = uses.rows, uses.lengths
+        indices, lengths = uses.indices, uses.lengths
         single = uses.one_token_each
         keep = self.decay[:, None] ** lengths
-        self._scale[:, rows] *= keep
-        many = rows[lengths > 1]
+        self._scale[:, indices] *= keep
+        many = indices[lengths > 1]
         if many.size:  # a prompt may fade everything before it to nothing
             self._multiply_out(many)
-        self.weight[:, rows] = 1.0 - (1.0 - self.weight[:, rows]) * keep
+        self.weight[:, indices] = 1.0 - (1.0 - self.weight[:, indices]) * keep
         gained = 1.0 - self.decay[:, None]
         gain = (gained / self._scale).astype(np.float32)[:, uses.owner]
         if not single:
             gain *= (self.decay[:, None] ** uses.age).astype(np.float32)
         _add_at(self._scaled, uses.owner * self._scaled.shape[2] + uses.keys, gain)
-        if single and rows.size == running and self._are_totals_current:
+        if single and indices.size == running and self._are_totals_current:
             self.totals.fade(self.decay)
             self.totals.add(uses.keys, gained)
         else:
             self._are_totals_current = False
-        faded = (self._scale[:, rows] < SMALLEST_SCALE).any(axis=0)
+        faded = (self._scale[:, indices] < SMALLEST_SCALE).any(axis=0)
         if faded.any():
-            self._multiply_out(rows[faded])
+            self._multiply_out(indices[faded])
 
-    def _multiply_out(self, rows: npt.NDArray[np.int64]) -> None:
-        self._scaled[:, rows] *= self._scale[:, rows, None].astype(np.float32)
-        self._scale[:, rows] = 1.0
+    def _multiply_out(self, indices: npt.NDArray[np.int64]) -> None:
+        self._scaled[:, indices] *= self._scale[:, indices, None].astype(np.float32)
+        self._scale[:, indices] = 1.0
 
     def refresh_totals(self, running: int) -> None:
         """Adds the sums up afresh where requests came, went or paused."""

@@ -100,7 +100,7 @@ class Forecast:
         state = self.requests
         self._running = np.array(
             [
-                state.row_of[request] if request in state.row_of else self._add(request)
+                state.index_of[request] if request in state.index_of else self._add(request)
                 for request in tokens.requests
             ],
             np.int64,
@@ -119,9 +119,9 @@ class Forecast:
         return (self._fade @ self._mixture.parts).reshape(self.num_layers, -1)
 
     def _add(self, request: str) -> int:
-        row = self.requests.add(request)
-        self._averages.add(row)
-        return row
+        index = self.requests.add(request)
+        self._averages.add(index)
+        return index
 
     def _refresh_parts(self) -> None:
         state, count = self.requests, len(self.requests)
@@ -241,14 +241,14 @@ class Forecast:
 
     def _learn_values(self, model: SuccessorModel, uses: StepUses) -> None:
         """Moves the successor model's states on and lets it learn from some of them."""
-        state, rows = self.requests, uses.rows
-        started = rows[(rows < LEARNING_REQUESTS) & (state.tokens[rows] > 0)]
+        state, indices = self.requests, uses.indices
+        started = indices[(indices < LEARNING_REQUESTS) & (state.tokens[indices] > 0)]
         model.discount_traces(state.trace, state.state, started)
-        state.state[rows] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
+        state.state[indices] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
         gain = ((1.0 - self._state_decay) * self._state_decay**uses.age).astype(np.float32)
         model.add_uses(state.state, uses.owner, uses.keys, gain)
-        learnable = rows[
-            (rows < LEARNING_REQUESTS) & (uses.lengths == 1) & ~self._step.is_prefill
+        learnable = indices[
+            (indices < LEARNING_REQUESTS) & (uses.lengths == 1) & ~self._step.is_prefill
         ]
         if learnable.size:
             used = np.zeros((LEARNING_REQUESTS, model.size), np.float32)
@@ -258,7 +258,7 @@ class Forecast:
 
     def end_request(self, request: str) -> None:
         """The request stops counting at once; its matrix enters the collection."""
-        if request in self.requests.row_of:
+        if request in self.requests.index_of:
             self._averages.move(*self.requests.remove(request))
         activation = self.tracer.end_request(request)
         if activation is not None:

@@ -1,6 +1,6 @@
 """The finished requests that running ones are most like: MoE-Infinity's forecast (arXiv 2401.14361).
 
-The published code differs from the paper: it never fills the collection, matches rows that
+The published code differs from the paper: it never fills the collection, matches layers that
 were not observed, and lets the last request of a batch overwrite the others. Here, each running
 request is matched by what was observed of it, and all requests count equally.
 """

@@ -96,13 +96,13 @@ class SuccessorModel:
             np.add.at(states, (owner, self.bucket[keys]), gain * self.sign[keys])
 
     def discount_traces(
-        self, traces: FloatArray, states: FloatArray, rows: npt.NDArray[np.int64]
+        self, traces: FloatArray, states: FloatArray, indices: npt.NDArray[np.int64]
     ) -> None:
-        """Takes the states of ``rows`` into their traces ``[requests, state_size + 1]``."""
-        discounted = traces[rows] * DISCOUNT
-        discounted[:, :-1] += (1 - DISCOUNT) * states[rows]
+        """Takes the states of requests ``indices`` into their traces ``[requests, width]``."""
+        discounted = traces[indices] * DISCOUNT
+        discounted[:, :-1] += (1 - DISCOUNT) * states[indices]
         discounted[:, -1] += 1 - DISCOUNT
-        traces[rows] = discounted
+        traces[indices] = discounted
 
     def predict(self, states: FloatArray) -> FloatArray:
         """Values ``[n, layers * experts]`` of states ``[n, state_size]``."""

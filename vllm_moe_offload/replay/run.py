@@ -133,7 +133,7 @@ def _result(
     cache: ExpertCache,
 ) -> ReplayResult:
     hits, misses = cache.count("hits"), cache.count("misses")
-    tokens = int(schedule.row_token.size)
+    tokens = int(schedule.token.size)
     return ReplayResult(
         policy=policy,
         capacity=capacity,
@@ -154,7 +154,7 @@ def _run(
     routed = trace.routed
     policy.bind(cache)
     if isinstance(policy, Belady):
-        policy.foresee(schedule.offsets, routed[schedule.row_token])
+        policy.foresee(schedule.offsets, routed[schedule.token])
         flags |= PLAN_UNPINNED
     for step in range(schedule.num_steps):
         for request in schedule.ended[step]:

@@ -20,18 +20,18 @@ class Schedule:
     """Which tokens run in which step.
 
     Attributes:
-        offsets: int64 ``[steps + 1]``; rows of step i are ``offsets[i]:offsets[i + 1]``.
-        row_token: int64 ``[rows]``, index into the routing.
-        row_request: int32 ``[rows]``, index among the trace's requests.
-        row_position: int64 ``[rows]``, position in the request.
+        offsets: int64 ``[steps + 1]``; tokens of step i are ``offsets[i]:offsets[i + 1]``.
+        token: int64 ``[tokens]``, index into the routing.
+        request: int32 ``[tokens]``, index among the trace's requests.
+        position: int64 ``[tokens]``, position in the request.
         ended: per step, the requests that ended before it.
         prefill_ends: int64 ``[requests]``, position after each request's prompt.
     """
 
     offsets: npt.NDArray[np.int64]
-    row_token: npt.NDArray[np.int64]
-    row_request: npt.NDArray[np.int32]
-    row_position: npt.NDArray[np.int64]
+    token: npt.NDArray[np.int64]
+    request: npt.NDArray[np.int32]
+    position: npt.NDArray[np.int64]
     ended: list[list[int]]
     prefill_ends: npt.NDArray[np.int64]
 
@@ -41,10 +41,9 @@ class Schedule:
         return self.offsets.size - 1
 
     def tokens(self, step: int) -> StepTokens:
-        """The step as a policy sees it; requests in the order of their first row."""
-        rows = slice(self.offsets[step], self.offsets[step + 1])
-        requests = self.row_request[rows]
-        positions = self.row_position[rows]
+        """The step as a policy sees it; requests in the order of their first token."""
+        tokens = slice(self.offsets[step], self.offsets[step + 1])
+        requests, positions = self.request[tokens], self.position[tokens]
         starts = np.flatnonzero(np.diff(requests, prepend=-1))
         first = positions[starts]
         return StepTokens.of_lengths(
@@ -56,7 +55,7 @@ class Schedule:
 
     def ids(self, routed: Ids, step: int) -> npt.NDArray[np.int32]:
         """Routing ``[layers, tokens, top_k]`` of one step; ``routed``: of the whole trace."""
-        tokens = self.row_token[self.offsets[step] : self.offsets[step + 1]]
+        tokens = self.token[self.offsets[step] : self.offsets[step + 1]]
         return np.ascontiguousarray(routed[tokens].transpose(1, 0, 2), dtype=np.int32)
 
 
@@ -95,9 +94,9 @@ def decode_schedule(
     prefill = trace.prefill_lens
     return Schedule(
         offsets=np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))).astype(np.int64),
-        row_token=np.asarray(tokens, np.int64),
-        row_request=np.asarray(requests, np.int32),
-        row_position=np.asarray(positions, np.int64),
+        token=np.asarray(tokens, np.int64),
+        request=np.asarray(requests, np.int32),
+        position=np.asarray(positions, np.int64),
         ended=ended,
         prefill_ends=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
     )
@@ -120,9 +119,9 @@ def recorded_schedule(trace: RoutingTrace) -> Schedule:
     prefill = trace.prefill_lens
     return Schedule(
         offsets=np.append(starts, recorded.row_step.size).astype(np.int64),
-        row_token=recorded.row_token,
-        row_request=recorded.row_request,
-        row_position=recorded.row_position,
+        token=recorded.row_token,
+        request=recorded.row_request,
+        position=recorded.row_position,
         ended=[by_step.get(step, []) for step in range(steps.size)],
         prefill_ends=recorded.first_positions + (0 if prefill is None else prefill),
     )

@@ -167,14 +167,6 @@ class ActivationCollection:
         dense[entry.keys] = entry.counts
         return _normalise_rows(dense.reshape(self.num_layers, self.num_experts))
 
-    def add_distribution(self, index: int, weight: float, table: FloatArray) -> None:
-        """Adds ``weight * distribution(index)`` to ``table`` ``[layers, experts]``."""
-        entry = self._entries[index]
-        layer = entry.keys // self.num_experts
-        total = np.bincount(layer, entry.counts, self.num_layers)
-        share = weight * entry.counts / total[layer]
-        table.reshape(-1)[entry.keys] += share.astype(np.float32)
-
     def mean(self) -> FloatArray:
         """Mean distribution over all entries ``[layers, experts]``; the caller's to keep."""
         if self._mean is None:

@@ -25,7 +25,7 @@ from vllm_moe_offload.trace.routing import id_dtype
 logger = logging.getLogger("vllm.moe_offload")
 
 _npy: Any = np.lib.format  # untyped in numpy's stubs
-BLOCK_ROWS = 4096
+BLOCK_TOKENS = 4096
 _TOKEN = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8"), ("is_again", "?")])
 
 
@@ -69,7 +69,7 @@ class TraceRecorder:
         self._shape = (num_layers, top_k)
         self._token_bytes = num_layers * top_k * self._dtype.itemsize + _TOKEN.itemsize
         self._ids_file = self._spool("ids")
-        self._tokens_file = self._spool("rows")
+        self._tokens_file = self._spool("tokens")
         self._names: list[str] = []  # and so on: of all requests so far
         self._progress: list[RequestProgress] = []
         self._end_steps: list[int] = []
@@ -89,8 +89,8 @@ class TraceRecorder:
         )
 
     @property
-    def num_rows(self) -> int:
-        """Rows recorded."""
+    def num_tokens(self) -> int:
+        """Tokens recorded."""
         return self._num_tokens
 
     @property
@@ -193,23 +193,25 @@ class TraceRecorder:
 
     def _write(self) -> None:
         self._tokens_file.seek(0)
-        rows = np.frombuffer(self._tokens_file.read(self._num_tokens * _TOKEN.itemsize), _TOKEN)
-        again = np.flatnonzero(rows["is_again"])
-        own = np.flatnonzero(~rows["is_again"])
-        own = own[np.argsort(rows["request"][own], kind="stable")]  # positions ascend already
-        row_token = np.empty(rows.size, np.int64)
+        tokens = np.frombuffer(
+            self._tokens_file.read(self._num_tokens * _TOKEN.itemsize), _TOKEN
+        )
+        again = np.flatnonzero(tokens["is_again"])
+        own = np.flatnonzero(~tokens["is_again"])
+        own = own[np.argsort(tokens["request"][own], kind="stable")]  # positions ascend already
+        row_token = np.empty(tokens.size, np.int64)
         row_token[own] = np.arange(own.size)
         row_token[again] = own.size + np.arange(again.size)
-        lens = np.bincount(rows["request"][own], minlength=len(self._names))
+        lens = np.bincount(tokens["request"][own], minlength=len(self._names))
         arrays: dict[str, npt.NDArray[Any]] = {
             "starts": (np.cumsum(lens) - lens).astype(np.int64),
             "lens": lens.astype(np.int64),
             "num_experts": np.asarray(self._num_experts, np.int64),
             "names": np.array(self._names, np.str_),
             "prefill_lens": np.array([one.num_prefill for one in self._progress], np.int64),
-            "row_step": rows["step"].astype(np.int64),
-            "row_request": rows["request"].astype(np.int32),
-            "row_position": rows["position"].astype(np.int64),
+            "row_step": tokens["step"].astype(np.int64),
+            "row_request": tokens["request"].astype(np.int32),
+            "row_position": tokens["position"].astype(np.int64),
             "row_token": row_token,
             "first_positions": np.array([one.num_cached for one in self._progress], np.int64),
             "end_steps": np.array(self._end_steps, np.int64),
@@ -238,7 +240,7 @@ class TraceRecorder:
     def _write_ids(
         self, archive: zipfile.ZipFile, name: str, order: npt.NDArray[np.int64]
     ) -> None:
-        """Copies rows of the spool in the given order, a block at a time."""
+        """Copies tokens of the spool in the given order, a block at a time."""
         shape = (order.size, *self._shape)
         header = {
             "descr": _npy.dtype_to_descr(self._dtype),
@@ -257,5 +259,5 @@ class TraceRecorder:
         spool = np.memmap(
             self._ids_file, self._dtype, mode="r", shape=(self._num_tokens, *self._shape)
         )
-        for start in range(0, order.size, BLOCK_ROWS):
-            yield spool[order[start : start + BLOCK_ROWS]]
+        for start in range(0, order.size, BLOCK_TOKENS):
+            yield spool[order[start : start + BLOCK_TOKENS]]
