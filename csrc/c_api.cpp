@@ -4,13 +4,12 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <exception>
 #include <memory>
 #include <string>
-#include <utility>
 
 #include "file_reader.h"
 #include "follow.h"
+#include "guarded.h"
 #include "lookahead.h"
 #include "planner.h"
 #include "serving.h"
@@ -32,18 +31,8 @@ struct vmo_reader {
 
 namespace {
 
-thread_local std::string last_error;
-
-// Runs `body`, turning an exception into `failure` and a message.
-template <typename Result, typename Body>
-Result guarded(Result failure, Body&& body) noexcept {
-  try {
-    return std::forward<Body>(body)();
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return failure;
-  }
-}
+using vmo::guarded;
+using vmo::last_error;
 
 void check_id_bytes(int32_t id_bytes) {
   if (id_bytes != 4 && id_bytes != 8) {

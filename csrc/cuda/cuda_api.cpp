@@ -1,11 +1,10 @@
 #include "cuda_api.h"
 
 #include <cstddef>
-#include <exception>
 #include <memory>
 #include <string>
-#include <utility>
 
+#include "../guarded.h"
 #include "copier.h"
 
 struct vmo_copier {
@@ -15,18 +14,8 @@ struct vmo_copier {
 
 namespace {
 
-thread_local std::string last_error;
-
-// Runs `body`, turning an exception into `failure` and a message.
-template <typename Result, typename Body>
-Result guarded(Result failure, Body&& body) noexcept {
-  try {
-    return std::forward<Body>(body)();
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return failure;
-  }
-}
+using vmo::guarded;
+using vmo::last_error;
 
 cudaStream_t stream_of(uint64_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
