@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """``VMO_ABI_VERSION``: the interface of the core that this module declares."""
 
 _REMEDY = "run `pip install -e .` (or `make setup`)"
@@ -211,8 +211,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_reader_file_bytes": (c_int64, [c_void_p]),
     "vmo_reader_submit": (c_int32, [c_void_p, POINTER(Read), c_int32]),
     "vmo_reader_promote": (c_int32, [c_void_p, c_int64]),
-    "vmo_reader_cancel": (c_int32, [c_void_p, c_int64]),
-    "vmo_reader_abort": (c_int32, [c_void_p, c_int64]),
+    "vmo_reader_drop": (c_int32, [c_void_p, c_int64]),
     "vmo_reader_wait": (c_int32, [c_void_p, POINTER(Completion), c_int32, c_int32, c_int32]),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from tests.runtimes import (
 )
 from tests.stores import build, layout_of
 from vllm_moe_offload.forecast.predictor import LIKELY
+from vllm_moe_offload.transfer import State
 from vllm_moe_offload.transfer.prefetch import MOST_IN_FLIGHT, Prefetcher
 
 
@@ -108,7 +111,7 @@ def test_a_failed_prefetch_is_a_warning_and_the_need_reads_again(
     transfer = runtime.prefetcher._transfer
     transfer.drain()
     ended = transfer.poll()
-    failed = [type(one)(one.layer, one.expert, one.slot, "bad sector") for one in ended]
+    failed = [replace(flight, state=State.FAILED, error="bad sector") for flight in ended]
     monkeypatch.setattr(transfer, "poll", lambda: failed)
     monkeypatch.setattr(type(transfer), "has_news", True)
     runtime.prefetcher.collect()
