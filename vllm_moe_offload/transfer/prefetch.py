@@ -1,4 +1,4 @@
-"""Which experts are read ahead of their layer: prediction, budget, cancellation.
+"""Which experts are read ahead of their layer: prediction, budget, and what is dropped.
 
 After every layer call the predictor says what the next layers will use. What is likely and
 resident is kept until its layer was served; what is likely and absent is read while the
