@@ -130,7 +130,7 @@ typedef struct vmo_layer_call {
   vmo_reserved_slot* reads;  // [max_reads], receives what is to be read ahead
   int64_t num_tokens;        // the others are padding
   int64_t num_padded_tokens;
-  int64_t hidden_stride;  // elements from one row of `hidden` to the next
+  int64_t hidden_stride;  // elements from one token of `hidden` to the next
   int32_t layer;
   int32_t id_bytes;  // 4 or 8, of ids and slots
   int32_t top_k;

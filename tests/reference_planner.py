@@ -1,7 +1,7 @@
 """The planner once more, in plain Python: slow, and meant to be obviously right.
 
-Shares no code with ``csrc/planner.cpp``; ``tests/cache/test_planner.py`` drives both with the same
-random commands. Slots are dictionary entries, every choice is a ``min`` over a list.
+Shares no code with ``csrc/planner.cpp``; ``tests/cache/test_planner_reference.py`` drives both
+with the same random commands. Slots are dictionary entries, every choice is a ``min`` over a list.
 """
 
 from __future__ import annotations

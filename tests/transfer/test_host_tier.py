@@ -204,4 +204,4 @@ class SlotsMachine(RuleBasedStateMachine):
 SlotsMachine.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None
 )
-TestRows = SlotsMachine.TestCase
+TestSlots = SlotsMachine.TestCase

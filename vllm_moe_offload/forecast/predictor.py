@@ -41,18 +41,18 @@ class Predictor(ABC):
         """Keeps what the layers behind ``layer`` will probably use, and names what to read.
 
         What is likely and resident is kept until its layer was served; for what is likely and
-        absent, rows of ``cache`` are reserved, the nearest layer and the most likely first.
+        absent, slots of ``cache`` are reserved, the nearest layer and the most likely first.
 
         Args:
             layer: the layer that routed last.
-            hidden: what its router was given, a tensor ``[rows or more, hidden]``; None: not
+            hidden: what its router was given, a tensor ``[tokens or more, hidden]``; None: not
                 known.
             cache: whose page table, slots and scores count.
             value: score of an expert that is used for certain.
-            max_reads: most rows to be reserved.
+            max_reads: most slots to be reserved.
 
         Returns:
-            int32 ``[reads, 3]``: layer, expert and row of each that is to be read; valid until
+            int32 ``[reads, 3]``: layer, expert and slot of each that is to be read; valid until
             the next call.
         """
 
