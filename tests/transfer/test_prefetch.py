@@ -133,3 +133,19 @@ def test_drops_what_its_layer_did_not_need(serving, store) -> None:
     for layer, expert in resident.tolist():
         assert runtime.cache.is_resident(layer, expert)
     assert runtime.cache.page_table.shape == (LAYERS, EXPERTS)
+
+
+def test_dropping_all_leaves_no_slot_in_flight(serving, store) -> None:
+    runtime, foresight, issued = serving
+    prefetcher, cache = runtime.prefetcher, runtime.cache
+    prefetcher.measured(read_ns=1, compute_ns=100)
+    foresight.likely[1, 2:] = 0.9
+    run_layer(runtime, store, 0, ids_of(0, 1))
+    assert len(issued) > 2
+    prefetcher.drop_all()
+    assert not prefetcher._flights
+    assert not runtime._transfer.has_news
+    # What was cut short is absent, what was not has its bytes: a need finds both out.
+    for first in range(2, EXPERTS, 2):
+        run_layer(runtime, store, 1, ids_of(first, first + 1))
+    assert cache.count("prefetch_late") == 0
