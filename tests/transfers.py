@@ -93,6 +93,15 @@ class Rig:
         for layer, expert, slot in requests:
             assert_holds(self.store, self.slots, slot, layer, expert)
 
+    def wait_until_begun(self, slot: int) -> None:
+        """Until bytes of the first prefetch there is, into ``slot``, are being moved."""
+        if self.host is None:
+            while (self.slots["t0"][slot, :64] == 0xEE).all():
+                time.sleep(0.0001)
+        elif not self.host.holds_everything:  # else the device was given its copy already
+            while not self.host.arena[:, :64].any():
+                time.sleep(0.0001)
+
     def assert_untouched(self, *slots: int) -> None:
         if self.device is not None:
             self.device.synchronize()

@@ -22,7 +22,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def big_store(tmp_path_factory):
     """Records that a thread reads for milliseconds."""
-    return build(tmp_path_factory.mktemp("big"), layout_of(8 << 20, 100), 1, 8)
+    return build(tmp_path_factory.mktemp("big"), layout_of(16 << 20, 100), 1, 8)
 
 
 @pytest.fixture
@@ -149,6 +149,7 @@ def test_await_slot_takes_the_place_of_poll(store, rig_over):
 def test_a_dropped_slot_is_free_or_will_be_reported(big_store, rig_over):
     rig = rig_over(big_store, num_threads=1)
     begun = rig.transfer.prefetch([(0, expert, expert) for expert in range(6)])
+    rig.wait_until_begun(0)
     freed = [slot for slot in reversed(range(begun)) if rig.transfer.drop(slot)]
     for slot in freed:
         with pytest.raises(ValueError, match=f"slot {slot} is not in flight"):
@@ -173,6 +174,7 @@ def test_a_dropped_prefetch_that_is_wanted_again(big_store, rig_over, ended):
     wanted = [(0, expert, expert) for expert in range(3)]
     assert rig.transfer.prefetch(wanted) == 3
     if not ended:
+        rig.wait_until_begun(0)
         wanted = [request for request in wanted if not rig.transfer.drop(request[2])]
     else:
         rig.transfer.drain()
