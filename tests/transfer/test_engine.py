@@ -140,9 +140,8 @@ def test_await_slot_goes_before_other_prefetches(slow_engine):
         engine.prefetch([(*expert, slot)])
     engine.await_slot(2)
     assert not slots[2].any()
-    assert not engine.poll()  # the first is not done, the second has not begun
-    assert engine.drop(1)
-    assert (slots[1, :8] == 0xEE).all()
+    # The second has not ended; the first may have, if nobody woke this thread for long.
+    assert {flight.slot for flight in engine.poll()} <= {0}
 
 
 def test_what_has_not_begun_is_dropped_at_once(slow_engine):

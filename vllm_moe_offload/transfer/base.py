@@ -14,7 +14,7 @@ class Transfer(Protocol):
 
     A slot that was reported as holding its expert may be read by every kernel that is launched
     afterwards; on a device its bytes may still be on their way then, and the kernel waits.
-    Where a call fails, whatever it raises, nothing writes into its slots any more.
+    Where bringing in a demand fails, whatever is raised, nothing writes into its slots any more.
 
     Attributes:
         expert_ns: what bringing in one expert takes, where the transfer knows; None: what a
