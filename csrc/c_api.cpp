@@ -236,12 +236,8 @@ int32_t vmo_reader_promote(vmo_reader* reader, int64_t tag) {
   return guarded<int32_t>(-1, [&] { return reader->core.promote(tag) ? 1 : 0; });
 }
 
-int32_t vmo_reader_cancel(vmo_reader* reader, int64_t tag) {
-  return guarded<int32_t>(-1, [&] { return reader->core.cancel(tag) ? 1 : 0; });
-}
-
-int32_t vmo_reader_abort(vmo_reader* reader, int64_t tag) {
-  return guarded<int32_t>(-1, [&] { return reader->core.abort(tag) ? 1 : 0; });
+int32_t vmo_reader_drop(vmo_reader* reader, int64_t tag) {
+  return guarded<int32_t>(-1, [&] { return reader->core.drop(tag) ? 1 : 0; });
 }
 
 int32_t vmo_reader_wait(vmo_reader* reader, vmo_completion* completions, int32_t capacity,

@@ -122,7 +122,7 @@ typedef struct vmo_layer_call {
   vmo_reserved_slot* reads;  // [max_reads], receives what is to be read ahead
   int64_t num_tokens;        // the others are padding
   int64_t num_padded_tokens;
-  int64_t hidden_stride;  // elements from one row of `hidden` to the next
+  int64_t hidden_stride;  // elements from one token of `hidden` to the next
   int32_t layer;
   int32_t id_bytes;  // 4 or 8, of ids and slots
   int32_t top_k;
@@ -211,7 +211,7 @@ typedef struct vmo_extent {
 } vmo_extent;
 
 // One record read: extents filled from `offset` on. `tag` is the caller's; it is in use
-// until its completion was taken by vmo_reader_wait, or vmo_reader_cancel returned 1.
+// until its completion was taken by vmo_reader_wait, or vmo_reader_drop returned 1.
 typedef struct vmo_read {
   uint64_t offset;
   const vmo_extent* extents;
@@ -247,11 +247,9 @@ VMO_API int32_t vmo_reader_submit(vmo_reader* reader, const vmo_read* reads, int
 // Moves what is still queued of the prefetch with `tag` to demand priority; 1 if there was
 // something to move.
 VMO_API int32_t vmo_reader_promote(vmo_reader* reader, int64_t tag);
-// Drops a queued read; 1 if dropped, 0 if it began or ended (it will be reported).
-VMO_API int32_t vmo_reader_cancel(vmo_reader* reader, int64_t tag);
-// Reads no more of a read that began; 1 if it will be reported with ECANCELED, 0 if all of it
-// was handed to threads already.
-VMO_API int32_t vmo_reader_abort(vmo_reader* reader, int64_t tag);
+// Drops a read that has not begun: 1, it will not be reported. 0: it will be; with ECANCELED,
+// and no more of it read, unless all of it was handed to threads or it ended.
+VMO_API int32_t vmo_reader_drop(vmo_reader* reader, int64_t tag);
 // Copies up to `capacity` (at most 64) completions, blocking (asleep, never spinning) until
 // `min_count` are there, `timeout_ms` passed (0: do not wait, -1: for ever) or no more are
 // in flight. Returns their number. A read is reported once, when nothing writes to it any

@@ -33,6 +33,12 @@ uint64_t round_up(uint64_t value) {
 
 std::string describe_errno(int error) { return std::system_category().message(error); }
 
+// `path` is a reference and `how` is no std::string: making one could change errno.
+[[noreturn]] void throw_errno(const char* what, const std::string& path, const char* how = "") {
+  const int error = errno;
+  throw std::runtime_error(what + path + how + ": " + describe_errno(error));
+}
+
 // Blocks all signals while it lives: threads started meanwhile never run the handlers of
 // the interpreter.
 class SignalsBlocked {
@@ -97,12 +103,7 @@ void slice(const std::vector<iovec>& extents, uint64_t begin, uint64_t end,
 
 FileDescriptor::FileDescriptor(const std::string& path, int flags)
     : fd_(open(path.c_str(), flags)) {
-  if (fd_ < 0) {
-    const int error = errno;
-    throw std::runtime_error("cannot open " + path +
-                             ((flags & O_DIRECT) != 0 ? " with O_DIRECT: " : ": ") +
-                             describe_errno(error));
-  }
+  if (fd_ < 0) throw_errno("cannot open ", path, (flags & O_DIRECT) ? " with O_DIRECT" : "");
 }
 
 FileDescriptor::~FileDescriptor() { close(fd_); }
@@ -111,10 +112,7 @@ FileReader::FileReader(const std::string& path, bool direct, int32_t num_threads
                        const std::vector<int32_t>& cpus)
     : direct_(direct), file_(path, O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0)) {
   struct stat status{};
-  if (fstat(file_.get(), &status) != 0) {
-    const int error = errno;
-    throw std::runtime_error("cannot stat " + path + ": " + describe_errno(error));
-  }
+  if (fstat(file_.get(), &status) != 0) throw_errno("cannot stat ", path);
   if (!S_ISREG(status.st_mode)) throw std::runtime_error(path + " is not a regular file");
   if (num_threads < 1) {
     throw std::invalid_argument("the file reader needs at least 1 thread, got " +
@@ -143,8 +141,7 @@ void FileReader::probe_direct(const std::string& path) const {
       std::aligned_alloc(kDirectAlignment, kDirectAlignment));
   if (block == nullptr) throw std::bad_alloc();
   if (pread(file_.get(), block.get(), kDirectAlignment, 0) < 0 && errno == EINVAL) {
-    throw std::runtime_error("cannot read " + path +
-                             " with O_DIRECT: " + describe_errno(EINVAL));
+    throw_errno("cannot read ", path, " with O_DIRECT");
   }
 }
 
@@ -257,31 +254,23 @@ bool FileReader::promote(int64_t tag) {
   return true;
 }
 
-bool FileReader::cancel(int64_t tag) {
+bool FileReader::drop(int64_t tag) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = requests_.find(tag);
     if (found == requests_.end()) return false;
     Request* request = found->second.get();
-    const bool queued = request->list == &demands_ || request->list == &prefetches_;
-    if (!queued || request->issued_bytes != 0) return false;
-    if (request->list == &demands_) demand_bytes_ -= request->total_bytes;
-    request->list->erase(request->position);
+    if (request->list != &demands_ && request->list != &prefetches_) return false;
+    move_to(issued_, request);
+    if (request->issued_bytes != 0) {
+      request->result.error = ECANCELED;
+      end_if_done(request);
+      return false;
+    }
+    issued_.erase(request->position);
     requests_.erase(found);
   }
   result_ready_.notify_all();  // a waiter must see it if nothing is in flight any more
-  return true;
-}
-
-bool FileReader::abort(int64_t tag) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = requests_.find(tag);
-  if (found == requests_.end()) return false;
-  Request* request = found->second.get();
-  if (request->list != &demands_ && request->list != &prefetches_) return false;
-  if (request->result.error == 0) request->result.error = ECANCELED;
-  move_to(issued_, request);
-  end_if_done(request);
   return true;
 }
 
@@ -345,11 +334,9 @@ FileReader::Chunk FileReader::take() {
   const bool is_demand = !demands_.empty();
   Request* request = is_demand ? demands_.front() : prefetches_.front();
   if (request->issued_bytes == 0) request->chunk_bytes = chunk_bytes_of(*request);
-  Chunk chunk;
-  chunk.request = request;
-  chunk.begin = request->issued_bytes;
-  chunk.end = std::min(chunk.begin + request->chunk_bytes, request->total_bytes);
-  chunk.priority = is_demand ? Priority::kDemand : Priority::kPrefetch;
+  const uint64_t begin = request->issued_bytes;
+  const uint64_t end = std::min(begin + request->chunk_bytes, request->total_bytes);
+  const Chunk chunk{request, begin, end, is_demand ? Priority::kDemand : Priority::kPrefetch};
   if (!is_demand) ++running_prefetch_chunks_;
   ++request->running_chunks;
   if (is_demand) demand_bytes_ -= chunk.end - chunk.begin;

@@ -75,18 +75,15 @@ class FileReader {
 
   // Queues all requests, or none: throws std::invalid_argument on an extent that is empty,
   // or unaligned when reading directly, and on a tag that is in use. A tag is in use until
-  // its result was taken by wait() or its request dropped by cancel().
+  // its result was taken by wait() or its request dropped by drop().
   void submit(std::vector<ReadRequest> requests);
 
   // Makes the rest of a queued prefetch a demand. False if nothing of it waits as prefetch.
   bool promote(int64_t tag);
 
-  // Drops a request of which no chunk began. False if there is none: its result comes.
-  bool cancel(int64_t tag);
-
-  // Reads no more of a request of which chunks began: it is reported with ECANCELED once no
-  // thread writes to it any more. False if all of it was handed to threads or it ended.
-  bool abort(int64_t tag);
+  // Drops a request of which no chunk began; it is not reported. False if there is none: its
+  // result comes, once no thread writes to it any more, with ECANCELED if chunks were left.
+  bool drop(int64_t tag);
 
   // Writes up to `capacity` results and returns their number; asleep until there are
   // `min_count`, `timeout` passed (negative: never does) or no more are in flight. A request

@@ -217,7 +217,7 @@ def host_tier(counters: Counters) -> dict[str, int] | None:
         return None
     parts = vars(counters.runtime._transfer).values()
     tiers = [part for part in parts if isinstance(part, HostTier)]
-    return {"host_tier_bytes": tiers[0].nbytes} if tiers else None
+    return {"host_tier_bytes": tiers[0].arena.nbytes} if tiers else None
 
 
 def contest(spec: Mapping[str, Any], out: Path) -> None:

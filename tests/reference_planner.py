@@ -1,7 +1,7 @@
 """The planner once more, in plain Python: slow, and meant to be obviously right.
 
-Shares no code with ``csrc/planner.cpp``; ``tests/cache/test_planner.py`` drives both with the same
-random commands. Slots are dictionary entries, every choice is a ``min`` over a list.
+Shares no code with ``csrc/planner.cpp``; ``tests/cache/test_planner_reference.py`` drives both
+with the same random commands. Slots are dictionary entries, every choice is a ``min`` over a list.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COUNTERS = (
 
 @dataclass
 class Slot:
-    """What one row of the pool holds."""
+    """What one slot of the pool holds."""
 
     key: tuple[int, int] | None = None
     state: str = FREE
@@ -43,7 +43,7 @@ class Plan:
     """Outcome of one layer call."""
 
     experts: list[int]
-    rows: list[int]
+    indices: list[int]
     misses: list[tuple[int, int, int]] = field(default_factory=list)
     hits: int = 0
 
@@ -78,10 +78,10 @@ class ReferencePlanner:
 
     # ---- questions -------------------------------------------------------------------
 
-    def slot_of(self, key: tuple[int, int]) -> int:
-        for row, slot in enumerate(self.slots):
+    def index_of(self, key: tuple[int, int]) -> int:
+        for index, slot in enumerate(self.slots):
             if slot.key == key:
-                return row
+                return index
         return -1
 
     def value(self, key: tuple[int, int]) -> float:
@@ -89,9 +89,9 @@ class ReferencePlanner:
 
     def victims(self, layer: int) -> list[int]:
         """Rows that may be evicted for ``layer``, best victim first."""
-        rows = [
-            row
-            for row, slot in enumerate(self.slots)
+        indices = [
+            index
+            for index, slot in enumerate(self.slots)
             if slot.state == RESIDENT
             and not slot.pinned
             and not slot.fresh
@@ -99,7 +99,8 @@ class ReferencePlanner:
             and (not self.per_layer or slot.key[0] == layer)
         ]
         return sorted(
-            rows, key=lambda row: (self.value(self.slots[row].key), self.slots[row].key)
+            indices,
+            key=lambda index: (self.value(self.slots[index].key), self.slots[index].key),
         )
 
     def occupied(self, layer: int) -> int:
@@ -113,54 +114,56 @@ class ReferencePlanner:
 
     # ---- commands --------------------------------------------------------------------
 
-    def release(self, row: int) -> None:
-        self.slots[row] = Slot()
+    def release(self, index: int) -> None:
+        self.slots[index] = Slot()
         if not self.fixed:
-            self.free.append(row)
+            self.free.append(index)
 
-    def evict(self, row: int) -> None:
+    def evict(self, index: int) -> None:
         self.counters["evictions"] += 1
-        if self.slots[row].prefetched:
+        if self.slots[index].prefetched:
             self.counters["prefetch_wasted"] += 1
-        self.release(row)
+        self.release(index)
 
     def plan(
         self, layer: int, ids: list[int], *, transient: bool = False, instant: bool = False
     ) -> Plan | None:
         needed = sorted(set(ids) - {NO_EXPERT})
-        rows = [self.slot_of((layer, expert)) for expert in needed]
-        missing = [i for i, row in enumerate(rows) if row < 0]
-        awaited = [i for i, row in enumerate(rows) if row >= 0 and self.is_loading(row)]
-        for row in rows:
-            if row >= 0:
-                self.slots[row].pinned = True
+        indices = [self.index_of((layer, expert)) for expert in needed]
+        missing = [i for i, index in enumerate(indices) if index < 0]
+        awaited = [
+            i for i, index in enumerate(indices) if index >= 0 and self.is_loading(index)
+        ]
+        for index in indices:
+            if index >= 0:
+                self.slots[index].pinned = True
         wanting = 0 if self.fixed else max(len(missing) - len(self.free), 0)
         victims = self.victims(layer)
         if len(victims) < wanting:
             self.forget_expected(None)
             victims = self.victims(layer)
         if len(victims) < wanting:
-            for row in rows:
-                if row >= 0:
-                    self.slots[row].pinned = False
+            for index in indices:
+                if index >= 0:
+                    self.slots[index].pinned = False
             return None
-        plan = Plan(needed, rows, hits=len(needed) - len(missing) - len(awaited))
+        plan = Plan(needed, indices, hits=len(needed) - len(missing) - len(awaited))
         if not transient:
             self.count(layer, plan, len(missing), awaited)
-        plan.misses = [(needed[i], rows[i], AWAIT) for i in awaited]
+        plan.misses = [(needed[i], indices[i], AWAIT) for i in awaited]
         for victim in victims[:wanting]:
             self.evict(victim)
         for i in missing:
-            row = layer * self.experts + needed[i] if self.fixed else self.free.pop()
-            self.slots[row] = Slot(
+            index = layer * self.experts + needed[i] if self.fixed else self.free.pop()
+            self.slots[index] = Slot(
                 (layer, needed[i]),
                 RESIDENT if instant else LOADING,
                 pinned=True,
                 transient=transient and not self.fixed,
                 fresh=not transient,
             )
-            rows[i] = row
-            plan.misses.append((needed[i], row, READ))
+            indices[i] = index
+            plan.misses.append((needed[i], index, READ))
         self.open = (layer, plan)
         return plan
 
@@ -170,16 +173,16 @@ class ReferencePlanner:
         self.counters["hits"] += plan.hits
         self.counters["misses"] += missing + len(awaited)
         self.counters["prefetch_late"] += len(awaited)
-        for expert, row in zip(plan.experts, plan.rows, strict=True):
+        for expert, index in zip(plan.experts, plan.indices, strict=True):
             self.last_use[layer, expert] = self.clock
-            if row >= 0:
-                slot = self.slots[row]
+            if index >= 0:
+                slot = self.slots[index]
                 if slot.prefetched and slot.state == RESIDENT:
                     self.counters["prefetch_useful"] += 1
                 slot.prefetched = False
 
-    def is_loading(self, row: int) -> bool:
-        return self.slots[row].state == LOADING
+    def is_loading(self, index: int) -> bool:
+        return self.slots[index].state == LOADING
 
     def forget_expected(self, layer: int | None) -> None:
         for slot in self.slots:
@@ -189,54 +192,54 @@ class ReferencePlanner:
     def finish(self) -> None:
         layer, plan = self.open
         self.forget_expected(layer)
-        rows = [row for row in plan.rows if row >= 0]
-        for row in rows:
-            if self.slots[row].state == LOADING or self.slots[row].transient:
-                self.release(row)
+        indices = [index for index in plan.indices if index >= 0]
+        for index in indices:
+            if self.slots[index].state == LOADING or self.slots[index].transient:
+                self.release(index)
         if not self.fixed:
-            self.trim(layer, [row for row in rows if self.slots[row].fresh])
-        for row in rows:
-            self.slots[row].pinned = self.slots[row].fresh = False
+            self.trim(layer, [index for index in indices if self.slots[index].fresh])
+        for index in indices:
+            self.slots[index].pinned = self.slots[index].fresh = False
         self.open = None
 
     def trim(self, layer: int, fresh: list[int]) -> None:
         """Until the pool fits its slots, the least valuable go."""
         if self.admission:
-            fresh.sort(key=lambda row: -self.scores.get(self.slots[row].key, 0.0))
-        for row in fresh[max(len(fresh) - max(self.occupied(layer) - self.share, 0), 0) :]:
+            fresh.sort(key=lambda index: -self.scores.get(self.slots[index].key, 0.0))
+        for index in fresh[max(len(fresh) - max(self.occupied(layer) - self.share, 0), 0) :]:
             victims = self.victims(layer)
             if victims and (
                 not self.admission
-                or self.value(self.slots[row].key) > self.value(self.slots[victims[0]].key)
+                or self.value(self.slots[index].key) > self.value(self.slots[victims[0]].key)
             ):
                 self.evict(victims[0])
             else:
                 self.counters["bypasses"] += 1
-                self.release(row)
+                self.release(index)
 
-    def complete(self, row: int, ok: bool) -> None:
-        slot = self.slots[row]
+    def complete(self, index: int, ok: bool) -> None:
+        slot = self.slots[index]
         assert slot.state == LOADING
         if ok:
             slot.state = RESIDENT
             return
         if slot.prefetched:
             self.counters["prefetch_wasted"] += 1
-        self.release(row)
+        self.release(index)
         if self.open is not None:
-            rows = self.open[1].rows
-            rows[:] = [-1 if planned == row else planned for planned in rows]
+            indices = self.open[1].indices
+            indices[:] = [-1 if planned == index else planned for planned in indices]
 
     def prefetch(self, layer: int, expert: int, value: float) -> int:
         key = (layer, expert)
-        present = self.slot_of(key)
+        present = self.index_of(key)
         if present >= 0:
             self.slots[present].expected |= not self.slots[present].transient
             return -1
         if self.fixed:
-            row = layer * self.experts + expert
+            index = layer * self.experts + expert
         elif self.free and self.occupied(layer) < self.share:
-            row = self.free.pop()
+            index = self.free.pop()
         else:
             victims = self.victims(layer)
             if not victims:
@@ -245,11 +248,11 @@ class ReferencePlanner:
             if not value > self.scores.get(loser, 0.0):
                 return -1
             self.evict(victims[0])
-            row = self.free.pop()
-        self.slots[row] = Slot(key, LOADING, prefetched=True, expected=True)
+            index = self.free.pop()
+        self.slots[index] = Slot(key, LOADING, prefetched=True, expected=True)
         self.counters["prefetch_issued"] += 1
-        return row
+        return index
 
-    def cancel_prefetch(self, row: int) -> None:
+    def cancel_prefetch(self, index: int) -> None:
         self.counters["prefetch_issued"] -= 1
-        self.release(row)
+        self.release(index)

@@ -6,6 +6,7 @@ import mmap
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, store_lock
@@ -66,6 +67,28 @@ def build(
         for layer in range(num_layers):
             builder.write_layer(layer, layout, layer_tensors(layout, num_experts, layer, seed))
         return builder.commit()
+
+
+def assert_intact(store: ExpertStore) -> None:
+    """Its file holds the records that its checksums are of."""
+    content = store.path.read_bytes()
+    assert len(content) == store.file_bytes
+    for layer in range(store.num_layers):
+        for expert in range(store.num_experts):
+            begin = store.record_offset(layer, expert)
+            record = content[begin : begin + store.layout.record_bytes]
+            assert xxhash.xxh3_64_intdigest(record) == store.checksum(layer, expert)
+
+
+def place(store_dir: Path, **changes: object) -> tuple[Path, StoreIdentity]:
+    """Where a store is to be, and what it is of."""
+    which = identity(**changes)
+    return which.directory(store_dir, "test/model"), which
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Of builders that were killed."""
+    return list(directory.parent.glob("*.building-*"))
 
 
 def aligned(nbytes: int) -> np.ndarray:

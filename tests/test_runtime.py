@@ -158,8 +158,10 @@ def test_a_need_does_not_wait_for_what_was_foreseen_in_vain(store) -> None:
     foresight = Foresight()
     runtime = runtime_of(store, 8, 2, predictor=foresight)
     foresight.likely[1, [4, 5]] = 0.9
-    one_step(runtime, store, [(0, 1), (2, 3), (0, 1), (0, 1)])
-    runtime.prefetcher.settle()
+    runtime.begin_step(decode_tokens(["a"]))
+    for layer, pair in enumerate([(0, 1), (2, 3), (0, 1), (0, 1)]):
+        run_layer(runtime, store, layer, ids_of(*pair))
+        runtime.prefetcher.settle()  # else it is dropped before it begins, if the disk is slow
     foresight.likely[...] = 0
     for _ in range(6):
         one_step(runtime, store, [(0, 1), (2, 3), (0, 1), (0, 1)])

@@ -207,8 +207,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_reader_file_bytes": (c_int64, [c_void_p]),
     "vmo_reader_submit": (c_int32, [c_void_p, POINTER(Read), c_int32]),
     "vmo_reader_promote": (c_int32, [c_void_p, c_int64]),
-    "vmo_reader_cancel": (c_int32, [c_void_p, c_int64]),
-    "vmo_reader_abort": (c_int32, [c_void_p, c_int64]),
+    "vmo_reader_drop": (c_int32, [c_void_p, c_int64]),
     "vmo_reader_wait": (c_int32, [c_void_p, POINTER(Completion), c_int32, c_int32, c_int32]),
 }
 

@@ -278,7 +278,8 @@ class OffloadRuntime:
                     read_ns = (time.perf_counter_ns() - began) / len(requests)
                 prefetcher.measured(read_ns=read_ns)
             for slot in awaited:
-                self._await(slot)
+                assert self.prefetcher is not None  # nobody else reserves slots
+                self.prefetcher.await_slot(slot)
         except TransferError:
             # All reads of the batch ended: finish() empties the slots that were to be filled.
             if self.prefetcher is not None:
@@ -287,10 +288,6 @@ class OffloadRuntime:
             self._calls.tokens = None
             raise
         self.stall_ns += time.perf_counter_ns() - began
-
-    def _await(self, slot: int) -> None:
-        assert self.prefetcher is not None  # nobody else reserves slots
-        self.prefetcher.await_slot(slot)
 
     def load_everything(self) -> None:
         """Fills a cache that holds all experts, in store order, as plain vLLM's start does."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import random
-import time
 
 import numpy as np
 import pytest
@@ -22,19 +20,15 @@ from hypothesis.stateful import (
 
 from tests.device_double import DeviceError, SimulatedDevice
 from tests.runtimes import EXPERTS, LAYERS, Foresight, decode_tokens, ids_of
-from tests.stores import build, layer_tensors, layout_of
+from tests.stores import build
+from tests.transfers import ALL, NUM_SLOTS, assert_holds, device_parts, kernel
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.transfer import DeviceTransfer, HostTier, TransferError
+from vllm_moe_offload.transfer import DeviceTransfer, HostTier, State, TransferError
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE
 from vllm_moe_offload.transfer.prefetch import Prefetcher
-
-NUM_SLOTS = 8
-ALL = 10_000
-
-expected_layer = functools.lru_cache(maxsize=8)(layer_tensors)
 
 
 @pytest.fixture(scope="module")
@@ -48,51 +42,17 @@ def own_store(tmp_path):
     return build(tmp_path, num_layers=2, num_experts=4)
 
 
-def parts(store, host_slots=ALL, num_slots=NUM_SLOTS, seed=0, fill=None, **options):
-    host = HostTier(store, host_slots, **options)
-    if fill or (fill is None and host.holds_everything):
-        host.fill()
-    device = SimulatedDevice(store.layout, host.arena, num_slots, seed)
-    return DeviceTransfer(host, device), device, host
-
-
 @pytest.fixture
 def transfer_of(request):
     def make(store, host_slots=ALL, **options):
-        transfer, device, host = parts(store, host_slots, **options)
+        transfer, device, host = device_parts(store, host_slots, **options)
         request.addfinalizer(transfer.close)
         return transfer, device, host
 
     return make
 
 
-def assert_holds(store, device, slot: int, layer: int, expert: int) -> None:
-    tensors = expected_layer(store.layout, store.num_experts, layer)
-    for name, wanted in tensors.items():
-        assert (device.slots[name][slot] == wanted[expert]).all(), (name, slot, layer, expert)
-
-
-def kernel(store, device, *requests):
-    """Puts a kernel on the device that reads these slots; synchronise to have it checked."""
-
-    def check():
-        for layer, expert, slot in requests:
-            assert_holds(store, device, slot, layer, expert)
-
-    device.launch(check)
-
-
-def wait_for_prefetches(transfer, count: int):
-    ended = []
-    deadline = time.monotonic() + 20
-    while len(ended) < count and time.monotonic() < deadline:
-        transfer.prefetch([])
-        if transfer.has_news:
-            ended += transfer.poll()
-    return ended
-
-
-# ---- demand --------------------------------------------------------------------------------
+# ---- demand ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host_slots", [2, 5, ALL])
@@ -105,18 +65,17 @@ def test_kernels_find_what_was_asked_for(store, transfer_of, host_slots, verify)
         kernel(store, device, *requests)
     device.synchronize()
     assert transfer.read_bytes == 120 * store.layout.expert_bytes
-    assert transfer.verify_failures == 0
     assert transfer.poll() == []  # and reaps
     assert host.slots.num_held == 0
     assert device.num_tickets == 0
 
 
 def test_resident_experts_do_not_make_the_host_wait(store, transfer_of):
-    transfer, device, _ = transfer_of(store)
-    file_bytes = transfer.file_bytes
+    transfer, device, host = transfer_of(store)
+    file_bytes = host.files.read_bytes
     transfer.read([(0, 0, 0), (1, 1, 1)])
     assert device.num_queued(DEMAND_LANE) == 2  # queued, and nobody waited
-    assert transfer.file_bytes == file_bytes
+    assert host.files.read_bytes == file_bytes
     kernel(store, device, (0, 0, 0), (1, 1, 1))
     device.synchronize()
 
@@ -131,22 +90,12 @@ def test_copies_of_resident_experts_do_not_wait_for_files(store, transfer_of):
 
 
 def test_what_was_read_once_stays_in_host_memory(store, transfer_of):
-    transfer, device, _ = transfer_of(store, 4)
+    transfer, device, host = transfer_of(store, 4)
     transfer.read([(0, 1, 0), (2, 2, 1)])
-    before = transfer.file_bytes
+    before = host.files.read_bytes
     transfer.read([(0, 1, 3), (2, 2, 4)])
-    assert transfer.file_bytes == before == 2 * store.layout.record_bytes
+    assert host.files.read_bytes == before == 2 * store.layout.record_bytes
     kernel(store, device, (0, 1, 3), (2, 2, 4))
-    device.synchronize()
-
-
-def test_more_than_host_memory_holds_at_once(store, transfer_of):
-    transfer, device, _ = transfer_of(store, 2, num_slots=32)
-    requests = [
-        (layer, expert, layer * 8 + expert) for layer in range(4) for expert in range(8)
-    ]
-    transfer.read(requests)
-    kernel(store, device, *requests)
     device.synchronize()
 
 
@@ -160,213 +109,18 @@ def test_a_slot_is_not_overwritten_before_earlier_kernels_ran(store, transfer_of
         device.synchronize()
 
 
-def test_reading_nothing(store, transfer_of):
-    transfer, device, _ = transfer_of(store)
-    transfer.read([])
-    assert transfer.prefetch([]) == 0
-    assert device.copied == []
+# ---- errors ------------------------------------------------------------------------------
 
 
-# ---- prefetch ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host_slots", [6, ALL])
-def test_prefetches_are_reported_once_they_are_there(store, transfer_of, host_slots):
-    transfer, device, host = transfer_of(store, host_slots)
-    requests = [(1, 4, 1), (2, 4, 2), (3, 7, 5)]
-    assert transfer.prefetch(requests) == 3
-    ended = wait_for_prefetches(transfer, 3)
-    assert sorted((e.layer, e.expert, e.slot) for e in ended) == requests
-    assert all(e.ok for e in ended)
-    for layer, expert, slot in requests:
-        assert_holds(store, device, slot, layer, expert)  # now, not later
-    assert not transfer.has_news
-    assert transfer.poll() == []
-    assert host.slots.num_held == device.num_tickets == 0
-
-
-def test_few_prefetches_are_queued_at_a_time(store, transfer_of):
-    transfer, device, _ = transfer_of(store)
-    assert transfer.prefetch([(0, e, e) for e in range(8)]) == 8
-    assert device.num_queued(PREFETCH_LANE) == 2
-    transfer.prefetch([])
-    assert device.num_queued(PREFETCH_LANE) == 2
-    device.synchronize()
-    assert {ended.slot for ended in transfer.poll()} == {0, 1}
-    assert device.num_queued(PREFETCH_LANE) == 0  # a demand may come first
-    transfer.prefetch([])
-    assert device.num_queued(PREFETCH_LANE) == 2
-    transfer.max_queued_prefetches = 4
-    transfer.prefetch([])
-    assert device.num_queued(PREFETCH_LANE) == 4
-    transfer.drain()
-    assert {ended.slot for ended in transfer.poll()} == set(range(2, 8))
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        transfer.max_queued_prefetches = 0
-
-
-def test_host_slots_are_left_to_demands(store, transfer_of):
-    transfer, device, _ = transfer_of(store, 5)
-    assert transfer.prefetch([(0, e, e) for e in range(6)]) == 2
-    transfer.read([(1, 0, 6), (1, 1, 7)])
-    kernel(store, device, (1, 0, 6), (1, 1, 7))
-    transfer.drain()
-    device.synchronize()
-    assert {ended.slot for ended in transfer.poll()} == {0, 1}
-
-
-def test_what_waits_can_be_cancelled_and_what_is_queued_cannot(store, transfer_of):
-    transfer, device, host = transfer_of(store)
-    transfer.prefetch([(0, e, e) for e in range(5)])
-    assert not transfer.cancel(0)
-    assert not transfer.drop(1)
-    assert transfer.cancel(2)
-    with pytest.raises(ValueError, match="slot 2 is not in flight"):
-        transfer.cancel(2)
-    assert transfer.drop(3)
-    assert transfer.cancel_all() == [4]
-    transfer.drain()
-    assert sorted((e.slot, e.ok, e.dropped) for e in transfer.poll()) == [
-        (0, True, False),
-        (1, True, False),
-    ]
-    assert host.slots.num_held == 0
-    for slot in (2, 3, 4):
-        assert (device.slots["t0"][slot] == 0xEE).all()
-
-
-def test_a_promoted_prefetch_is_copied_before_others(store, transfer_of):
-    transfer, device, _ = transfer_of(store)
-    transfer.prefetch([(0, e, e) for e in range(5)])
-    transfer.promote(4)
-    assert device.copied == [(PREFETCH_LANE, 0), (PREFETCH_LANE, 1), (DEMAND_LANE, 4)]
-    transfer.promote(4)
-    transfer.promote(0)
-    assert len(device.copied) == 3
-    transfer.await_slot(4)
-    kernel(store, device, (0, 4, 4))
-    transfer.drain()
-    assert {ended.slot for ended in transfer.poll()} == {0, 1, 2, 3}
-    device.synchronize()
-
-
-@pytest.mark.parametrize("host_slots", [8, ALL])
-def test_await_slot_takes_the_place_of_poll(store, transfer_of, host_slots):
-    transfer, device, host = transfer_of(store, host_slots)
-    transfer.prefetch([(0, e, e) for e in range(4)])
-    transfer.await_slot(3)
-    transfer.await_slot(0)
-    kernel(store, device, (0, 3, 3), (0, 0, 0))
-    device.synchronize()
-    transfer.drain()
-    transfer.await_slot(1)  # complete before it is awaited
-    assert [ended.slot for ended in transfer.poll()] == [2]
-    assert host.slots.num_held == 0
-    for slot in (0, 1, 3):
-        with pytest.raises(ValueError, match=f"slot {slot} is not in flight"):
-            transfer.await_slot(slot)
-
-
-@pytest.fixture(scope="module")
-def slow_store(tmp_path_factory):
-    """Records that one thread reads for a while: what is queued behind one waits."""
-    return build(tmp_path_factory.mktemp("slow"), layout_of(32 << 20), 1, 3)
-
-
-def begin_reading(transfer, host):
-    assert transfer.prefetch([(0, 0, 0)]) == 1
-    while not host.arena[:, :64].any():
-        time.sleep(0.0001)
-
-
-def test_a_dropped_read_is_cut_short_and_reported(slow_store, transfer_of):
-    transfer, device, host = transfer_of(slow_store, 2, num_threads=1)
-    begin_reading(transfer, host)
-    assert not transfer.cancel(0)
-    assert not transfer.drop(0)
-    transfer.drain()
-    (ended,) = transfer.poll()
-    assert ended.dropped
-    assert not ended.ok  # also if the disk was faster: it was not copied
-    assert device.copied == []
-    assert host.slots.num_held == 0
-
-
-def test_a_dropped_read_that_is_needed_after_all(slow_store, transfer_of):
-    transfer, device, host = transfer_of(slow_store, 2, num_threads=1)
-    begin_reading(transfer, host)
-    assert not transfer.drop(0)
-    transfer.promote(0)
-    transfer.await_slot(0)
-    kernel(slow_store, device, (0, 0, 0))
-    device.synchronize()
-    assert transfer.poll() == []
-    assert host.slots.num_held == 0
-
-
-def test_a_dropped_read_that_ended_and_is_needed_after_all(slow_store, transfer_of):
-    """As of a layer that was passed without it and is called again before anybody polls."""
-    transfer, device, host = transfer_of(slow_store, 2, num_threads=1)
-    begin_reading(transfer, host)
-    assert not transfer.drop(0)
-    transfer.drain()  # it ended, and nobody was told
-    transfer.await_slot(0)
-    kernel(slow_store, device, (0, 0, 0))
-    device.synchronize()
-    assert transfer.poll() == []
-    assert host.slots.num_held == 0
-
-
-def test_a_demand_reads_while_a_prefetch_does(slow_store, transfer_of):
-    transfer, device, host = transfer_of(slow_store, 2, num_threads=1)
-    begin_reading(transfer, host)
-    pending = transfer.begin_read([(0, 1, 1)])  # prefetches may hold one of two host slots
-    assert transfer.prefetch([(0, 2, 2)]) == 0
-    transfer.end_read(pending)
-    kernel(slow_store, device, (0, 1, 1))
-    device.synchronize()
-    transfer.drain()
-    assert [ended.slot for ended in transfer.poll()] == [0]
-
-
-# ---- errors --------------------------------------------------------------------------------
-
-
-def test_read_errors_name_file_and_slots_of_the_device(own_store, transfer_of):
+def test_nothing_writes_into_slots_of_a_call_that_failed(own_store, transfer_of):
     transfer, device, host = transfer_of(own_store, 5)
     os.truncate(own_store.path, own_store.record_offset(1, 2))
-    with pytest.raises(TransferError) as caught:
+    with pytest.raises(TransferError, match="expert 2 of layer 1"):
         transfer.read([(0, 0, 3), (1, 2, 4), (1, 1, 5), (1, 3, 6)])
-    message = str(caught.value)
-    assert "expert 2 of layer 1" in message
-    assert str(own_store.path) in message
-    assert f"delete {own_store.directory}" in message
-    assert "2 of 4 experts failed" in message
-    assert caught.value.succeeded_slots == [3, 5]
-    assert caught.value.failed_slots == [4, 6]
-    assert device.num_queued(DEMAND_LANE) == 0  # nothing writes into slots that were given up
-    assert_holds(own_store, device, 3, 0, 0)
-    assert_holds(own_store, device, 5, 1, 1)
+    assert device.num_queued(DEMAND_LANE) == 0
+    assert_holds(own_store, device.slots, 3, 0, 0)
+    assert_holds(own_store, device.slots, 5, 1, 1)
     assert host.slots.num_held == device.num_tickets == 0
-    transfer.read([(0, 3, 4)])
-    kernel(own_store, device, (0, 3, 4))
-    device.synchronize()
-
-
-def test_failed_prefetch_is_reported_with_its_reason(own_store, transfer_of):
-    transfer, _, host = transfer_of(own_store, 5)
-    os.truncate(own_store.path, own_store.record_offset(1, 2))
-    transfer.prefetch([(1, 3, 0)])
-    (ended,) = wait_for_prefetches(transfer, 1)
-    assert not ended.ok
-    assert not ended.dropped
-    assert "expert 3 of layer 1" in ended.error
-    transfer.prefetch([(1, 3, 0)])
-    with pytest.raises(TransferError, match="expert 3 of layer 1") as caught:
-        transfer.await_slot(0)
-    assert caught.value.failed_slots == [0]
-    assert transfer.poll() == []
-    assert host.slots.num_held == 0
 
 
 def test_verify_finds_a_flipped_byte_before_it_is_copied(own_store, transfer_of):
@@ -376,7 +130,6 @@ def test_verify_finds_a_flipped_byte_before_it_is_copied(own_store, transfer_of)
     transfer, device, _ = transfer_of(own_store, 5, verify=True)
     with pytest.raises(TransferError, match=r"expert 1 of layer 1.*checksum"):
         transfer.read([(1, 1, 0)])
-    assert transfer.verify_failures == 1
     assert device.copied == []
 
 
@@ -395,97 +148,18 @@ def test_device_errors_leave_nothing_under_way(store, transfer_of, method, host_
     device.synchronize()
 
 
-@pytest.mark.parametrize("method", ["after_compute", "copy"])
-@pytest.mark.parametrize("host_slots", [8, ALL])
-def test_a_failed_prefetch_call_is_forgotten(store, transfer_of, method, host_slots):
-    transfer, device, host = transfer_of(store, host_slots, fill=True)
-    device.fail.add(method)
-    requests = [(0, 0, 0), (3, 7, 1), (1, 1, 2)]
-    with pytest.raises(DeviceError):
-        transfer.prefetch(requests)
-    transfer.drain()
-    assert transfer.poll() == []
-    assert host.slots.num_held == device.num_tickets == 0
-    assert transfer.prefetch(requests) == 3
-    transfer.drain()
-
-
-def test_impossible_requests(store, transfer_of):
-    transfer, device, _ = transfer_of(store)
-    for requests, message in [
-        ([(0, 0, 0), (0, 1, 0)], "slot 0 is in flight"),
-        ([(0, 0, 0), (0, 0, 1)], "to another slot"),
-        ([(0, 0, NUM_SLOTS)], r"slot 8 is outside \[0, 8\)"),
-        ([(LAYERS, 0, 0)], "no expert 0 in layer 4"),
-    ]:
-        for call in (transfer.begin_read, transfer.prefetch):
-            with pytest.raises(ValueError, match=message):
-                call(requests)
-    assert device.copied == []
-    pending = transfer.begin_read([(0, 0, 0)])
-    for call in (transfer.await_slot, transfer.cancel, transfer.drop, transfer.promote):
-        with pytest.raises(ValueError, match="slot 0 is in flight for a demand"):
-            call(0)
-    transfer.end_read(pending)
-    with pytest.raises(ValueError, match="max_queued_prefetches must be at least 1, got 0"):
-        DeviceTransfer(None, None, max_queued_prefetches=0)
-
-
 @pytest.mark.parametrize("host_slots", [4, ALL])
-def test_close(store, host_slots):
-    transfer, device, _ = parts(store, host_slots)
+def test_close_waits_for_copies(store, host_slots):
+    transfer, device, _ = device_parts(store, host_slots)
     transfer.read([(3, e, e) for e in range(3)])
     transfer.prefetch([(2, e, 4 + e) for e in range(4)])
     transfer.close()
     transfer.close()
     assert device.closed
     assert device.num_queued(DEMAND_LANE) == device.num_queued(PREFETCH_LANE) == 0
-    with pytest.raises(ValueError, match="closed"):
-        transfer.read([(0, 0, 0)])
-    with pytest.raises(ValueError, match="not in flight"):
-        transfer.cancel(4)
-    assert transfer.poll() == []
-    transfer.drain()
 
 
-# ---- any order of operations ---------------------------------------------------------------
-
-
-class Interrupted(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("name", ["read", "await_slot", "drain"])
-def test_a_signal_leaves_nothing_under_way(store, transfer_of, monkeypatch, name):
-    """As Ctrl-C in the middle of a wait for a file."""
-    transfer, device, host = transfer_of(store, 8)
-    transfer.prefetch([(0, 0, 0), (0, 1, 1)])
-    interruptions = [1]
-    collect = host.files._collect
-
-    def interrupted(*arguments):
-        ended = collect(*arguments)
-        if interruptions:
-            interruptions.pop()
-            raise Interrupted
-        return ended
-
-    monkeypatch.setattr(host.files, "_collect", interrupted)
-    requests = [(1, e, e + 2) for e in range(4)]
-    call, arguments = {
-        "read": (transfer.read, [requests]),
-        "await_slot": (transfer.await_slot, [1]),
-        "drain": (transfer.drain, []),
-    }[name]
-    with pytest.raises(Interrupted):
-        call(*arguments)
-    assert device.num_queued(DEMAND_LANE) == 0
-    transfer.drain()
-    assert sorted(ended.slot for ended in transfer.poll()) == [0, 1]
-    assert host.slots.num_held == device.num_tickets == 0
-    transfer.read(requests)
-    kernel(store, device, *requests)
-    device.synchronize()
+# ---- any order of operations -------------------------------------------------------------
 
 
 class DeviceMachine(RuleBasedStateMachine):
@@ -502,7 +176,8 @@ class DeviceMachine(RuleBasedStateMachine):
         if fill or self.host.holds_everything:
             self.host.fill()
         self.device = SimulatedDevice(self.store.layout, self.host.arena, NUM_SLOTS, seed)
-        self.transfer = DeviceTransfer(self.host, self.device, max_queued_prefetches=queued)
+        self.transfer = DeviceTransfer(self.host, self.device)
+        self.transfer.max_queued_prefetches = queued
         self.max_queued = queued
         self.pending = None
         self.demanded: list[tuple[int, int, int]] = []
@@ -567,11 +242,11 @@ class DeviceMachine(RuleBasedStateMachine):
         for finished in self.transfer.poll():
             expert = self.in_flight.pop(finished.slot)
             assert expert == (finished.layer, finished.expert)
-            if finished.ok:
+            if finished.state is State.LANDED:
                 self.holds[finished.slot] = expert
-                assert_holds(self.store, self.device, finished.slot, *expert)
+                assert_holds(self.store, self.device.slots, finished.slot, *expert)
             else:
-                assert finished.dropped
+                assert finished.state is State.DROPPED
 
     def a_prefetch(self, index):
         return sorted(self.in_flight)[index % len(self.in_flight)] if self.in_flight else None
@@ -590,15 +265,10 @@ class DeviceMachine(RuleBasedStateMachine):
         if slot is not None:
             self.transfer.promote(slot)
 
-    @rule(index=indices, name=st.sampled_from(["cancel", "drop"]))
-    def give_up(self, index, name):
+    @rule(index=indices)
+    def drop(self, index):
         slot = self.a_prefetch(index)
-        if slot is not None and getattr(self.transfer, name)(slot):
-            del self.in_flight[slot]
-
-    @rule()
-    def cancel_all(self):
-        for slot in self.transfer.cancel_all():
+        if slot is not None and self.transfer.drop(slot):
             del self.in_flight[slot]
 
     @rule()
@@ -616,7 +286,7 @@ class DeviceMachine(RuleBasedStateMachine):
         def check():
             self.num_checked += 1
             for layer, expert, slot in reads:
-                assert_holds(self.store, self.device, slot, layer, expert)
+                assert_holds(self.store, self.device.slots, slot, layer, expert)
 
         self.device.launch(check)
 
@@ -659,7 +329,7 @@ def test_any_order_of_operations(store):
     )
 
 
-# ---- under the runtime ---------------------------------------------------------------------
+# ---- under the runtime -------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -674,7 +344,7 @@ def test_every_kernel_of_a_served_model_reads_its_experts(store, seed, host_slot
     policy = make_policy("trace", LAYERS, EXPERTS)
     shape = CacheShape(LAYERS, EXPERTS, slots, 4 if slots < LAYERS * EXPERTS else 0)
     cache = ExpertCache(shape, policy.rules)
-    transfer, device, host = parts(store, host_slots, shape.num_pool_slots, seed)
+    transfer, device, host = device_parts(store, host_slots, shape.num_pool_slots, seed)
     runtime = OffloadRuntime(
         cache=cache,
         pool=SlotPool(store.layout, 1),  # who reads slots is the double
@@ -693,7 +363,7 @@ def test_every_kernel_of_a_served_model_reads_its_experts(store, seed, host_slot
             nonlocal num_run
             num_run += 1
             for expert, slot in requests:
-                assert_holds(store, device, slot, layer, expert)
+                assert_holds(store, device.slots, slot, layer, expert)
 
         device.launch(check)
 

@@ -57,7 +57,7 @@ def test_everything_lies_in_store_order(store, tier_of, num_slots):
 
 def test_memory_is_what_was_asked_for(store, tier_of):
     tier = tier_of(store, 7)
-    assert tier.nbytes == 7 * MIXED.record_bytes
+    assert tier.arena.nbytes == 7 * MIXED.record_bytes
     assert tier.arena.ctypes.data % 4096 == 0
 
 
@@ -204,4 +204,4 @@ class SlotsMachine(RuleBasedStateMachine):
 SlotsMachine.TestCase.settings = settings(
     max_examples=100, stateful_step_count=40, deadline=None
 )
-TestRows = SlotsMachine.TestCase
+TestSlots = SlotsMachine.TestCase

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from tests.runtimes import (
 )
 from tests.stores import build, layout_of
 from vllm_moe_offload.forecast.predictor import LIKELY
+from vllm_moe_offload.transfer import State
 from vllm_moe_offload.transfer.prefetch import MOST_IN_FLIGHT, Prefetcher
 
 
@@ -108,7 +111,7 @@ def test_a_failed_prefetch_is_a_warning_and_the_need_reads_again(
     transfer = runtime.prefetcher._transfer
     transfer.drain()
     ended = transfer.poll()
-    failed = [type(one)(one.layer, one.expert, one.slot, "bad sector") for one in ended]
+    failed = [replace(flight, state=State.FAILED, error="bad sector") for flight in ended]
     monkeypatch.setattr(transfer, "poll", lambda: failed)
     monkeypatch.setattr(type(transfer), "has_news", True)
     runtime.prefetcher.collect()
@@ -130,3 +133,19 @@ def test_drops_what_its_layer_did_not_need(serving, store) -> None:
     for layer, expert in resident.tolist():
         assert runtime.cache.is_resident(layer, expert)
     assert runtime.cache.page_table.shape == (LAYERS, EXPERTS)
+
+
+def test_dropping_all_leaves_no_slot_in_flight(serving, store) -> None:
+    runtime, foresight, issued = serving
+    prefetcher, cache = runtime.prefetcher, runtime.cache
+    prefetcher.measured(read_ns=1, compute_ns=100)
+    foresight.likely[1, 2:] = 0.9
+    run_layer(runtime, store, 0, ids_of(0, 1))
+    assert len(issued) > 2
+    prefetcher.drop_all()
+    assert not prefetcher._flights
+    assert not runtime._transfer.has_news
+    # What was cut short is absent, what was not has its bytes: a need finds both out.
+    for first in range(2, EXPERTS, 2):
+        run_layer(runtime, store, 1, ids_of(first, first + 1))
+    assert cache.count("prefetch_late") == 0

@@ -41,7 +41,7 @@ class TensorSpec:
 
     @property
     def is_direct(self) -> bool:
-        """Whether the row can be the target of an O_DIRECT read."""
+        """Whether the slot can be the target of an O_DIRECT read."""
         return self.nbytes > 0 and self.nbytes % ALIGNMENT == 0
 
 

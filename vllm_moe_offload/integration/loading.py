@@ -40,6 +40,7 @@ from vllm_moe_offload.store import (
     ExpertStore,
     StoreBuilder,
     StoreIdentity,
+    checkpoint_fingerprint,
     open_store,
     store_lock,
 )
@@ -331,8 +332,8 @@ def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:
     model_config = vllm_config.model_config
     method = layer.quant_method
     parallel = layer.moe_config.moe_parallel_config
-    return StoreIdentity.of_checkpoint(
-        Path(model_config.model),
+    return StoreIdentity(
+        checkpoint=checkpoint_fingerprint(Path(model_config.model)),
         load_format=str(
             getattr(
                 vllm_config.load_config.load_format,

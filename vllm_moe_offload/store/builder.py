@@ -91,7 +91,7 @@ class StoreBuilder:
         Args:
             layer: index among the MoE layers; any order, each once.
             layout: tensors of one expert; the same for all layers.
-            tensors: for each of them the rows as uint8 ``[num_experts, nbytes]``.
+            tensors: each of them, uint8 ``[num_experts, nbytes]``.
 
         Raises:
             StoreError: disk full or not writable; names path, bytes and remedy.

@@ -1,4 +1,4 @@
-"""Sequential file I/O past the page cache, for building and verifying a store."""
+"""File I/O past the page cache, for building a store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_moe_offload.cache.layout import ALIGNMENT
 
 Bytes = npt.NDArray[np.uint8]
 
-BUFFER_BYTES = 8 << 20
+_BUFFER_BYTES = 8 << 20
 _NUM_BUFFERS = 6
 # With one, the disk idles while the thread waits for the interpreter's lock.
 _WRITER_THREADS = 2
@@ -104,7 +104,7 @@ class DirectWriter:
             OSError: also if it exists.
         """
         self._descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        self._buffers = [aligned_buffer(BUFFER_BYTES) for _ in range(_NUM_BUFFERS)]
+        self._buffers = [aligned_buffer(_BUFFER_BYTES) for _ in range(_NUM_BUFFERS)]
         self._writes: list[Future[None] | None] = [None] * _NUM_BUFFERS
         self._threads = io_threads(_WRITER_THREADS, "vmo-store-writer", cpus)
         self._current = 0
@@ -122,14 +122,14 @@ class DirectWriter:
         """Appends ``data``, uint8 ``[n]``; it was copied when this returns."""
         begin = 0
         while begin < data.size:
-            count = min(data.size - begin, BUFFER_BYTES - self._filled_bytes)
+            count = min(data.size - begin, _BUFFER_BYTES - self._filled_bytes)
             buffer = self._buffers[self._current]
             buffer[self._filled_bytes : self._filled_bytes + count] = data[
                 begin : begin + count
             ]
             self._filled_bytes += count
             begin += count
-            if self._filled_bytes == BUFFER_BYTES:
+            if self._filled_bytes == _BUFFER_BYTES:
                 self._submit()
 
     def finish(self) -> None:

@@ -1,32 +1,21 @@
-"""A finished store: opening, where records lie, and whether they are what was written."""
+"""A finished store: opening it, and where its records lie."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_moe_offload.cache.layout import ExpertLayout
-from vllm_moe_offload.store.direct_io import (
-    BUFFER_BYTES,
-    aligned_buffer,
-    open_direct,
-    read_into,
-)
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.identity import FORMAT_VERSION, StoreIdentity
 
 MANIFEST_NAME = "manifest.json"
 EXPERTS_NAME = "experts.bin"
-_VERIFY_THREADS = 4
 
 
 class Manifest(BaseModel):
@@ -108,58 +97,6 @@ class ExpertStore:
     def checksum(self, layer: int, expert: int) -> int:
         """xxh3_64 of the record, padding included."""
         return self.checksums[layer][expert]
-
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads every record from the disk and compares its checksum.
-
-        Args:
-            progress: called with the number of records checked and their total.
-
-        Raises:
-            StoreError: names file, damaged experts and remedy; or the file cannot be read.
-        """
-        total = self.num_layers * self.num_experts
-        damaged = []
-        buffers = threading.local()
-        try:
-            descriptor = open_direct(self.path, os.O_RDONLY)
-            try:
-                with ThreadPoolExecutor(_VERIFY_THREADS) as threads:
-                    check = partial(self._is_intact, descriptor, buffers)
-                    for index, intact in enumerate(threads.map(check, range(total))):
-                        if not intact:
-                            damaged.append(str(divmod(index, self.num_experts)))
-                        if progress is not None:
-                            progress(index + 1, total)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise StoreError(
-                f"cannot read {self.path}: {error}; {_remedy(self.directory)}"
-            ) from error
-        if damaged:
-            shown = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
-            raise StoreError(
-                f"{self.path}: {len(damaged)} of {total} records are damaged, "
-                f"(layer, expert): {shown}; {_remedy(self.directory)}"
-            )
-
-    def _is_intact(self, descriptor: int, buffers: threading.local, index: int) -> bool:
-        """Whether the record at ``index`` in the file is all there and unchanged."""
-        if not hasattr(buffers, "view"):
-            buffers.view = aligned_buffer(min(BUFFER_BYTES, self._record_bytes)).data
-        view: memoryview = buffers.view
-        layer, expert = divmod(index, self.num_experts)
-        digest = xxhash.xxh3_64()
-        offset = self.record_offset(layer, expert)
-        end = offset + self._record_bytes
-        while offset < end:
-            part = view[: end - offset]
-            if read_into(descriptor, part, offset) < len(part):
-                return False
-            digest.update(part)
-            offset += len(part)
-        return bool(digest.intdigest() == self.checksum(layer, expert))
 
 
 def open_store(

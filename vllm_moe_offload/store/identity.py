@@ -52,37 +52,6 @@ class StoreIdentity(BaseModel):
     vllm_version: str
     format_version: int = FORMAT_VERSION
 
-    @classmethod
-    def of_checkpoint(
-        cls,
-        model_dir: Path,
-        *,
-        load_format: str,
-        dtype: str,
-        quantization: str,
-        kernel: str,
-        padded_shape: tuple[int, ...],
-        tp_rank: int,
-        tp_size: int,
-        vllm_version: str,
-    ) -> StoreIdentity:
-        """Identity of a store for the checkpoint in ``model_dir``.
-
-        Raises:
-            StoreError: ``model_dir`` is not a directory with a ``config.json``.
-        """
-        return cls(
-            checkpoint=checkpoint_fingerprint(model_dir),
-            load_format=load_format,
-            dtype=dtype,
-            quantization=quantization,
-            kernel=kernel,
-            padded_shape=padded_shape,
-            tp_rank=tp_rank,
-            tp_size=tp_size,
-            vllm_version=vllm_version,
-        )
-
     @property
     def key(self) -> str:
         """Hex digest of all fields but the rank."""

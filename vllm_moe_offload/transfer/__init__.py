@@ -4,14 +4,15 @@ from vllm_moe_offload.transfer.base import Transfer
 from vllm_moe_offload.transfer.copier import Copier
 from vllm_moe_offload.transfer.device import DeviceTransfer
 from vllm_moe_offload.transfer.engine import TransferEngine
+from vllm_moe_offload.transfer.flights import Flight, State, TransferError
 from vllm_moe_offload.transfer.host_tier import HostTier
-from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
 
 __all__ = [
     "Copier",
     "DeviceTransfer",
-    "FinishedPrefetch",
+    "Flight",
     "HostTier",
+    "State",
     "Transfer",
     "TransferEngine",
     "TransferError",

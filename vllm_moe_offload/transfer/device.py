@@ -17,47 +17,47 @@ What keeps bytes right, as copies run beside kernels and long after the call tha
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, Copier
-from vllm_moe_offload.transfer.device_prefetch import DevicePrefetches, StagedFlight
-from vllm_moe_offload.transfer.flights import Flight, Flights, PendingRead, raise_for_errors
-from vllm_moe_offload.transfer.host_copies import Copies, HostCopies
+from vllm_moe_offload.transfer.device_prefetch import DevicePrefetches
+from vllm_moe_offload.transfer.flights import (
+    Flight,
+    Flights,
+    PendingRead,
+    Requests,
+    State,
+    TransferError,
+    raise_for_errors,
+)
+from vllm_moe_offload.transfer.host_copies import Copies, DeviceFlight, HostCopies
 from vllm_moe_offload.transfer.host_tier import HostTier
-from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
 
 MOST_QUEUED_PREFETCHES = 2
-"""Prefetches that the device has to copy at a time: one that runs and one behind it. Copy
-engines work in order, so a demand waits for what is queued, and no stream priority helps."""
+"""Prefetches that the device has to copy at a time, unless a layer computes for longer: one that
+runs and one behind it. Copy engines work in order, so a demand waits for what is queued, and no
+stream priority helps."""
 
 _MOST_FILE_READS = 16
 """Of one call at a time: enough for the reader's threads, and copies begin after the first."""
 
 
 @dataclass(slots=True)
-class _PendingCopies(PendingRead[StagedFlight]):
-    absent: deque[StagedFlight] = field(default_factory=deque)  # from host memory
-    reads: deque[tuple[StagedFlight, PendingRead[Flight]]] = field(default_factory=deque)
+class _PendingCopies(PendingRead[DeviceFlight]):
+    absent: deque[DeviceFlight] = field(default_factory=deque)  # from host memory
+    reads: deque[tuple[DeviceFlight, PendingRead[Flight]]] = field(default_factory=deque)
     copies: list[Copies] = field(default_factory=list)
 
 
 class DeviceTransfer:
-    """Brings experts into device slots; a :class:`~vllm_moe_offload.transfer.base.Transfer`.
-
-    Attributes:
-        read_ns: time that callers waited for files.
-        expert_ns: time to copy one expert, where the builder measured it.
-    """
+    """Brings experts into device slots; a :class:`~vllm_moe_offload.transfer.base.Transfer`."""
 
     def __init__(
         self,
         host: HostTier,
         copier: Copier,
         *,
-        max_queued_prefetches: int = MOST_QUEUED_PREFETCHES,
         expert_ns: float | None = None,
     ) -> None:
         """Takes over ``host`` and ``copier``: :meth:`close` closes both.
@@ -67,67 +67,44 @@ class DeviceTransfer:
         Args:
             host: the tier that copies come from.
             copier: moves bytes from ``host.arena`` into the pool's slots.
-            max_queued_prefetches: as :data:`MOST_QUEUED_PREFETCHES`.
             expert_ns: time to copy one expert.
-
-        Raises:
-            ValueError: ``max_queued_prefetches`` is less than 1.
         """
-        _check_queued(max_queued_prefetches)
         store = host.store
-        self.read_ns = 0
         self.expert_ns = expert_ns
         self._host = host
         self._copier = copier
         self._copies = HostCopies(host, copier)
         self._flights = Flights(
-            StagedFlight, store.num_layers, store.num_experts, copier.num_slots
+            DeviceFlight, store.num_layers, store.num_experts, copier.num_slots
         )
         self._prefetches = DevicePrefetches(
-            host, copier, self._copies, self._flights, max_queued_prefetches
+            host, copier, self._copies, self._flights, MOST_QUEUED_PREFETCHES
         )
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of experts copied to the device."""
+        """See :class:`Transfer`."""
         return self._copies.copied_bytes
 
     @property
-    def file_bytes(self) -> int:
-        """Bytes of records that arrived in host memory."""
-        return self._host.files.read_bytes
-
-    @property
-    def verify_failures(self) -> int:
-        """Records whose checksum was wrong."""
-        return self._host.files.verify_failures
-
-    @property
     def max_queued_prefetches(self) -> int:
-        """Prefetches that the device has to copy at a time, at most."""
+        """See :class:`Transfer`."""
         return self._prefetches.max_queued
 
     @max_queued_prefetches.setter
     def max_queued_prefetches(self, count: int) -> None:
-        _check_queued(count)
+        if count < 1:
+            raise ValueError(f"max_queued_prefetches must be at least 1, got {count}")
         self._prefetches.max_queued = count
 
     # ---- demand ----------------------------------------------------------------------
 
-    def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
+    def read(self, requests: Requests) -> None:
         """:meth:`begin_read` and :meth:`end_read`."""
         self.end_read(self.begin_read(requests))
 
-    def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> _PendingCopies:
-        """Queues copies of what lies in host memory; begins to read the rest.
-
-        Args:
-            requests: ``(layer, expert, slot)``, of any number.
-
-        Raises:
-            ValueError: a slot or expert is in flight, twice in the call, or does not exist;
-                nothing was begun.
-        """
+    def begin_read(self, requests: Requests) -> _PendingCopies:
+        """See :class:`Transfer`; what lies in host memory is copied at once."""
         pending = _PendingCopies(self._flights.register(requests, is_prefetch=False))
         if not requests:
             return pending
@@ -150,14 +127,9 @@ class DeviceTransfer:
             raise
         return pending
 
-    def end_read(self, pending: PendingRead[StagedFlight]) -> None:
-        """Waits for files, queues the copies, and has the compute stream wait for all.
-
-        Raises:
-            TransferError: some could not be read. All reads and copies of the call ended.
-        """
+    def end_read(self, pending: PendingRead[DeviceFlight]) -> None:
+        """See :class:`Transfer`; waits for files, and has the compute stream wait for copies."""
         assert isinstance(pending, _PendingCopies)
-        began = time.perf_counter_ns()
         try:
             while pending.reads or pending.absent:
                 self._begin_file_reads(pending)
@@ -167,14 +139,12 @@ class DeviceTransfer:
                     self._copies.wait_for_one(pending.copies)
             for copies in pending.copies:
                 self._copier.join(copies.ticket)
+            raise_for_errors(pending.flights)
         except BaseException:
             self._end_all(pending)
             raise
-        finally:
-            self.read_ns += time.perf_counter_ns() - began
-        if any(flight.error is not None for flight in pending.flights):
-            self._end_all(pending)
-            raise_for_errors(pending.flights)
+        for flight in pending.flights:
+            flight.enter(State.LANDED)
         self._copies.depart(pending.copies)
         self._flights.forget(pending.flights)
 
@@ -191,6 +161,7 @@ class DeviceTransfer:
             except BaseException:
                 slots.abandon(slot)
                 raise
+            flight.enter(State.READING)
             flight.host_slot = slot
             pending.absent.popleft()
             pending.reads.append((flight, read))
@@ -199,10 +170,10 @@ class DeviceTransfer:
         """Waits for the oldest and queues its copy."""
         flight, read = pending.reads.popleft()
         self._land(flight, read)
-        if flight.error is None:
+        if flight.state is State.WAITING:
             pending.copies.append(self._copies.copy(DEMAND_LANE, [flight]))
 
-    def _land(self, flight: StagedFlight, read: PendingRead[Flight]) -> None:
+    def _land(self, flight: DeviceFlight, read: PendingRead[Flight]) -> None:
         """Waits for a file read; on any failure its host slot is given back."""
         try:
             self._host.files.end_read(read)
@@ -211,8 +182,9 @@ class DeviceTransfer:
             flight.host_slot = -1
             if not isinstance(error, TransferError):
                 raise
-            flight.error = str(error)
+            self._flights.end(flight, State.FAILED, str(error))
         else:
+            flight.enter(State.WAITING)
             self._host.slots.arrived(flight.host_slot)
 
     def _end_all(self, pending: _PendingCopies) -> None:
@@ -231,52 +203,23 @@ class DeviceTransfer:
             self._flights.forget(pending.flights)
 
     def promote(self, slot: int) -> None:
-        """Gives the prefetch into ``slot`` a demand's priority.
-
-        Raises:
-            ValueError: no prefetch into ``slot`` is in flight.
-        """
-        self._prefetches.promote(self._prefetch_into(slot))
+        """See :class:`Transfer`."""
+        self._prefetches.promote(self._flights.prefetch_into(slot))
 
     def await_slot(self, slot: int) -> None:
-        """Waits until kernels may be launched on ``slot``; :meth:`poll` will not report it.
-
-        Raises:
-            TransferError: the expert could not be read.
-            ValueError: no prefetch into ``slot`` is in flight.
-        """
-        flight = self._prefetch_into(slot)
-        began = time.perf_counter_ns()
-        try:
-            joined = self._prefetches.join(flight)
-        finally:
-            self.read_ns += time.perf_counter_ns() - began
-        if joined:
+        """See :class:`Transfer`."""
+        flight = self._flights.prefetch_into(slot)
+        if self._prefetches.join(flight):
             self._flights.forget([flight])
-            return
-        self._flights.take(flight)
-        if flight.dropped and flight.error is not None:
-            self.read([(flight.layer, flight.expert, slot)])  # wanted again, and cut short
-            return
-        raise_for_errors([flight])
+        else:
+            self._flights.tell(flight, self.read)
 
     # ---- prefetch --------------------------------------------------------------------
 
-    def prefetch(self, requests: Sequence[tuple[int, int, int]]) -> int:
-        """Brings in experts when no demand waits; returns at once.
+    def prefetch(self, requests: Requests) -> int:
+        """See :class:`Transfer`.
 
-        Also gives the device the next copies of prefetches asked for before. That is done here
-        alone, behind the demands of a layer call, so that no prefetch gets in front of them.
-
-        Args:
-            requests: ``(layer, expert, slot)``, the most urgent first.
-
-        Returns:
-            How many of them are in flight now, from the front: file reads and host slots are
-            limited.
-
-        Raises:
-            ValueError: as in :meth:`begin_read`.
+        Copies of prefetches are given to the device here alone, behind a layer call's demands.
         """
         flights = self._flights.register(requests, is_prefetch=True)
         begun = 0
@@ -296,72 +239,28 @@ class DeviceTransfer:
 
     @property
     def has_news(self) -> bool:
-        """Whether :meth:`poll` would report or note anything; costs next to nothing."""
+        """See :class:`Transfer`."""
         return self._flights.has_unreported or self._prefetches.any_ended
 
-    def poll(self) -> list[FinishedPrefetch]:
-        """Prefetches that ended and were not reported yet; does not wait."""
+    def poll(self) -> list[DeviceFlight]:
+        """See :class:`Transfer`."""
         self._prefetches.take_in()
         self._copies.reap()
         return self._flights.report()
 
-    def cancel(self, slot: int) -> bool:
-        """Drops the prefetch into ``slot`` if neither its read nor its copy has begun.
-
-        Returns:
-            True if dropped: ``slot`` is free and unchanged. False if it began: its end will
-            be reported.
-
-        Raises:
-            ValueError: no prefetch into ``slot`` is in flight.
-        """
-        flight = self._prefetch_into(slot)
-        cancelled = self._prefetches.cancel(flight)
-        if cancelled:
-            self._flights.forget([flight])
-        return cancelled
-
     def drop(self, slot: int) -> bool:
-        """As :meth:`cancel`, and ends a read that began; a queued copy ends by itself.
-
-        Returns:
-            True if ``slot`` is free now. False if its end will be reported, as ``dropped`` if
-            the slot does not hold the expert.
-        """
-        flight = self._prefetch_into(slot)
-        dropped = self._prefetches.drop(flight)
-        if dropped:
-            self._flights.forget([flight])
-        return dropped
-
-    def cancel_all(self) -> list[int]:
-        """Drops all prefetches of which nothing has begun; returns their slots."""
-        return [
-            slot
-            for slot in self._flights.slots
-            if self._flights.into(slot).is_prefetch and self.cancel(slot)
-        ]
+        """See :class:`Transfer`; a queued copy ends by itself."""
+        return self._prefetches.drop(self._flights.prefetch_into(slot))
 
     def drain(self) -> None:
-        """Waits until no prefetch is under way; :meth:`poll` reports what ended."""
+        """See :class:`Transfer`."""
         while self._prefetches.num_under_way:
             self._prefetches.advance()
 
-    def _prefetch_into(self, slot: int) -> StagedFlight:
-        flight = self._flights.into(slot)
-        if not flight.is_prefetch:
-            raise ValueError(f"slot {slot} is in flight for a demand, not for a prefetch")
-        return flight
-
     def close(self) -> None:
-        """Waits for what runs, drops the rest, frees host memory. Safe to repeat."""
+        """See :class:`Transfer`."""
         self._host.close()  # no thread writes into the arena any more
         self._copier.close()
         self._prefetches.close()
         self._copies.close()
         self._flights.close()
-
-
-def _check_queued(count: int) -> None:
-    if count < 1:
-        raise ValueError(f"max_queued_prefetches must be at least 1, got {count}")

@@ -4,33 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
 
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE, Copier
-from vllm_moe_offload.transfer.flights import Flights
+from vllm_moe_offload.transfer.flights import Flight, Flights, State
 from vllm_moe_offload.transfer.host_copies import Copies, DeviceFlight, HostCopies
 from vllm_moe_offload.transfer.host_tier import HostTier
-from vllm_moe_offload.transfer.outcome import FinishedPrefetch
-
-
-class Stage(Enum):
-    """How far a prefetch is."""
-
-    DEMAND = auto()  # not a prefetch
-    READING = auto()  # from the file into its host slot
-    WAITING = auto()  # in its host slot
-    COPYING = auto()
-    ENDED = auto()
-
-
-@dataclass(slots=True, eq=False)
-class StagedFlight(DeviceFlight):
-    """A demand or a prefetch; what is added here is for prefetches."""
-
-    stage: Stage = Stage.DEMAND
-    promoted: bool = False
-    copies: Copies | None = None
 
 
 class DevicePrefetches:
@@ -45,7 +23,7 @@ class DevicePrefetches:
         host: HostTier,
         copier: Copier,
         copies: HostCopies,
-        flights: Flights[StagedFlight],
+        flights: Flights[DeviceFlight],
         max_queued: int,
     ) -> None:
         self._host = host
@@ -55,9 +33,9 @@ class DevicePrefetches:
         self.max_queued = max_queued
         # Prefetches must leave host slots to demands.
         self._max_under_way = host.num_slots if host.holds_everything else host.num_slots // 2
-        self._reading: dict[int, StagedFlight] = {}  # by host slot
-        self._waiting: deque[StagedFlight] = deque()
-        self._copying: list[StagedFlight] = []
+        self._reading: dict[int, DeviceFlight] = {}  # by host slot
+        self._waiting: deque[DeviceFlight] = deque()
+        self._copying: list[DeviceFlight] = []
 
     @property
     def num_under_way(self) -> int:
@@ -71,7 +49,7 @@ class DevicePrefetches:
             self._is_copied(flight) for flight in self._copying
         )
 
-    def begin(self, flight: StagedFlight) -> bool:
+    def begin(self, flight: DeviceFlight) -> bool:
         """Has it read or waiting; False if that is too much now."""
         if self.num_under_way >= self._max_under_way:
             return False
@@ -79,7 +57,7 @@ class DevicePrefetches:
         slot = host.slots.find(flight.layer, flight.expert)
         if slot is not None:
             flight.host_slot = slot
-            self._wait(flight)
+            self._waiting.append(flight)
             return True
         slot = host.slots.reserve(flight.layer, flight.expert)
         if slot is None:
@@ -91,23 +69,18 @@ class DevicePrefetches:
             if not begun:
                 host.slots.abandon(slot)
         if begun:
+            flight.enter(State.READING)
             flight.host_slot = slot
-            flight.stage = Stage.READING
             self._reading[slot] = flight
         return bool(begun)
-
-    def _wait(self, flight: StagedFlight) -> None:
-        flight.stage = Stage.WAITING
-        self._waiting.append(flight)
 
     def queue(self) -> None:
         """Gives the device copies, as many as it may have at a time."""
         while self._waiting and len(self._copying) < self.max_queued:
             self._copy(self._waiting[0], PREFETCH_LANE)
 
-    def _copy(self, flight: StagedFlight, lane: int) -> None:
+    def _copy(self, flight: DeviceFlight, lane: int) -> None:
         flight.copies = self._copies.copy(lane, [flight])
-        flight.stage = Stage.COPYING
         self._waiting.remove(flight)
         self._copying.append(flight)
 
@@ -120,88 +93,73 @@ class DevicePrefetches:
             if self._is_copied(flight):
                 self._copying.remove(flight)
                 self._copies.release(_copies_of(flight))
-                self._end(flight, None)
+                self._flights.end(flight, State.LANDED)
 
-    def _is_copied(self, flight: StagedFlight) -> bool:
+    def _is_copied(self, flight: DeviceFlight) -> bool:
         return flight.copies is not None and self._copier.done(flight.copies.ticket)
 
-    def _end_reading(self, ended: FinishedPrefetch) -> None:
+    def _end_reading(self, ended: Flight) -> None:
         flight = self._reading.pop(ended.slot)
-        if not ended.ok:
+        wanted = flight.state is State.READING
+        if ended.state is State.LANDED:
+            self._host.slots.arrived(ended.slot)
+            if wanted:
+                flight.enter(State.WAITING)
+                self._waiting.append(flight)
+                if flight.promoted:
+                    self._copy(flight, DEMAND_LANE)
+                return
+            self._host.slots.release(ended.slot)
+        else:
             self._host.slots.abandon(ended.slot)
-            flight.host_slot = -1
-            flight.dropped |= ended.dropped
-            self._end(flight, ended.error)
-            return
-        self._host.slots.arrived(ended.slot)
-        self._wait(flight)
-        if flight.dropped:
-            self._leave_queue(flight)
-            self._end(flight, "nobody wanted it any more before it was copied")
-        elif flight.promoted:
-            self._copy(flight, DEMAND_LANE)
-
-    def _leave_queue(self, flight: StagedFlight) -> None:
-        self._waiting.remove(flight)
-        self._host.slots.release(flight.host_slot)
         flight.host_slot = -1
+        self._flights.end(flight, ended.state if wanted else State.DROPPED, ended.error)
 
-    def _end(self, flight: StagedFlight, error: str | None) -> None:
-        flight.stage = Stage.ENDED
-        self._flights.end(flight, error)
-
-    def promote(self, flight: StagedFlight) -> None:
+    def promote(self, flight: DeviceFlight) -> None:
         """Gives it a demand's priority."""
-        if flight.stage is Stage.ENDED:
-            return  # if nobody wanted it, that is why
-        flight.dropped = False  # unless it turns out to have been cut short
-        if flight.stage is Stage.READING:
+        if flight.state is State.UNWANTED:
+            flight.enter(State.READING)  # it may turn out to have been cut short
+        if flight.state is State.READING:
             flight.promoted = True
             self._host.files.promote(flight.host_slot)
-        elif flight.stage is Stage.WAITING:
+        elif flight.state is State.WAITING:
             self._copy(flight, DEMAND_LANE)
 
-    def join(self, flight: StagedFlight) -> bool:
+    def join(self, flight: DeviceFlight) -> bool:
         """Waits for its read and has kernels wait for its copy; False if it ended already.
 
         True: it is nobody's any more, and to be forgotten.
         """
         self.promote(flight)
-        while flight.stage is Stage.READING:
+        while flight.state is State.READING:
             self._host.files.await_any()
             self.take_in()
-        if flight.stage is Stage.ENDED:
+        if flight.has_ended:
             return False
         assert flight.copies is not None
         self._copier.join(flight.copies.ticket)
         self._copying.remove(flight)
         self._copies.depart([_copies_of(flight)])
+        flight.enter(State.LANDED)
         return True
 
-    def cancel(self, flight: StagedFlight) -> bool:
-        """Takes it back if neither read nor copy has begun; then it is to be forgotten."""
-        if flight.stage is Stage.READING and self._host.files.cancel(flight.host_slot):
-            self._give_up_reading(flight)
-            return True
-        if flight.stage is Stage.WAITING:
-            self._leave_queue(flight)
-            return True
-        return False
-
-    def drop(self, flight: StagedFlight) -> bool:
-        """As :meth:`cancel`, and ends a read that began; a queued copy ends by itself."""
-        if flight.stage is not Stage.READING:
-            return self.cancel(flight)
-        if self._host.files.drop(flight.host_slot):
-            self._give_up_reading(flight)
-            return True
-        flight.dropped = True
-        return False
-
-    def _give_up_reading(self, flight: StagedFlight) -> None:
-        del self._reading[flight.host_slot]
-        self._host.slots.abandon(flight.host_slot)
+    def drop(self, flight: DeviceFlight) -> bool:
+        """See :class:`Transfer`."""
+        if flight.state is State.WAITING:
+            self._waiting.remove(flight)
+            self._host.slots.release(flight.host_slot)
+        elif flight.state is not State.READING:
+            return False
+        elif self._host.files.drop(flight.host_slot):
+            del self._reading[flight.host_slot]
+            self._host.slots.abandon(flight.host_slot)
+        else:
+            flight.enter(State.UNWANTED)
+            return False
         flight.host_slot = -1
+        flight.enter(State.DROPPED)
+        self._flights.forget([flight])
+        return True
 
     def advance(self) -> None:
         """Waits until some prefetch got on; there must be one under way."""
@@ -214,15 +172,13 @@ class DevicePrefetches:
             self._host.files.await_any()
         self.take_in()
 
-    def withdraw(self, flights: Sequence[StagedFlight]) -> None:
+    def withdraw(self, flights: Sequence[DeviceFlight]) -> None:
         """The call that began them fails: they end, and are to be forgotten, unheard of."""
         for flight in flights:
-            if self.drop(flight):
-                self._flights.forget([flight])
-                continue
-            while flight.stage is not Stage.ENDED:
-                self.advance()
-            self._flights.take(flight)
+            if not self.drop(flight):
+                while not flight.has_ended:
+                    self.advance()
+                self._flights.take(flight)
 
     def close(self) -> None:
         """Forgets them all."""
@@ -231,7 +187,7 @@ class DevicePrefetches:
         self._copying.clear()
 
 
-def _copies_of(flight: StagedFlight) -> Copies:
+def _copies_of(flight: DeviceFlight) -> Copies:
     """What copies the flight, no longer its own."""
     copies = flight.copies
     assert copies is not None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 from vllm_moe_offload.native import NativeError
 from vllm_moe_offload.store import ExpertStore
-from vllm_moe_offload.transfer.flights import Flight, Flights, PendingRead, raise_for_errors
-from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
+from vllm_moe_offload.transfer.flights import (
+    Flight,
+    Flights,
+    PendingRead,
+    Requests,
+    State,
+    TransferError,
+    raise_for_errors,
+)
 from vllm_moe_offload.transfer.record_reader import DEMAND, PREFETCH, Bytes, RecordReader
 
 DEFAULT_THREADS = 4
@@ -19,15 +25,10 @@ _WAIT_MS = 500
 
 
 class TransferEngine:
-    """Reads experts of one store into the slots of one pool.
+    """Reads experts of one store into slots of memory; a :class:`Transfer`."""
 
-    For one thread at a time: the model runner's.
-
-    Attributes:
-        read_ns: time that callers spent waiting in :meth:`read` and :meth:`await_slot`.
-        expert_ns: None, as in :class:`Transfer`.
-        max_queued_prefetches: of no meaning here, as in :class:`Transfer`.
-    """
+    expert_ns: float | None = None
+    max_queued_prefetches = 1
 
     def __init__(
         self,
@@ -56,9 +57,6 @@ class TransferEngine:
             TransferError: the file cannot be opened, or its size changed.
             ValueError: a destination is missing, misaligned or of the wrong shape.
         """
-        self.read_ns = 0
-        self.expert_ns: float | None = None
-        self.max_queued_prefetches = 1
         self._store = store
         self._verify = verify
         try:
@@ -86,35 +84,17 @@ class TransferEngine:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of records that arrived."""
+        """See :class:`Transfer`."""
         return self._reader.read_bytes
-
-    @property
-    def verify_failures(self) -> int:
-        """Records whose checksum was wrong."""
-        return self._reader.verify_failures
 
     # ---- demand ----------------------------------------------------------------------
 
-    def read(self, requests: Sequence[tuple[int, int, int]]) -> None:
-        """Reads experts and returns when all are in their slots.
-
-        Args:
-            requests: ``(layer, expert, slot)``, of any number.
-
-        Raises:
-            TransferError: some could not be read. All reads of the call ended.
-            ValueError: a slot or expert is in flight, twice in the call, or does not exist;
-                nothing was read.
-        """
+    def read(self, requests: Requests) -> None:
+        """:meth:`begin_read` and :meth:`end_read`."""
         self.end_read(self.begin_read(requests))
 
-    def begin_read(self, requests: Sequence[tuple[int, int, int]]) -> PendingRead[Flight]:
-        """First half of :meth:`read`: the caller has time until :meth:`end_read`.
-
-        Raises:
-            ValueError: as :meth:`read`.
-        """
+    def begin_read(self, requests: Requests) -> PendingRead[Flight]:
+        """See :class:`Transfer`."""
         pending = PendingRead(self._flights.register(requests, is_prefetch=False))
         try:
             self._submit_pending(pending)
@@ -125,12 +105,7 @@ class TransferEngine:
         return pending
 
     def end_read(self, pending: PendingRead[Flight]) -> None:
-        """Second half of :meth:`read`: returns when all are in their slots.
-
-        Raises:
-            TransferError: as :meth:`read`.
-        """
-        began = time.perf_counter_ns()
+        """See :class:`Transfer`."""
         try:
             self._complete(pending)
         except BaseException:
@@ -138,59 +113,30 @@ class TransferEngine:
             raise
         finally:
             self._flights.forget(pending.flights)
-            self.read_ns += time.perf_counter_ns() - began
         raise_for_errors(pending.flights)
 
     def promote(self, slot: int) -> None:
-        """Gives what is left of the prefetch into ``slot`` a demand's priority.
-
-        Raises:
-            ValueError: ``slot`` is not in flight.
-        """
-        flight = self._flights.into(slot)
-        if not flight.done:
+        """See :class:`Transfer`."""
+        flight = self._flights.prefetch_into(slot)
+        if not flight.has_ended:
             self._reader.promote(flight.ticket)
 
     def await_slot(self, slot: int) -> None:
-        """Waits for the prefetch into ``slot``, now with a demand's priority.
-
-        Its end is reported by the return, not by :meth:`poll`.
-
-        Raises:
-            TransferError: the expert could not be read.
-            ValueError: ``slot`` is not in flight.
-        """
-        began = time.perf_counter_ns()
-        flight = self._flights.into(slot)
-        if not flight.done:
-            try:
-                self._reader.promote(flight.ticket)
-                while not flight.done:
-                    self._collect(_WAIT_MS)
-            except BaseException:
-                self._end_all_reads()
-                raise
-        self._flights.take(flight)
-        self.read_ns += time.perf_counter_ns() - began
-        if flight.dropped and flight.error is not None:
-            self.read([(flight.layer, flight.expert, slot)])  # wanted again, and cut short
-            return
-        raise_for_errors([flight])
+        """See :class:`Transfer`."""
+        self.promote(slot)
+        flight = self._flights.prefetch_into(slot)
+        try:
+            while not flight.has_ended:
+                self._collect(_WAIT_MS)
+        except BaseException:
+            self._end_all_reads()
+            raise
+        self._flights.tell(flight, self.read)
 
     # ---- prefetch --------------------------------------------------------------------
 
-    def prefetch(self, requests: Sequence[tuple[int, int, int]]) -> int:
-        """Reads experts when no demand waits; returns at once.
-
-        Args:
-            requests: ``(layer, expert, slot)``, the most urgent first.
-
-        Returns:
-            How many of them are in flight now, from the front: reads under way are limited.
-
-        Raises:
-            ValueError: as in :meth:`read`.
-        """
+    def prefetch(self, requests: Requests) -> int:
+        """See :class:`Transfer`."""
         most = max(len(self._reader.free_tickets) - self._tickets_for_demand, 0)
         flights = self._flights.register(requests[:most], is_prefetch=True)
         if flights:
@@ -203,55 +149,32 @@ class TransferEngine:
 
     @property
     def has_news(self) -> bool:
-        """Whether :meth:`poll` would report anything; costs nothing."""
+        """See :class:`Transfer`."""
         return self._flights.has_unreported or (
             bool(self._by_ticket) and self._reader.has_ended
         )
 
-    def poll(self) -> list[FinishedPrefetch]:
-        """Prefetches that ended and were not reported yet; does not wait."""
+    def poll(self) -> list[Flight]:
+        """See :class:`Transfer`."""
         if self._by_ticket:
             self._collect(0)
         return self._flights.report()
 
-    def cancel(self, slot: int) -> bool:
-        """Drops the prefetch into ``slot`` if it has not begun.
-
-        Returns:
-            True if dropped: ``slot`` is free and unchanged. False if it began: its end will
-            be reported.
-
-        Raises:
-            ValueError: ``slot`` is not in flight.
-        """
-        flight = self._flights.into(slot)
-        if flight.done or not self._reader.cancel(flight.ticket):
+    def drop(self, slot: int) -> bool:
+        """See :class:`Transfer`."""
+        flight = self._flights.prefetch_into(slot)
+        if flight.state is not State.READING:
             return False
-        self._by_ticket.pop(flight.ticket)
+        if not self._reader.drop(flight.ticket):
+            flight.enter(State.UNWANTED)
+            return False
+        del self._by_ticket[flight.ticket]
+        flight.enter(State.DROPPED)
         self._flights.forget([flight])
         return True
 
-    def drop(self, slot: int) -> bool:
-        """As :meth:`cancel`, and reads no more of a prefetch that began.
-
-        Returns:
-            True if ``slot`` is free now. False if its end will be reported, as ``dropped`` if
-            not all of it had been read.
-        """
-        if self.cancel(slot):
-            return True
-        flight = self._flights.into(slot)
-        if not flight.done:
-            flight.dropped = True
-            self._reader.abort(flight.ticket)
-        return False
-
-    def cancel_all(self) -> list[int]:
-        """Drops all prefetches that have not begun; returns their slots."""
-        return [slot for slot in self._flights.slots if self.cancel(slot)]
-
     def drain(self) -> None:
-        """Waits until nothing is being read; :meth:`poll` reports what ended."""
+        """See :class:`Transfer`."""
         while self._by_ticket:
             self._collect(_WAIT_MS)
 
@@ -265,7 +188,7 @@ class TransferEngine:
                 raise
 
     def close(self) -> None:
-        """Waits for running reads, drops the others, ends the threads. Safe to repeat."""
+        """See :class:`Transfer`."""
         self._reader.close()
         self._by_ticket.clear()
         self._flights.close()
@@ -286,7 +209,9 @@ class TransferEngine:
         flights = pending.flights
         while True:
             self._submit_pending(pending)
-            num_running = sum(not flight.done for flight in flights[: pending.num_submitted])
+            num_running = sum(
+                not flight.has_ended for flight in flights[: pending.num_submitted]
+            )
             if not num_running:
                 return
             # To be woken for every read would take the cores from reading. But what is left
@@ -297,6 +222,7 @@ class TransferEngine:
     def _submit(self, flights: Sequence[Flight], priority: int) -> None:
         records = [(flight.layer, flight.expert, flight.slot) for flight in flights]
         for flight, ticket in zip(flights, self._reader.submit(records, priority), strict=True):
+            flight.enter(State.READING)
             flight.ticket = ticket
             self._by_ticket[ticket] = flight
 
@@ -309,7 +235,12 @@ class TransferEngine:
         return any_ended
 
     def _end(self, flight: Flight, reason: str | None) -> None:
-        self._flights.end(flight, None if reason is None else self._explain(flight, reason))
+        if reason is None:
+            self._flights.end(flight, State.LANDED)
+        elif flight.state is State.UNWANTED:
+            self._flights.end(flight, State.DROPPED)
+        else:
+            self._flights.end(flight, State.FAILED, self._explain(flight, reason))
 
     def _end_all_reads(self) -> None:
         """A signal interrupted a call: no read may write into a slot that it gives up."""

@@ -1,17 +1,69 @@
-"""Flights: what is on its way into which slot, and how its end is told.
+"""Flights: what is on its way into which slot, how far it is, and how its end is told.
 
 A slot is *in flight* from the call that asks for it until its end was reported (by the same
-call, ``poll`` or ``await_slot``) or it was cancelled. The page table goes by the same rule, so
-that an expert in flight is never fetched or evicted twice; asking for that is an error here.
+call, ``poll`` or ``await_slot``) or ``drop`` freed it at once. The page table goes by the same
+rule, so that an expert in flight is never fetched or evicted twice; asking for that is an error
+here. The states of a flight, whatever its transfer; what is not drawn is an error::
+
+    asked for
+        |        +---- its bytes are in host memory ----+
+        v        v                                      |
+       WAITING -------- given to the file reader ----> READING -----> LANDED, FAILED
+        |  |                                            |  | ^
+        |  |                                            |  | | wanted again, and read on
+        |  +----------> DROPPED <--- not all was read --+  v |
+        |                  ^                            UNWANTED ---> LANDED: it was too late
+        |                  +------ not all was read -------+
+        |
+        +---- given to the copy engine ----> COPYING ---> LANDED
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Generic, TypeVar
 
-from vllm_moe_offload.transfer.outcome import FinishedPrefetch, TransferError
+Requests = Sequence[tuple[int, int, int]]
+"""Layer, expert and slot of each expert that is to be brought in."""
+
+
+class TransferError(RuntimeError):
+    """Experts could not be read; the message names file, expert, reason and remedy.
+
+    The slots of the same call are free, their content is undefined, and no read writes into
+    them any more.
+    """
+
+
+class State(Enum):
+    """How far a flight is; the picture above has the ways between."""
+
+    WAITING = auto()
+    """For its turn; nobody writes into its slot."""
+    READING = auto()
+    """Given to the file reader; threads write, into its slot or its host slot."""
+    UNWANTED = auto()
+    """As READING, and dropped: threads end what they have begun."""
+    COPYING = auto()
+    """Given to the copy engine, which writes into its slot until the end."""
+    LANDED = auto()
+    """Kernels that are launched from now on find the expert in the slot."""
+    FAILED = auto()
+    """It could not be read."""
+    DROPPED = auto()
+    """Nobody wanted it before all of it had arrived; the content of the slot is undefined."""
+
+
+_ENDS = (State.LANDED, State.FAILED, State.DROPPED)
+_NEXT = {
+    State.WAITING: (State.READING, State.COPYING, State.DROPPED),
+    State.READING: (State.WAITING, State.UNWANTED, *_ENDS),
+    State.UNWANTED: (State.READING, State.LANDED, State.DROPPED),
+    State.COPYING: (State.LANDED,),
+    **dict.fromkeys(_ENDS, ()),
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -21,20 +73,32 @@ class Flight:
     Attributes:
         layer, expert, slot: what, and where to.
         is_prefetch: whether its end is reported by ``poll``.
-        ticket: of whoever moves the bytes; -1: nobody does, or not any more.
-        done: it ended.
-        error: why ``slot`` does not hold the expert; for people.
-        dropped: nobody wanted it any more.
+        state: how far it is; changed by :meth:`enter` alone.
+        error: why it FAILED; for people.
+        ticket: of the file reader while READING or UNWANTED, in a transfer into memory.
     """
 
     layer: int
     expert: int
     slot: int
     is_prefetch: bool
-    ticket: int = -1
-    done: bool = False
+    state: State = State.WAITING
     error: str | None = None
-    dropped: bool = False
+    ticket: int = -1
+
+    def enter(self, state: State) -> None:
+        """Goes on to ``state``; RuntimeError if no way leads there."""
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(
+                f"expert {self.expert} of layer {self.layer} on its way into slot {self.slot} "
+                f"cannot go from {self.state.name} to {state.name}"
+            )
+        self.state = state
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing writes into the slot any more, and nothing will."""
+        return self.state in _ENDS
 
 
 FlightT = TypeVar("FlightT", bound=Flight)
@@ -54,7 +118,7 @@ class Flights(Generic[FlightT]):
     def __init__(
         self, flight_type: type[FlightT], num_layers: int, num_experts: int, num_slots: int
     ) -> None:
-        self.is_closed = False
+        self._is_closed = False
         self._flight_type = flight_type
         self._num_layers = num_layers
         self._num_experts = num_experts
@@ -64,20 +128,13 @@ class Flights(Generic[FlightT]):
         self._unreported: list[FlightT] = []  # prefetches that ended
 
     @property
-    def slots(self) -> list[int]:
-        """Slots in flight."""
-        return list(self._by_slot)
-
-    @property
     def has_unreported(self) -> bool:
         """Whether prefetches ended that were not reported."""
         return bool(self._unreported)
 
-    def register(
-        self, requests: Sequence[tuple[int, int, int]], *, is_prefetch: bool
-    ) -> list[FlightT]:
-        """Puts ``(layer, expert, slot)`` in flight: all, or none and a ValueError."""
-        if self.is_closed:
+    def register(self, requests: Requests, *, is_prefetch: bool) -> list[FlightT]:
+        """Puts ``requests`` in flight: all, or none and a ValueError."""
+        if self._is_closed:
             raise ValueError("the transfer is closed")
         flights: list[FlightT] = []
         try:
@@ -106,17 +163,18 @@ class Flights(Generic[FlightT]):
         if (layer, expert) in self._experts:
             raise ValueError(f"expert {expert} of layer {layer} is in flight to another slot")
 
-    def into(self, slot: int) -> FlightT:
-        """The flight into ``slot``; ValueError if there is none."""
+    def prefetch_into(self, slot: int) -> FlightT:
+        """The prefetch into ``slot``; ValueError if there is none."""
         flight = self._by_slot.get(slot)
         if flight is None:
             raise ValueError(f"slot {slot} is not in flight")
+        if not flight.is_prefetch:
+            raise ValueError(f"slot {slot} is in flight for a demand, not for a prefetch")
         return flight
 
-    def end(self, flight: FlightT, error: str | None) -> None:
-        """The flight ended; a prefetch waits to be reported."""
-        flight.ticket = -1
-        flight.done = True
+    def end(self, flight: FlightT, state: State, error: str | None = None) -> None:
+        """The flight ended in ``state``; a prefetch waits to be reported."""
+        flight.enter(state)
         flight.error = error
         if flight.is_prefetch:
             self._unreported.append(flight)
@@ -132,38 +190,32 @@ class Flights(Generic[FlightT]):
         self._unreported.remove(flight)
         self.forget([flight])
 
-    def report(self) -> list[FinishedPrefetch]:
+    def tell(self, flight: FlightT, read: Callable[[Requests], None]) -> None:
+        """The end of an awaited prefetch; one that was dropped before is read with ``read``."""
+        self.take(flight)
+        if flight.state is State.DROPPED:
+            read([(flight.layer, flight.expert, flight.slot)])
+        raise_for_errors([flight])
+
+    def report(self) -> list[FlightT]:
         """Prefetches that ended and were not reported yet; they are not in flight any more."""
         ended, self._unreported = self._unreported, []
         self.forget(ended)
-        return [
-            FinishedPrefetch(
-                flight.layer,
-                flight.expert,
-                flight.slot,
-                flight.error,
-                flight.dropped and flight.error is not None,
-            )
-            for flight in ended
-        ]
+        return ended
 
     def close(self) -> None:
         """Forgets everything and takes no more."""
-        self.is_closed = True
+        self._is_closed = True
         self.forget(list(self._by_slot.values()))
         self._unreported.clear()
 
 
 def raise_for_errors(flights: Sequence[Flight]) -> None:
-    """One TransferError for all flights of a call that failed, if any did."""
-    failed = [flight for flight in flights if flight.error is not None]
+    """One TransferError for all flights of a call that FAILED, if any did."""
+    failed = [flight for flight in flights if flight.state is State.FAILED]
     if not failed:
         return
     message = str(failed[0].error)
     if len(failed) > 1:
         message += f" ({len(failed)} of {len(flights)} experts failed, this one first)"
-    raise TransferError(
-        message,
-        [flight.slot for flight in flights if flight.error is None],
-        [flight.slot for flight in failed],
-    )
+    raise TransferError(message)

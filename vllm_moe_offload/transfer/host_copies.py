@@ -6,19 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_moe_offload.transfer.copier import Copier
-from vllm_moe_offload.transfer.flights import Flight
+from vllm_moe_offload.transfer.flights import Flight, State
 from vllm_moe_offload.transfer.host_tier import HostTier
-
-
-@dataclass(slots=True, eq=False)
-class DeviceFlight(Flight):
-    """An expert on its way to a device.
-
-    Attributes:
-        host_slot: held for it while no copy does; -1: none is.
-    """
-
-    host_slot: int = -1
 
 
 @dataclass(slots=True)
@@ -27,6 +16,21 @@ class Copies:
 
     ticket: int
     host_slots: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class DeviceFlight(Flight):
+    """An expert on its way to a device.
+
+    Attributes:
+        host_slot: held for it while no copy does; -1: none is.
+        copies: of a prefetch, while COPYING.
+        promoted: a prefetch is a demand by now.
+    """
+
+    host_slot: int = -1
+    copies: Copies | None = None
+    promoted: bool = False
 
 
 class HostCopies:
@@ -53,6 +57,7 @@ class HostCopies:
             lane, [(flight.host_slot, flight.slot) for flight in flights]
         )
         for flight in flights:
+            flight.enter(State.COPYING)
             flight.host_slot = -1
         self.copied_bytes += self._expert_bytes * len(flights)
         return Copies(ticket, host_slots)

@@ -86,11 +86,6 @@ class HostTier:
             verify=verify,
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arena."""
-        return self.arena.nbytes
-
     def fill(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads experts into all slots: every one in store order, or as many of each layer.
 

@@ -1,4 +1,4 @@
-"""Which experts are read ahead of their layer: prediction, budget, cancellation.
+"""Which experts are read ahead of their layer: prediction, budget, and what is dropped.
 
 After every layer call the predictor says what the next layers will use. What is likely and
 resident is kept until its layer was served; what is likely and absent is read while the
@@ -16,7 +16,8 @@ from vllm_moe_offload.cache.planner import ExpertCache
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.step import IdArray, StepTokens
-from vllm_moe_offload.transfer import Transfer
+from vllm_moe_offload.transfer import State, Transfer
+from vllm_moe_offload.transfer.device import MOST_QUEUED_PREFETCHES
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -28,10 +29,6 @@ LAYERS_AHEAD = 3
 
 MOST_IN_FLIGHT = 8
 """Prefetches under way at a time, however fast the link."""
-
-MOST_QUEUED = 2
-"""Of them, those that a copy engine has at a time, where a layer computes for so short that the
-next demand would find more: one that runs and one behind it."""
 
 SMOOTHING = 0.05
 """Weight of the newest measurement in the averages of read and layer times."""
@@ -94,8 +91,8 @@ class Prefetcher:
             return
         for ended in self._transfer.poll():
             del self._flights[ended.slot]
-            self._cache.complete(ended.slot, ended.ok)
-            if not (ended.ok or ended.dropped or self._warned):
+            self._cache.complete(ended.slot, ended.state is State.LANDED)
+            if ended.state is State.FAILED and not self._warned:
                 # Not an error yet: whoever needs the expert reads it again, and raises.
                 self._warned = True
                 logger.warning("MoE offload: a prefetch failed: %s", ended.error)
@@ -108,9 +105,13 @@ class Prefetcher:
             return
         needed = set(self._cache.slots.tolist())
         for slot, (target, _) in list(self._flights.items()):
-            if target == layer and slot not in needed and self._transfer.drop(slot):
-                del self._flights[slot]
-                self._cache.cancel_prefetch(slot)
+            if target == layer and slot not in needed:
+                self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        if self._transfer.drop(slot):
+            del self._flights[slot]
+            self._cache.cancel_prefetch(slot)
 
     def promote(self, slot: int) -> None:
         """The layer call needs the slot now: its read goes before other prefetches."""
@@ -151,7 +152,7 @@ class Prefetcher:
         """
         if not (reads or self._flights):
             return
-        self._transfer.max_queued_prefetches = max(MOST_QUEUED, self._per_layer())
+        self._transfer.max_queued_prefetches = max(MOST_QUEUED_PREFETCHES, self._per_layer())
         begun = self._transfer.prefetch(reads)
         for target, expert, slot in reads[:begun]:
             self._flights[slot] = (target, expert)
@@ -159,10 +160,9 @@ class Prefetcher:
             self._cache.cancel_prefetch(refused)
 
     def drop_all(self) -> None:
-        """Frees every slot that is in flight: what was not begun is dropped, the rest awaited."""
-        for slot in self._transfer.cancel_all():
-            del self._flights[slot]
-            self._cache.cancel_prefetch(slot)
+        """Drops all that is under way; then no slot is in flight."""
+        for slot in list(self._flights):
+            self._drop(slot)
         self.settle()
 
     def settle(self) -> None:

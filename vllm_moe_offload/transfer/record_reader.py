@@ -62,7 +62,6 @@ class RecordReader:
 
     Attributes:
         read_bytes: bytes of records that arrived.
-        verify_failures: records whose checksum was wrong.
         direct: whether reads bypass the page cache.
         num_slots: slots that every destination has.
         num_tickets: most reads in flight at once.
@@ -82,7 +81,6 @@ class RecordReader:
         """As :class:`TransferEngine`; NativeError if the file cannot be opened."""
         layout = store.layout
         self.read_bytes = 0
-        self.verify_failures = 0
         self.num_slots = _check_destinations(layout, destinations)
         self._store = store
         self._verify = verify
@@ -114,11 +112,6 @@ class RecordReader:
         """Whether :meth:`wait` would report something at once."""
         return bool(self._num_ended.value)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return not self._finalizer.alive
-
     def submit(self, records: Sequence[tuple[int, int, int]], priority: int) -> list[int]:
         """Begins to read records; returns their tickets.
 
@@ -149,16 +142,16 @@ class RecordReader:
         """Makes what is left of a prefetch a demand."""
         check(core.vmo_reader_promote(self._reader, index))
 
-    def cancel(self, index: int) -> bool:
-        """Drops a read that has not begun; False if it has, then its end comes."""
-        dropped = bool(check(core.vmo_reader_cancel(self._reader, index)))
+    def drop(self, index: int) -> bool:
+        """Drops a read that has not begun; False if it has, then its end comes.
+
+        Of one that began no more than is under way is read; it ends with a reason, unless
+        nothing was left.
+        """
+        dropped = bool(check(core.vmo_reader_drop(self._reader, index)))
         if dropped:
             self.free_tickets.append(index)
         return dropped
-
-    def abort(self, index: int) -> None:
-        """Reads no more of a read that began; it ends with an error, unless it is done."""
-        check(core.vmo_reader_abort(self._reader, index))
 
     def wait(self, timeout_ms: int, min_count: int = 1) -> Iterator[tuple[int, str | None]]:
         """Tickets of reads that ended, each with the reason why its slot is not good.
@@ -202,7 +195,6 @@ class RecordReader:
             digest.update(ticket.tail.data)
             wanted = self._store.checksum(layer, expert)
             if digest.intdigest() != wanted:
-                self.verify_failures += 1
                 return f"its checksum is {digest.hexdigest()}, not {wanted:016x}"
         for slots, begin, end in self._tail_parts:
             slots[slot] = ticket.tail[begin:end]

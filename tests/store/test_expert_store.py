@@ -1,0 +1,101 @@
+"""Opening a store: what was built opens, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+from tests.stores import MIXED, build, layout_of, place
+from vllm_moe_offload.store import StoreError, open_store
+
+
+def test_reopened_store_equals_the_built_one(tmp_path):
+    built = build(tmp_path)
+    assert open_store(built.directory, built.identity, MIXED) == built
+    assert open_store(built.directory, None) == built
+    assert (built.num_layers, built.num_experts, built.layout) == (3, 4, MIXED)
+
+
+def test_missing_store_is_none(tmp_path):
+    directory, which = place(tmp_path)
+    assert open_store(directory, which) is None
+
+
+def test_record_offset_outside_the_model_is_an_error(tmp_path):
+    store = build(tmp_path)
+    for layer, expert in ((3, 0), (0, 4), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError, match=f"expert {expert} of layer {layer}"):
+            store.record_offset(layer, expert)
+
+
+def test_store_of_another_user_does_not_open(tmp_path, monkeypatch):
+    store = build(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(StoreError, match=r"belongs to user.*store_dir"):
+        open_store(store.directory, store.identity)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -4096])
+def test_wrong_size_does_not_open(tmp_path, change):
+    store = build(tmp_path)
+    os.truncate(store.path, store.file_bytes + change)
+    with pytest.raises(
+        StoreError, match=rf"experts\.bin has .* bytes.*delete {store.directory}"
+    ):
+        open_store(store.directory, store.identity)
+
+
+@pytest.mark.parametrize("name", ["experts.bin", "manifest.json"])
+def test_missing_file_does_not_open(tmp_path, name):
+    store = build(tmp_path)
+    (store.directory / name).unlink()
+    with pytest.raises(StoreError, match=rf"{name}.*delete"):
+        open_store(store.directory, store.identity)
+
+
+def test_store_of_another_model_does_not_open(tmp_path):
+    store = build(tmp_path)
+    directory, which = place(tmp_path, checkpoint="another")
+    directory.parent.mkdir()
+    shutil.copytree(store.directory, directory)
+    with pytest.raises(StoreError, match=r"another model.*checkpoint: 'c0ffee', not 'another'"):
+        open_store(directory, which)
+
+
+def test_other_layout_does_not_open(tmp_path):
+    store = build(tmp_path)
+    with pytest.raises(StoreError, match="its experts hold"):
+        open_store(store.directory, store.identity, layout_of(4096))
+
+
+def edit(manifest: dict, **changes: object) -> str:
+    return json.dumps(manifest | changes)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda m: "", "not a valid manifest"),
+        (lambda m: json.dumps(m)[:-10], "not a valid manifest"),
+        (lambda m: "[1]", "not a valid manifest"),
+        (lambda m: edit(m, format="something else"), "not a valid manifest"),
+        (lambda m: edit(m, format_version=99), "format version 99, this code reads"),
+        (lambda m: edit(m, num_layers=4), "checksums"),
+        (lambda m: edit(m, file_bytes=1), "says 1 bytes"),
+        (lambda m: edit(m, checksums=[["xyz"] * 4] * 3), "not valid"),
+        (lambda m: edit(m, layout=[]), "not valid"),
+        (lambda m: edit(m, layout=[{"name": "t"}]), "not valid"),
+        (lambda m: edit(m, surprise=1), "surprise"),
+    ],
+)
+def test_damaged_manifest_does_not_open(tmp_path, damage, message):
+    store = build(tmp_path)
+    path = store.directory / "manifest.json"
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(StoreError, match=message) as caught:
+        open_store(store.directory, store.identity)
+    assert str(path) in str(caught.value)
+    assert f"delete {store.directory}" in str(caught.value)
