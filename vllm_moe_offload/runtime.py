@@ -127,8 +127,6 @@ class OffloadRuntime:
         if self._is_dummy:
             return
         self.policy.end_request(request)
-        if self.prefetcher is not None:
-            self.prefetcher.end_request(request)
         if self._collection_file is not None:
             self._collection_file.changed()
         if self._recorder is not None:

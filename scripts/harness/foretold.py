@@ -59,6 +59,3 @@ class Foretold(Predictor):
 
     def end_step(self) -> None:
         """See :class:`Predictor`."""
-
-    def end_request(self, request: str) -> None:
-        """See :class:`Predictor`."""

@@ -166,7 +166,3 @@ class RouterLookahead(Predictor):
     def end_step(self) -> None:
         """All layers of the step ran."""
         self._is_active = False
-
-    def end_request(self, request: str) -> None:
-        """Nothing is kept per request."""
-        del request

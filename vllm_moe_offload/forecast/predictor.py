@@ -59,7 +59,3 @@ class Predictor(ABC):
     @abstractmethod
     def end_step(self) -> None:
         """All layers of the step ran."""
-
-    @abstractmethod
-    def end_request(self, request: str) -> None:
-        """A request ended."""

@@ -81,10 +81,6 @@ class Prefetcher:
         """All layers of the step ran."""
         self.predictor.end_step()
 
-    def end_request(self, request: str) -> None:
-        """A request ended."""
-        self.predictor.end_request(request)
-
     def collect(self) -> None:
         """Takes in what arrived; does not wait."""
         if not self._transfer.has_news:
