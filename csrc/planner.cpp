@@ -1,3 +1,5 @@
+// Longer than other files, and one class: every function here keeps the same invariants of page
+// table, slots, barrier, recency lists and counters, which a reader has to see together.
 #include "planner.h"
 
 #include <algorithm>

@@ -30,67 +30,51 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.demo_model import write_demo_model  # noqa: E402
 from scripts.engine_environment import (  # noqa: E402
     LOOPBACK,
     NO_COMPILER,
     OFFLINE,
     engine_environment,
 )
+from scripts.gpu_figures import crossing_bytes  # noqa: E402
+from scripts.gpu_models import ensure_model, store_of  # noqa: E402
+from scripts.gpu_options import (  # noqa: E402
+    add_plan_options,
+    check_device,
+    choices_of,
+    planned,
+)
 from scripts.gpu_plan import (  # noqa: E402
-    BACKENDS,
     CONTESTANTS,
-    FULL,
-    MODELS,
     PLUGIN,
-    QUICK,
     RESIDENT_AUTO,
-    TINY_MODELS,
-    EngineChoices,
-    Model,
     Part,
     Sizes,
     engine_options,
     offload_options,
-    parts_of,
-    select_parts,
-    with_layers,
-    with_workloads,
 )
 from scripts.gpu_report import (  # noqa: E402
-    crossing_bytes,
     load,
     save,
     show,
     where_and_what,
 )
-from scripts.harness.options import (  # noqa: E402
-    add_common_options,
-    end_on_sigterm,
-    results_of,
-)
-from vllm_moe_offload.config import parse_cache_size  # noqa: E402
+from scripts.harness.options import end_on_sigterm, results_of  # noqa: E402
 
 GRACE_S = 20.0
 """What a contestant gets beyond its limit, to end by itself."""
 LINK_LIMIT_S = 120
-DISK_FACTOR = 1.06
-"""Bytes on disk per byte of experts: dense weights, and a store's rounding."""
-
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "0"}
 
 NOTES = (
@@ -109,64 +93,6 @@ NOTES = (
     "Prompts differ at every repeat and no prefix is cached. Hit rates are those of a server "
     "that has just started: trace begins each part without activation matrices.",
 )
-
-
-# ---- models ----------------------------------------------------------------------------
-
-
-def _model_dir(work_dir: Path, model: Model) -> Path:
-    sizes = "-".join(str(size) for size in asdict(model.shape).values())
-    return work_dir / "models" / f"gpu-{model.name}-{sizes}"
-
-
-def store_of(work_dir: Path, model: Model) -> Path:
-    """Folder of the plugin's stores of a model."""
-    return work_dir / "store" / _model_dir(work_dir, model).name
-
-
-def ensure_model(work_dir: Path, model: Model, max_positions: int) -> Path:
-    """The model below ``work_dir``, written if it is missing.
-
-    If it and its store do not fit on the disk, other models of this benchmark are removed.
-    """
-    directory, store = _model_dir(work_dir, model), store_of(work_dir, model)
-    has_model = (directory / "config.json").exists()
-    missing = (not has_model) + (not store.exists())
-    needed = int(missing * DISK_FACTOR * model.expert_bytes)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    for kept in ("models", "store"):
-        for other in sorted((work_dir / kept).glob("gpu-*")):
-            if shutil.disk_usage(work_dir).free >= needed:
-                break
-            if other.name != directory.name:
-                print(f"Removing {other} to make room", flush=True)
-                shutil.rmtree(other)
-    free = shutil.disk_usage(work_dir).free
-    if free < needed:
-        raise RuntimeError(
-            f"{work_dir} has {free / 1e9:.1f} GB free; {model.name} and its store need "
-            f"{needed / 1e9:.1f} GB: give a --work-dir with more room, or fewer --layers"
-        )
-    if not has_model:
-        print(f"Writing {directory}", flush=True)
-        write_demo_model(
-            directory,
-            model.arch,
-            **asdict(model.shape),
-            force=True,
-            max_positions=max_positions,
-            shared_noise=True,
-            progress=sys.stderr.isatty(),
-        )
-    return directory
-
-
-def positions_of(sizes: Sizes) -> int:
-    """What the model's config allows: the longest request, and room."""
-    return sizes.max_tokens + sizes.chunk_tokens
-
-
-# ---- running ---------------------------------------------------------------------------
 
 
 def run_contestant(
@@ -324,17 +250,6 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
     }
 
 
-def choices_of(args: argparse.Namespace) -> EngineChoices:
-    """What the command line says about all engines."""
-    return EngineChoices(
-        device=args.device,
-        attention_backend=args.attention_backend,
-        backend=args.backend,
-        enforce_eager=args.enforce_eager,
-        host_gb=args.host_gb,
-    )
-
-
 def run_part(
     part: Part,
     sizes: Sizes,
@@ -380,22 +295,6 @@ def run_part(
         keep()
 
 
-def check_choices(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that contradict each other, or a size that is none."""
-    if args.backend is not None and args.enforce_eager:
-        raise ValueError(
-            f"--backend {args.backend} and --enforce-eager: the latter compiles nothing; give one"
-        )
-    if args.host_gb is None:
-        return
-    if args.device != "cuda":
-        raise ValueError(f"--host-gb {args.host_gb}: only with --device cuda; see cache_gb")
-    try:
-        parse_cache_size(args.host_gb)
-    except ValueError as error:
-        raise ValueError(f"--host-gb {args.host_gb}: {error}") from error
-
-
 def is_complete(part: Mapping[str, Any]) -> bool:
     """Whether every contestant that can run here did, all workloads included."""
     return all(
@@ -403,77 +302,6 @@ def is_complete(part: Mapping[str, Any]) -> bool:
         or contestant["reason"].startswith(("not on this platform", "not possible"))
         for contestant in part["contestants"].values()
     )
-
-
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which engines run on which model: for this benchmark and the profile."""
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--layers", type=int, help="layers of the models (default: see --list)")
-    parser.add_argument(
-        "--attention-backend", help="of all contestants (default: vLLM's choice)"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="of the compilation, for all contestants; eager: no Inductor (default: vLLM's choice)",
-    )
-    parser.add_argument(
-        "--enforce-eager",
-        action="store_true",
-        help="no compilation and no graphs, for all contestants (always without a GPU, "
-        "unless --backend is given)",
-    )
-    parser.add_argument(
-        "--workloads",
-        nargs="+",
-        metavar="NAME",
-        help=f"default: all of {', '.join(w.name for w in FULL.workloads)}; with --quick, of "
-        f"{', '.join(w.name for w in QUICK.workloads)}",
-    )
-    parser.add_argument(
-        "--host-gb",
-        help='the plugin\'s host_gb: GiB, a share such as "100%%", or auto (default: auto)',
-    )
-    add_common_options(parser)
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What the command line asks for.
-
-    Attributes:
-        max_positions: of the models' configs: a model serves any choice of workloads.
-    """
-
-    parts: list[Part]
-    sizes: Sizes
-    max_positions: int
-
-
-def planned(args: argparse.Namespace) -> Planned:
-    """From :func:`add_plan_options`; makes ``args.work_dir`` absolute.
-
-    Raises:
-        ValueError: something that does not exist, or options that contradict each other.
-    """
-    args.work_dir = args.work_dir.absolute()
-    is_tiny = args.quick or args.device == "cpu"
-    models, all_sizes = (TINY_MODELS, QUICK) if is_tiny else (MODELS, FULL)
-    parts = select_parts(
-        args.parts, parts_of([with_layers(model, args.layers) for model in models])
-    )
-    check_choices(args)
-    sizes = with_workloads(all_sizes, args.workloads)
-    return Planned(parts, sizes, positions_of(all_sizes))
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError for a CUDA device that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"torch {torch.__version__} sees no CUDA device; --device cpu tries the harness alone"
-        )
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
     python scripts/gpu_profile.py --parts qwen3-30b-a3b-25 --layers 8 --work-dir DIR
 
-One request at a time on the benchmark's model (scripts/bench_gpu.py writes it, and so does this),
+One request at a time on the benchmark's model (scripts/gpu_models.py writes it),
 with torch.profiler over --steps decode steps. Each finding is a line of JSON
 (scripts/gpu_findings.py): steps with and without the profiler, then a table with a row per layer
 and part of a layer call. Host time is that of the calling thread; device time is that of the kernels
@@ -195,8 +195,9 @@ def start(args: argparse.Namespace) -> tuple[Any, list[int]]:
     """The engine of the benchmark's contestant ``trace``, and a prompt."""
     from vllm import LLM
 
-    from scripts.bench_gpu import choices_of, ensure_model, planned, store_of
     from scripts.gpu_contest import prompt_ids
+    from scripts.gpu_models import ensure_model, store_of
+    from scripts.gpu_options import choices_of, planned
     from scripts.gpu_plan import engine_options, offload_options
 
     plan = planned(args)
@@ -230,7 +231,7 @@ def machine(device: str) -> contextlib.AbstractContextManager[None]:
 
 def main() -> int:
     """Exit status 0 if there is a table."""
-    from scripts.bench_gpu import add_plan_options, check_choices, check_device
+    from scripts.gpu_options import add_plan_options, check_choices, check_device
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from scripts import bench_gpu as bench  # noqa: E402
 from scripts import gpu_plan as plan  # noqa: E402
 from scripts.gpu_contest import difference, prompt_text  # noqa: E402
+from scripts.gpu_models import DISK_FACTOR  # noqa: E402
 
 PARTS = plan.parts_of(plan.MODELS)
 
@@ -54,7 +55,7 @@ def test_experts_have_the_released_models_size(name: str, record_bytes: int) -> 
     model = next(model for model in plan.MODELS if model.name == name)
     assert model.record_bytes == record_bytes
     # A checkpoint and a store of it must fit on a disk of 64 GB.
-    assert 2 * bench.DISK_FACTOR * model.expert_bytes < 50e9
+    assert 2 * DISK_FACTOR * model.expert_bytes < 50e9
 
 
 # ---- options ---------------------------------------------------------------------------

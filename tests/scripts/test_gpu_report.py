@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from scripts import gpu_figures as figures  # noqa: E402
 from scripts import gpu_report as report  # noqa: E402
+from scripts.gpu_bars import DECODE_BATCHES, bars_of  # noqa: E402
 
 RECORD = 10
 EXPERTS = 1000 * RECORD
@@ -55,7 +57,7 @@ def decode(step_s: float, misses: int | None = None, **more: Any) -> dict[str, A
 
 def bars(*parts: dict[str, Any], steps: dict[str, Any] | None = None) -> dict[str, Any]:
     """Bars by the first words of their names."""
-    found = report.bars_of({"steps": steps or {}, "parts": {p["name"]: p for p in parts}})
+    found = bars_of({"steps": steps or {}, "parts": {p["name"]: p for p in parts}})
     return {bar.name: bar for bar in found}
 
 
@@ -70,12 +72,12 @@ def one(found: dict[str, Any], words: str) -> Any:
 
 
 def test_a_step_is_bound_by_computing_or_by_the_link() -> None:
-    assert report.decode_bound_s(0.5, 10, 100) == 0.5
-    assert report.decode_bound_s(0.05, 10, 100) == pytest.approx(0.1)
+    assert figures.decode_bound_s(0.5, 10, 100) == 0.5
+    assert figures.decode_bound_s(0.05, 10, 100) == pytest.approx(0.1)
 
 
 def test_a_prompt_streams_what_is_not_resident_once_per_chunk() -> None:
-    bound = report.stream_bound_s(
+    bound = figures.stream_bound_s(
         0.1,
         expert_bytes=1000,
         resident_share=0.25,
@@ -87,7 +89,7 @@ def test_a_prompt_streams_what_is_not_resident_once_per_chunk() -> None:
 
 
 def test_a_prompt_that_left_experts_out_has_a_lower_bound() -> None:
-    bound = report.stream_bound_s(
+    bound = figures.stream_bound_s(
         0.1,
         expert_bytes=1000,
         resident_share=0.25,
@@ -100,20 +102,20 @@ def test_a_prompt_that_left_experts_out_has_a_lower_bound() -> None:
 
 @pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (8192, 1), (8193, 2), (32768, 4)])
 def test_chunks(tokens: int, chunks: int) -> None:
-    assert report.chunks_of(tokens, 8192) == chunks
+    assert figures.chunks_of(tokens, 8192) == chunks
 
 
 def test_wasted_prefetches_do_not_ease_the_bound() -> None:
-    assert report.crossing_bytes({"counters": counters(3, useful=2)}, RECORD) == 5 * RECORD
+    assert figures.crossing_bytes({"counters": counters(3, useful=2)}, RECORD) == 5 * RECORD
 
 
 def test_without_counters_nothing_is_known_to_have_crossed() -> None:
-    assert report.crossing_bytes({"counters": None}, RECORD) is None
+    assert figures.crossing_bytes({"counters": None}, RECORD) is None
 
 
 def test_summary_gives_bound_and_hit_rate() -> None:
     trace = decode(0.5, misses=160, counters=counters(160, hits=480))
-    rows = list(report.summary_rows(part(25, resident=decode(0.1), trace=trace)))
+    rows = list(figures.summary_rows(part(25, resident=decode(0.1), trace=trace)))
     row = next(row for row in rows if row["contestant"] == "trace")
     # 160 records of 10 bytes in 4 steps at 100 bytes/s: 4 s a step.
     assert row["bound_s"] == pytest.approx(4.0)
@@ -124,7 +126,7 @@ def test_summary_gives_bound_and_hit_rate() -> None:
 
 def test_without_a_measured_link_there_is_no_bound() -> None:
     found = part(25, link=None, resident=decode(0.1), trace=decode(0.5, misses=1))
-    assert {row["of_bound"] for row in report.summary_rows(found)} == {None}
+    assert {row["of_bound"] for row in figures.summary_rows(found)} == {None}
 
 
 # ---- bars ------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def test_what_was_not_measured_misses_its_bar(words: str) -> None:
 
 
 def test_the_bound_bar_needs_every_share_and_batch() -> None:
-    workloads = [f"decode-{batch}" for batch in report.DECODE_BATCHES]
+    workloads = [f"decode-{batch}" for batch in DECODE_BATCHES]
 
     def full(share: float, step_s: float) -> dict[str, Any]:
         resident = {name: decode(0.1)["decode-1"] for name in workloads}
@@ -187,7 +189,7 @@ def test_tokens_are_compared_request_by_request() -> None:
     lru = {"decode-2": [sample(2, tokens=[[5], [7]])]}
     trace = {"decode-2": [sample(tokens=[[1, 2], [3, 4]])]}
     found = part(25, resident=resident, trace=trace, lru=lru)
-    assert report.same_tokens(
+    assert figures.same_tokens(
         found["contestants"]["lru"], found["contestants"]["resident"]
     ) == (1, 2)
     assert one(bars(found), "tokens of resident").measured == pytest.approx(3 / 4)
