@@ -106,22 +106,6 @@ int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot) {
   });
 }
 
-int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void* ids,
-                          int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
-                          void* slots) {
-  return guarded<int32_t>(-1, [&] {
-    check_id_bytes(id_bytes);
-    if (id_bytes == 4) {
-      vmo::remap(planner->core, layer, static_cast<const int32_t*>(ids), num_ids,
-                 num_padded_ids, static_cast<int32_t*>(slots));
-    } else {
-      vmo::remap(planner->core, layer, static_cast<const int64_t*>(ids), num_ids,
-                 num_padded_ids, static_cast<int64_t*>(slots));
-    }
-    return 0;
-  });
-}
-
 int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer, int32_t expert) {
   return planner->core.is_resident(layer, expert) ? 1 : 0;
 }

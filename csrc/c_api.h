@@ -70,13 +70,6 @@ VMO_API int32_t vmo_planner_prefetch(vmo_planner* planner, int32_t layer, int32_
                                      float value);
 VMO_API int32_t vmo_planner_cancel_prefetch(vmo_planner* planner, int32_t slot);
 
-// slots[i] = slot of ids[i] for i < num_ids. VMO_NO_EXPERT and the padding, i in
-// [num_ids, num_padded_ids), get a slot that is needed anyway: that of the first id that is an
-// expert; 0 if there is none. Same integer type in and out. Ids must be planned.
-VMO_API int32_t vmo_planner_remap(const vmo_planner* planner, int32_t layer, const void* ids,
-                                  int64_t num_ids, int64_t num_padded_ids, int32_t id_bytes,
-                                  void* slots);
-
 VMO_API int32_t vmo_planner_is_resident(const vmo_planner* planner, int32_t layer,
                                         int32_t expert);
 
@@ -114,7 +107,8 @@ typedef struct vmo_reserved_slot {
 // One layer call from the routing on. All memory is the caller's.
 typedef struct vmo_layer_call {
   const void* ids;           // [num_padded_tokens, top_k], VMO_NO_EXPERT among them
-  void* slots;               // like ids, receives every id's slot (vmo_planner_remap); or NULL
+  void* slots;               // like ids, receives every id's slot; VMO_NO_EXPERT and padding
+                             // get one that is needed anyway, 0 if none is. Or NULL
   const float* weights;      // [num_tokens], the tokens' votes; NULL: 1 each
   vmo_observer* observer;    // or NULL: nobody observes
   vmo_lookahead* lookahead;  // or NULL: nobody looks ahead

@@ -47,6 +47,29 @@ void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t n
          observer.decay, num_experts);
 }
 
+// Writes the slot of every planned id. VMO_NO_EXPERT, and ids from num_ids on, which are
+// padding, get that of the first expert; slot 0 if there is none.
+template <typename Id>
+void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
+           int64_t num_padded_ids, Id* slots) {
+  const int32_t num_experts = planner.config().num_experts;
+  const auto slot_of = [&](Id id) {
+    const bool valid = id >= 0 && id < num_experts;
+    const int32_t slot = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
+    if (slot < 0) {
+      throw std::logic_error("expert " + std::to_string(id) + " of layer " +
+                             std::to_string(layer) + " has no slot");
+    }
+    return static_cast<Id>(slot);
+  };
+  const auto is_expert = [](Id id) { return id != VMO_NO_EXPERT; };
+  const Id* needed = std::find_if(ids, ids + num_ids, is_expert);
+  const Id any_slot = needed != ids + num_ids ? slot_of(*needed) : Id{0};
+  for (int64_t i = 0; i < num_ids; ++i)
+    slots[i] = is_expert(ids[i]) ? slot_of(ids[i]) : any_slot;
+  std::fill(slots + num_ids, slots + num_padded_ids, any_slot);
+}
+
 template <typename Id>
 bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
            LayerOutcome& outcome) {
@@ -99,31 +122,8 @@ void histogram(const Id* ids, int64_t num_tokens, int32_t top_k, const float* we
   }
 }
 
-template <typename Id>
-void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
-           int64_t num_padded_ids, Id* slots) {
-  const int32_t num_experts = planner.config().num_experts;
-  const auto slot_of = [&](Id id) {
-    const bool valid = id >= 0 && id < num_experts;
-    const int32_t slot = valid ? planner.slot_of(layer, static_cast<int32_t>(id)) : -1;
-    if (slot < 0) {
-      throw std::logic_error("expert " + std::to_string(id) + " of layer " +
-                             std::to_string(layer) + " has no slot");
-    }
-    return static_cast<Id>(slot);
-  };
-  const auto is_expert = [](Id id) { return id != VMO_NO_EXPERT; };
-  const Id* needed = std::find_if(ids, ids + num_ids, is_expert);
-  const Id any_slot = needed != ids + num_ids ? slot_of(*needed) : Id{0};
-  for (int64_t i = 0; i < num_ids; ++i)
-    slots[i] = is_expert(ids[i]) ? slot_of(ids[i]) : any_slot;
-  std::fill(slots + num_ids, slots + num_padded_ids, any_slot);
-}
-
 template void histogram(const int32_t*, int64_t, int32_t, const float*, int32_t, float*);
 template void histogram(const int64_t*, int64_t, int32_t, const float*, int32_t, float*);
-template void remap(const Planner&, int32_t, const int32_t*, int64_t, int64_t, int32_t*);
-template void remap(const Planner&, int32_t, const int64_t*, int64_t, int64_t, int64_t*);
 
 bool serve_layer(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
                  LayerOutcome& outcome) {

@@ -21,12 +21,6 @@ template <typename Id>
 void histogram(const Id* ids, int64_t num_tokens, int32_t top_k, const float* weights,
                int32_t num_experts, float* out);
 
-// Writes the slot of every planned id. VMO_NO_EXPERT, and ids from num_ids on, which are
-// padding, get that of the first expert; slot 0 if there is none.
-template <typename Id>
-void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
-           int64_t num_padded_ids, Id* slots);
-
 // Observes, plans, names slots and, if nothing is missing, looks ahead with `lookahead`, which
 // is that of the call or null. False if the need does not fit: then nothing but the observation
 // happened.

@@ -75,7 +75,7 @@ def assert_slots_hold(runtime: OffloadRuntime, store, layer: int, ids, slots) ->
     wanted = layer_tensors(store.layout, store.num_experts, layer)
     ids, slots = ids[ids != NO_EXPERT], slots[ids != NO_EXPERT]
     for name, tensor in wanted.items():
-        have = runtime.pool.bytes_of(name)
+        have = runtime.pool.destinations()[name]
         for expert, slot in zip(ids.reshape(-1), slots.reshape(-1), strict=True):
             assert (have[int(slot)] == tensor[int(expert)]).all(), (name, layer, expert, slot)
 

@@ -181,10 +181,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_planner_complete": (c_int32, [c_void_p, c_int32, c_int32]),
     "vmo_planner_prefetch": (c_int32, [c_void_p, c_int32, c_int32, c_float]),
     "vmo_planner_cancel_prefetch": (c_int32, [c_void_p, c_int32]),
-    "vmo_planner_remap": (
-        c_int32,
-        [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_void_p],
-    ),
     "vmo_planner_is_resident": (c_int32, [c_void_p, c_int32, c_int32]),
     "vmo_expert_histogram": (
         c_int32,

@@ -18,13 +18,29 @@ from vllm_moe_offload.cache.planner import (
     ExpertCache,
     PlannerRules,
 )
-from vllm_moe_offload.native import NativeError
+from vllm_moe_offload.native import LayerCall, NativeError, check
 
 SCORED = PlannerRules(admission=True)
 
 
 def ids(*experts: int) -> np.ndarray:
     return np.array(experts, np.int32)
+
+
+def slots_of(cache: ExpertCache, layer: int, needed: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Plans ``needed`` ``[tokens or more, top_k]`` as serving does; the slot of every id."""
+    slots = np.full_like(needed, -1)
+    call = LayerCall(
+        ids=needed.ctypes.data,
+        slots=slots.ctypes.data,
+        num_tokens=num_tokens,
+        num_padded_tokens=len(needed),
+        layer=layer,
+        id_bytes=needed.itemsize,
+        top_k=needed.shape[1],
+    )
+    assert check(cache.server_of(call)()) == 1
+    return slots
 
 
 def serve(cache: ExpertCache, layer: int, *experts: int, flags: int = 0) -> tuple[int, int]:
@@ -230,9 +246,7 @@ def test_unpinned_plans_may_evict_their_own_need() -> None:
 def test_remap_gives_slots_and_pads_with_a_needed_one() -> None:
     cache = ExpertCache(CacheShape(1, 4, 4 - 1, 1), SCORED)
     needed = np.array([[2, 1], [1, 2], [9, 9]], np.int64)
-    assert cache.plan(0, needed[:2])
-    slots = np.full_like(needed, -1)
-    cache.remap(0, needed, slots, num_ids=4)
+    slots = slots_of(cache, 0, needed, num_tokens=2)
     by_expert = dict(zip(cache.experts.tolist(), cache.slots.tolist(), strict=True))
     assert slots[:2].tolist() == [[by_expert[2], by_expert[1]], [by_expert[1], by_expert[2]]]
     assert slots[2].tolist() == [by_expert[2]] * 2
@@ -243,11 +257,9 @@ def test_remap_gives_slots_and_pads_with_a_needed_one() -> None:
 def test_an_id_of_no_expert_needs_nothing(num_experts: int, dtype: type) -> None:
     cache = ExpertCache(CacheShape(1, num_experts, 3, 1), SCORED)
     needed = np.array([[-1, -1], [2, -1], [1, 2], [7, 7]], dtype)
-    assert cache.plan(0, needed[:3])
+    slots = slots_of(cache, 0, needed, num_tokens=3)
     assert cache.experts.tolist() == [1, 2]
     assert (cache.outcome.num_experts, cache.outcome.num_misses) == (2, 2)
-    slots = np.full_like(needed, 9)
-    cache.remap(0, needed, slots, num_ids=6)
     one, two = cache.slots.tolist()
     assert slots.tolist() == [[two, two], [two, two], [one, two], [two, two]]
 
@@ -261,9 +273,8 @@ def test_a_call_of_no_expert_touches_no_record() -> None:
     np.testing.assert_array_equal(cache.page_table, before[0])
     np.testing.assert_array_equal(cache.last_use, before[1])
     assert cache.count("hits") == before[2]
-    slots = np.full(3, 9, np.int32)
-    cache.remap(0, ids(-1, -1, 5), slots, num_ids=2)
-    assert slots.tolist() == [0, 0, 0]
+    slots = slots_of(cache, 0, np.array([[-1], [-1], [5]], np.int32), num_tokens=2)
+    assert slots.tolist() == [[0], [0], [0]]
 
 
 @pytest.mark.parametrize("wrong", [-2, 4, 2**40, -(2**40)])
@@ -271,9 +282,6 @@ def test_other_ids_that_are_no_expert_are_errors(wrong: int) -> None:
     cache = ExpertCache(CacheShape(1, 4, 2, 2), SCORED)
     with pytest.raises(NativeError, match=rf"id {wrong} at position 1 is outside \[0, 4\)"):
         cache.plan(0, np.array([-1, wrong], np.int64))
-    assert cache.plan(0, ids(1))
-    with pytest.raises(NativeError, match=rf"expert {wrong} of layer 0 has no slot"):
-        cache.remap(0, np.array([-1, wrong], np.int64), np.zeros(2, np.int64))
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -211,30 +211,6 @@ class ExpertCache:
         count = self.outcome.num_misses
         return self._miss_experts[:count], self._miss_slots[:count], self._miss_kinds[:count]
 
-    def remap(
-        self,
-        layer: int,
-        ids: npt.NDArray[np.integer[Any]],
-        slots: npt.NDArray[np.integer[Any]],
-        num_ids: int | None = None,
-    ) -> None:
-        """Writes the slot of every planned id; ids from ``num_ids`` on are padding.
-
-        Padding and ``native.NO_EXPERT`` get a slot that is needed anyway, or 0 if none is.
-        """
-        count = ids.size if num_ids is None else num_ids
-        check(
-            core.vmo_planner_remap(
-                self.handle,
-                layer,
-                ids.ctypes.data,
-                count,
-                ids.size,
-                ids.itemsize,
-                slots.ctypes.data,
-            )
-        )
-
     def finish(self) -> None:
         """Ends the open plan: decides by the scores of now which of its misses stay."""
         check(core.vmo_planner_finish(self.handle))

@@ -67,14 +67,6 @@ class SlotPool:
         """Bytes of all slots."""
         return self.num_slots * self.layout.expert_bytes
 
-    def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
-        """The slots of one parameter as uint8 ``[num_slots, nbytes]``, sharing memory.
-
-        Raises:
-            ValueError: they are on a device.
-        """
-        return self.destinations()[name]
-
     def destinations(self) -> dict[str, npt.NDArray[Any]]:
         """All parameters' slots as bytes, the targets of a TransferEngine.
 
