@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_moe_offload import __version__
-from vllm_moe_offload.cli import plan, replay, trace_show
+from vllm_moe_offload.cli import plan, replay, store, trace_show
 from vllm_moe_offload.cli.command import Command
+from vllm_moe_offload.store import StoreError
+from vllm_moe_offload.transfer.flights import TransferError
 
-COMMANDS: list[Command] = [plan.COMMAND, replay.COMMAND, trace_show.COMMAND]
+COMMANDS: list[Command] = [
+    plan.COMMAND,
+    replay.COMMAND,
+    *store.COMMANDS,
+    trace_show.COMMAND,
+]
 GROUP_HELP = {"trace": "recorded traces and collections", "store": "expert stores"}
 
 
@@ -42,6 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (OSError, ValueError) as error:
+    except (OSError, StoreError, TransferError, ValueError) as error:
         print(f"vllm-moe-offload: error: {error}", file=sys.stderr)
         return 2

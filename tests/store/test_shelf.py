@@ -1,0 +1,107 @@
+"""What lies in a store_dir: whole, unfinished, damaged, of somebody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.stores import build
+from vllm_moe_offload.store import StoreError, store_lock
+from vllm_moe_offload.store.shelf import others_of, remove, shelved_models
+
+
+def test_stores_are_listed_with_what_they_take(tmp_path: Path) -> None:
+    first, second = build(tmp_path), build(tmp_path, vllm_version="0.33.0")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "demo-0123456789abcdef").symlink_to(first.directory.parent)
+    shelved = shelved_models(tmp_path)
+    assert {one.directory for one in shelved} == {
+        first.directory.parent,
+        second.directory.parent,
+    }
+    for one in shelved:
+        assert one.model == "model"
+        assert one.state == "complete"
+        assert one.nbytes >= first.file_bytes
+        assert one.built > 0
+
+
+def test_a_directory_that_is_not_there_has_no_stores(tmp_path: Path) -> None:
+    assert shelved_models(tmp_path / "nowhere") == []
+
+
+def test_every_rank_must_be_there(tmp_path: Path) -> None:
+    build(tmp_path, tp_size=2)
+    assert [one.state for one in shelved_models(tmp_path)] == ["1 of 2 ranks"]
+    build(tmp_path, tp_size=2, tp_rank=1)
+    assert [one.state for one in shelved_models(tmp_path)] == ["complete"]
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    manifest = store.directory / "manifest.json"
+    document = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(document | {"format_version": 0}))
+    (shelved,) = shelved_models(tmp_path)
+    assert "has format version 0" in shelved.state
+    assert shelved.parts == ()
+    manifest.write_text(json.dumps(document))
+    os.truncate(store.path, 10)
+    (shelved,) = shelved_models(tmp_path)
+    assert "has 10 bytes instead of" in shelved.state
+
+
+def test_a_build_that_was_killed_is_not_finished(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    store.directory.rename(store.directory.with_name("rank0of1.building-1-00"))
+    (shelved,) = shelved_models(tmp_path)
+    assert shelved.state == "not finished"
+    assert shelved.nbytes >= store.file_bytes
+
+
+def test_other_stores_of_a_model_are_those_of_its_name(tmp_path: Path) -> None:
+    mine, other = build(tmp_path), build(tmp_path, checkpoint="beef")
+    stranger = build(tmp_path, dtype="float32").directory.parent
+    stranger.rename(stranger.with_name(f"another-{stranger.name[-16:]}"))
+    found = list(others_of(mine.directory.parent))
+    assert [one.directory for one in found] == [other.directory.parent]
+
+
+def test_what_is_removed_is_gone_and_the_rest_is_not(tmp_path: Path) -> None:
+    first, second = build(tmp_path), build(tmp_path, checkpoint="beef")
+    (shelved,) = others_of(second.directory.parent)
+    remove(shelved)
+    assert not first.directory.exists()
+    assert [one.directory for one in shelved_models(tmp_path)] == [second.directory.parent]
+    assert second.path.exists()
+    build(tmp_path)  # and can be built again
+    assert len(shelved_models(tmp_path)) == 2
+
+
+def test_removing_waits_for_a_build(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    (shelved,) = shelved_models(tmp_path)
+    thread = threading.Thread(target=remove, args=[shelved])
+    with store_lock(store.directory):
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert store.path.exists()
+    thread.join()
+    assert not store.directory.exists()
+
+
+def test_what_cannot_be_deleted_is_an_error(tmp_path: Path, monkeypatch) -> None:
+    build(tmp_path)
+    (shelved,) = shelved_models(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("vllm_moe_offload.store.shelf.shutil.rmtree", refuse)
+    with pytest.raises(StoreError, match=r"cannot delete .*Permission denied"):
+        remove(shelved)

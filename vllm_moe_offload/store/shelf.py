@@ -1,0 +1,130 @@
+"""What lies in a ``store_dir``: every model's store, finished or not, and what it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_moe_offload.store.directory import store_lock
+from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.expert_store import ExpertStore, open_store
+
+_MODEL = re.compile(r"(?P<model>.+)-[0-9a-f]{16}")
+_RANK = re.compile(r"rank\d+of\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class ShelvedModel:
+    """One model's store: a directory of its own, a part per rank.
+
+    Attributes:
+        directory: ``<store_dir>/<model>-<key>``.
+        parts: what every rank's directory holds.
+        faults: what is wrong with a rank's part, one line each.
+        nbytes: disk space that the directory takes, unfinished builds included.
+        built: seconds since the epoch of the newest part; 0 if there is none.
+    """
+
+    directory: Path
+    parts: tuple[ExpertStore, ...]
+    faults: tuple[str, ...]
+    nbytes: int
+    built: float
+
+    @property
+    def model(self) -> str:
+        """Its name, as the directory has it."""
+        return self.directory.name.rpartition("-")[0]
+
+    @property
+    def state(self) -> str:
+        """``complete``, or what it is instead."""
+        if self.faults:
+            return self.faults[0]
+        if not self.parts:
+            return "not finished"
+        ranks = self.parts[0].identity.tp_size
+        if len(self.parts) < ranks:
+            return f"{len(self.parts)} of {ranks} ranks"
+        return "complete"
+
+
+def shelved_models(store_dir: Path) -> list[ShelvedModel]:
+    """All stores below ``store_dir``, by name; none if there is no such directory."""
+    if not store_dir.is_dir():
+        return []
+    return [
+        _look_at(path)
+        for path in sorted(store_dir.iterdir())
+        if _MODEL.fullmatch(path.name)
+        and path.is_dir()
+        and not path.is_symlink()
+        and any(_contents(path))
+    ]
+
+
+def _contents(directory: Path) -> Iterator[Path]:
+    """What lies there, but for locks, which outlive what they guard (:func:`store_lock`)."""
+    return (path for path in directory.iterdir() if path.suffix != ".lock")
+
+
+def _look_at(directory: Path) -> ShelvedModel:
+    parts, faults, built = [], [], 0.0
+    for path in sorted(directory.iterdir()):
+        if not _RANK.fullmatch(path.name):
+            continue
+        try:
+            part = open_store(path, None)
+            assert part is not None  # there is a directory of that name
+            parts.append(part)
+            built = max(built, part.path.stat().st_mtime)
+        except StoreError as error:
+            faults.append(str(error))
+    return ShelvedModel(directory, tuple(parts), tuple(faults), _disk_bytes(directory), built)
+
+
+def _disk_bytes(directory: Path) -> int:
+    return sum(
+        os.lstat(os.path.join(folder, name)).st_blocks * 512
+        for folder, _, names in os.walk(directory)
+        for name in names
+    )
+
+
+def others_of(directory: Path) -> Iterator[ShelvedModel]:
+    """Stores of the same model beside ``directory``, which is a model's: of another version of
+    vLLM, kernel, format or checkpoint."""
+    for shelved in shelved_models(directory.parent):
+        if shelved.directory != directory and shelved.model == directory.name[:-17]:
+            yield shelved
+
+
+def remove(shelved: ShelvedModel) -> None:
+    """Deletes a model's store, once nobody builds it. Servers that use it keep what they have
+    open, until they end.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
+    try:
+        with contextlib.ExitStack() as locks:
+            for lock in sorted(shelved.directory.glob("*.lock")):
+                locks.enter_context(store_lock(lock.with_suffix("")))
+            for path in _contents(shelved.directory):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+    except OSError as error:
+        raise StoreError(f"cannot delete {shelved.directory}: {error}") from error
+
+
+def age_of(shelved: ShelvedModel) -> str:
+    """When it was built, as a date; empty if it was not."""
+    return time.strftime("%Y-%m-%d", time.localtime(shelved.built)) if shelved.built else ""
