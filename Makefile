@@ -46,7 +46,9 @@ demo: setup ## build a demo model, serve it with offload, chat with it, show the
 check: setup ## lint and all tests that start no engine (3 minutes on 2 idle cores)
 	$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint unit unit-scripts
 
-# Side by side, as one process keeps one core busy. The second one imports vLLM.
+# Side by side, so one thread each is enough; more would wait for each other. The second one
+# imports vLLM.
+unit unit-scripts: export OMP_NUM_THREADS := 1
 NO_ENGINE := -m "not vllm and not slow and not gpu" --durations=10
 WITH_VLLM := tests/integration tests/scripts
 
@@ -66,7 +68,7 @@ test: check ## what a change must pass: check, and an engine for each feature (1
 	$(MAKE) --no-print-directory engines
 
 test-all: setup ## all architectures, capacities and modes (over an hour); writes $(TEST_REPORT)
-	$(BIN)/python -m pytest -m "not gpu" --durations=20 --results $(TEST_REPORT)
+	VMO_THOROUGH_TESTS=1 $(BIN)/python -m pytest -m "not gpu" --durations=20 --results $(TEST_REPORT)
 
 lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -44,6 +44,17 @@ Job = dict[str, Any]
 Run = Callable[[list[Job]], list[dict[str, Any]]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here() -> Iterator[None]:
+    """vLLM imports a model's class in a process of its own to ask what it supports, and keeps the
+    answer below the home directory: on a new machine a process, and an import of vLLM, for each."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of the tiny model of an architecture, written once per session."""
