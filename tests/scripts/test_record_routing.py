@@ -39,6 +39,7 @@ def test_bad_arguments_are_refused(
 
 @pytest.mark.vllm
 def test_forty_requests_are_recorded(tmp_path: Path) -> None:
+    """Feature: the script that records what the replay benchmarks replay."""
     model, path = tmp_path / "model", tmp_path / "trace.npz"
     shape = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 128, "intermediate": 64}
     write_demo_model(model, "mixtral", **shape)

@@ -38,7 +38,8 @@ def observed(
 
 @pytest.mark.vllm
 def test_served_model_routes_like_real_ones(observed: dict[str, Any]) -> None:
-    """The ranges are those of real models (gpt-oss, OLMoE, Mixtral, DeepSeek-V2-Lite)."""
+    """Feature: demo models. The ranges are those of real models (gpt-oss, OLMoE, Mixtral,
+    DeepSeek-V2-Lite)."""
     assert 0.27 <= observed["reuse"] <= 0.52
     assert observed["reuse"] > observed["reuse_far"]
     assert 0.5 <= observed["lru_hit_rate"] <= 0.78
