@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from scripts.demo_model import write_demo_model
 from scripts.engine_environment import engine_environment
-from scripts.harness.server import Server
+
+if TYPE_CHECKING:
+    from scripts.harness.server import Server
 
 DRIVER = Path(__file__).with_name("engine_driver.py")
 ARCHS = ("mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss")
