@@ -53,9 +53,14 @@ class Results:
         self._began = time.time()
         self._cells: dict[str, dict[str, Any]] = {}
         self._counts: Counter[str] = Counter()
+        self._seconds: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test is what its call was, unless setup or teardown went wrong."""
+        """A test is what its call was, unless setup or teardown went wrong.
+
+        Its seconds include its setup: where tests share an engine, the first of them starts it.
+        """
+        self._seconds[report.nodeid] += report.duration
         if report.when != "call" and report.passed:
             return
         self._counts[report.outcome] += 1
@@ -64,7 +69,7 @@ class Results:
             return
         cell: dict[str, Any] = {
             "outcome": report.outcome,
-            "seconds": round(report.duration, 1),
+            "seconds": round(self._seconds[report.nodeid], 1),
         }
         if not report.passed:
             cell["reason"] = str(report.longreprtext).strip().splitlines()[-1:]

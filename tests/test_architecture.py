@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md), checked on the source."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,15 @@ def test_every_module_has_a_room():
 
 def test_rooms_exist():
     assert {room_of(module) for module in MODULES if module != NAME} == RANK.keys()
+
+
+def test_a_wheel_holds_every_data_file() -> None:
+    """setuptools leaves out silently what it was told of under a wrong name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    package = ROOT / NAME
+    files = {
+        str(path.relative_to(package))
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc", ".so"}
+    }
+    assert files == set(project["tool"]["setuptools"]["package-data"][NAME])

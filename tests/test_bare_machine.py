@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.gpu_sequence import SANITIZED
+
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = (
     *("vllm", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
@@ -41,17 +43,29 @@ def pytest_without_vllm(directory: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
-    tmp_path: Path,
-) -> None:
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The GPU tests that pytest finds there, and what it says of the others."""
     kernels = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")
     copier = str(ROOT / "tests" / "gpu" / "test_copier.py")
-    printed = pytest_without_vllm(tmp_path, "--collect-only", copier, kernels)
+    outside = tmp_path_factory.mktemp("outside")
+    return pytest_without_vllm(outside, "--collect-only", copier, kernels).splitlines()
+
+
+def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
+    collected: list[str],
+) -> None:
+    printed = "\n".join(collected)
     assert "test_copier.py::test_every_byte_arrives_and_no_other_changes" in printed
     assert "test_copier.py::test_transfer_from_file_to_device" in printed
-    (skipped,) = (line for line in printed.splitlines() if line.startswith("SKIPPED"))
+    (skipped,) = (line for line in collected if line.startswith("SKIPPED"))
     assert "test_triton_kernels.py" in skipped
     assert "could not import 'vllm'" in skipped
+
+
+def test_what_the_sanitizer_watches_exists(collected: list[str]) -> None:
+    assert len(SANITIZED) == 3
+    assert set(SANITIZED) <= set(collected)
 
 
 @pytest.mark.slow  # compiles; `make gpu-rehearsal` goes the same way, too

@@ -2,13 +2,13 @@
 
 import multiprocessing
 import os
-import signal
 import stat
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.counter_workers import INFO, LABELS, count_and_wait, count_up, values_of
 from tests.runtimes import EXPERTS, LAYERS, decode_tokens, ids_of, run_layer, runtime_of
 from tests.stores import build, layout_of
 from vllm_moe_offload.cache.planner import COUNTER_NAMES
@@ -23,13 +23,6 @@ from vllm_moe_offload.metrics import (
     merge_by_labels,
     read_counters,
 )
-
-LABELS = {"model_name": "demo", "engine": "0", "rank": "0"}
-INFO = {"policy": "trace"}
-
-
-def values_of(**given):
-    return [float(given.get(name, 0)) for name in VALUES]
 
 
 def test_values_travel(tmp_path):
@@ -73,18 +66,10 @@ def test_hit_rate_before_anything_ran():
 # ---- whole snapshots -----------------------------------------------------------------------
 
 
-def _count_up(path, stop):
-    file = CounterFile(path, LABELS)
-    number = 0.0
-    while not stop.is_set():
-        number += 1
-        file.write([number] * len(VALUES))
-
-
 def test_a_reading_belongs_together_while_the_worker_writes(tmp_path):
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    worker = context.Process(target=_count_up, args=(tmp_path / "rank0.counters", stop))
+    worker = context.Process(target=count_up, args=(tmp_path / "rank0.counters", stop))
     worker.start()
     try:
         seen = []
@@ -136,18 +121,11 @@ def test_a_damaged_file_is_left_out_with_one_warning(tmp_path, caplog):
 # ---- workers that end ----------------------------------------------------------------------
 
 
-def _count_and_wait(path, written):
-    file = CounterFile(path, LABELS, INFO)
-    file.write(values_of(hits=10, misses=4, slots=8, resident_experts=6))
-    written.set()
-    signal.pause()
-
-
 def test_a_killed_worker_keeps_its_counters_and_loses_its_gauges(tmp_path):
     context = multiprocessing.get_context("spawn")
     written = context.Event()
     worker = context.Process(
-        target=_count_and_wait, args=(tmp_path / "rank0of1-1.counters", written)
+        target=count_and_wait, args=(tmp_path / "rank0of1-1.counters", written)
     )
     worker.start()
     assert written.wait(60)

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.examples import examples
 from tests.runtimes import (
     EXPERTS,
     LAYERS,
@@ -123,7 +124,7 @@ def test_any_serving(store) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
+            max_examples=examples(40),
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -9,12 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from scripts.demo_model import write_demo_model
 from scripts.engine_environment import engine_environment
+
+if TYPE_CHECKING:
+    from scripts.harness.server import Server
 
 DRIVER = Path(__file__).with_name("engine_driver.py")
 ARCHS = ("mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss")
@@ -42,6 +46,17 @@ SHAPE = {
 
 Job = dict[str, Any]
 Run = Callable[[list[Job]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here() -> Iterator[None]:
+    """vLLM imports a model's class in a process of its own to ask what it supports, and keeps the
+    answer below the home directory: on a new machine a process, and an import of vLLM, for each."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -98,8 +113,9 @@ class EngineProcess:
         self._process: subprocess.Popen[str] | None = None
         self._lists = 0
 
-    def run(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """Results of the jobs. After one that failed, the next list gets another process."""
+    def run(self, jobs: list[Job], *, may_fail: bool = False) -> list[dict[str, Any]]:
+        """Results of the jobs. After one that failed and was not to, the next list gets another
+        process."""
         self._lists += 1
         paths = [str(self._directory / f"{kind}{self._lists}.json") for kind in ("jobs", "out")]
         Path(paths[0]).write_text(json.dumps(jobs))
@@ -116,7 +132,7 @@ class EngineProcess:
             self.stop()
             raise AssertionError(f"{answer!r}\n{self._log.read_text()[-8000:]}")
         results: list[dict[str, Any]] = json.loads(Path(paths[1]).read_text())
-        if any("error" in result for result in results):
+        if not may_fail and any("error" in result for result in results):
             self.stop()
         return results
 
@@ -173,6 +189,23 @@ def share_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     offloaded.stop()
 
 
+@pytest.fixture(scope="session")
+def trace_server(
+    demo_model: Callable[[str], Path], store_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """`vllm serve` in mode `trace` for all tests that only ask it, whichever comes first.
+
+    Its counters go on from test to test; before the first request they were checked here.
+    """
+    from tests.integration.served import assert_nothing_is_counted_yet, serve
+
+    log = tmp_path_factory.mktemp("trace_server") / "log"
+    with serve(demo_model("mixtral"), store_dir, log) as server:
+        server.wait_healthy()
+        assert_nothing_is_counted_yet(server)
+        yield server
+
+
 def engine(
     model: Path, *, eager: bool, offload: dict[str, Any] | None = None, **extra: Any
 ) -> Job:
@@ -199,3 +232,13 @@ def prompt(seed: int, length: int) -> list[int]:
 
 BATCH = [prompt(seed, 10 + 35 * seed) for seed in range(1, 9)]
 """Eight prompts of 45 to 290 tokens: several are prefilled in chunks beside others' decode."""
+
+
+def assert_recorded(trace: Path, prompts: list[list[int]], max_tokens: int) -> None:
+    """All tokens of these requests, and of no others, are in the recorded trace."""
+    with np.load(trace, allow_pickle=False) as recorded:
+        # The last generated token is never an input.
+        computed = [len(tokens) + max_tokens - 1 for tokens in prompts]
+        assert sorted(recorded["lens"].tolist()) == sorted(computed)
+        assert sorted(recorded["prefill_lens"].tolist()) == sorted(map(len, prompts))
+        assert recorded["ids"].shape[0] == sum(computed)

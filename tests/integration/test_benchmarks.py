@@ -18,7 +18,7 @@ from scripts import apply_patches
 from scripts.apply_patches import State
 from scripts.harness.server import Server
 from tests.integration.conftest import EXPERTS, LAYERS, TOP_K
-from tests.integration.test_server import ARGUMENTS, offload
+from tests.integration.served import ARGUMENTS, offload
 
 FIGURES = {
     "moe_offload_hit_rate",
@@ -108,19 +108,15 @@ def check_figures(output, result):
 
 
 @pytest.mark.vllm
-def test_serve_reports_what_the_server_counted(demo_model, store_dir, tmp_path):
-    model = demo_model("mixtral")
-    arguments = [*ARGUMENTS, *offload(store_dir, "--moe-offload-config.cache_gb", "50%")]
-    with Server(model, arguments, log=tmp_path / "log") as server:
-        server.wait_healthy()
-        before = server.metrics()
-        with patched_vllm():
-            output, result = bench_serve(server, model, tmp_path / "result.json")
-            between = server.metrics()
-            _, warmed = bench_serve(
-                server, model, tmp_path / "warmed.json", "--num-warmups", "4"
-            )
-        after = server.metrics()
+def test_serve_reports_what_the_server_counted(demo_model, trace_server, tmp_path):
+    """Feature: `vllm bench serve` with figures of the server's experts."""
+    server, model = trace_server, demo_model("mixtral")
+    before = server.metrics()
+    with patched_vllm():
+        output, result = bench_serve(server, model, tmp_path / "result.json")
+        between = server.metrics()
+        _, warmed = bench_serve(server, model, tmp_path / "warmed.json", "--num-warmups", "4")
+    after = server.metrics()
 
     def counted(name, first=before, second=between):
         return second[f"vllm:moe_offload_{name}"] - first[f"vllm:moe_offload_{name}"]
@@ -180,6 +176,7 @@ def check_lookups(result, requests):
 
 @pytest.mark.vllm
 def test_latency_reports_what_the_measured_iterations_did(demo_model, store_dir, tmp_path):
+    """Feature: `vllm bench latency` with figures of the engine's experts."""
     path = tmp_path / "result.json"
     with patched_vllm():
         output = bench(

@@ -4,60 +4,126 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.conftest import EXPERTS, LAYERS, engine
+from tests.integration.conftest import EXPERTS, LAYERS, EngineProcess, engine
 
 pytestmark = pytest.mark.vllm
 
 
-def test_off_and_unused_leave_vllm_alone(demo_model, run_engines, store_dir):
-    model = demo_model("mixtral")
-    unused, off, on = run_engines(
-        [
-            engine(model, eager=True),
-            engine(model, eager=True, offload={"mode": "off"}),
-            engine(model, eager=True, offload={"mode": "lru", "store_dir": str(store_dir)}),
-        ]
-    )
-    assert unused["facts"] == off["facts"] == {"classes": ["RoutedExperts"]}
-    assert unused["batches"] == off["batches"]
-    # The same process serves with offload afterwards: `off` is a matter of configuration.
-    assert on["facts"]["classes"] == ["OffloadedRoutedExperts"]
+class Alone(NamedTuple):
+    """What became of engines that one process ran in this order, and where their stores are."""
+
+    stores: Path
+    blocked: Path
+    unused: dict[str, Any]
+    off: dict[str, Any]
+    too_small: dict[str, Any]
+    no_directory: dict[str, Any]
+    first: dict[str, Any]
+    second: dict[str, Any]
+    flipped: dict[str, Any]
+    truncated: dict[str, Any]
 
 
-def test_start_errors_are_clear_and_second_start_opens(demo_model, run_engines, tmp_path):
-    model = demo_model("mixtral")
-    stores = tmp_path / "stores"
-    blocked = tmp_path / "file"
+@pytest.fixture(scope="module")
+def alone(demo_model, tmp_path_factory) -> Alone:
+    """A process of its own, as these engines are about a process's state; one, as it takes long
+    to import vLLM."""
+    directory = tmp_path_factory.mktemp("alone")
+    model, blocked = demo_model("olmoe"), directory / "file"
     blocked.write_text("")
 
-    def offload(**options):
-        return engine(
-            model, eager=True, offload={"mode": "trace", "store_dir": str(stores), **options}
-        )
+    def offload(cache_gb="50%", store="stores", **options):
+        options |= {"mode": "lrfu", "cache_gb": cache_gb, "store_dir": str(directory / store)}
+        return engine(model, eager=True, offload=options, disable_log_stats=False)
 
-    too_small, no_directory, first, second = run_engines(
-        [
-            offload(cache_gb=1e-6),
-            offload(store_dir=str(blocked)),
-            offload(cache_gb="50%"),
-            offload(cache_gb="50%"),
-        ]
+    process = EngineProcess(directory)
+    jobs = [
+        engine(model, eager=True),
+        engine(model, eager=True, offload={"mode": "off"}),
+        offload(cache_gb=1e-6),
+        offload(store=blocked.name),
+        offload(),
+        offload(cache_gb="100%"),
+    ]
+    served = process.run(jobs, may_fail=True)
+    for kind in ("flipped", "truncated"):
+        shutil.copytree(directory / "stores", directory / kind)
+    flip_bytes(experts_of(directory / "flipped"))
+    path = experts_of(directory / "truncated")
+    os.truncate(path, path.stat().st_size - 4096)
+    damaged = process.run(
+        [offload(store="flipped", verify=True), offload(store="truncated")], may_fail=True
     )
+    process.stop()
+    return Alone(directory / "stores", blocked, *served, *damaged)
+
+
+def experts_of(store_dir: Path) -> Path:
+    """The file of the only store there."""
+    (path,) = store_dir.glob("*/rank0of1/experts.bin")
+    return path
+
+
+def flip_bytes(path: Path) -> None:
+    """Flips one bit in the middle of every 4 KiB block."""
+    data = bytearray(path.read_bytes())
+    for offset in range(2048, len(data), 4096):
+        data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def test_off_and_unused_leave_vllm_alone(alone):
+    """Feature: `off`."""
+    assert alone.unused["facts"] == alone.off["facts"] == {"classes": ["RoutedExperts"]}
+    assert alone.unused["batches"] == alone.off["batches"]
+    # The same process serves with offload afterwards: `off` is a matter of configuration.
+    assert alone.first["facts"]["classes"] == ["OffloadedRoutedExperts"]
+
+
+def test_start_errors_are_clear(alone):
+    """Feature: options that only a start can find wrong."""
+    too_small, no_directory = alone.too_small, alone.no_directory
     assert "cache_gb=1e-06" in too_small["error"] or "cache_gb=1e-06" in too_small["trace"]
     assert "Minimum" in too_small["trace"]
     assert "store_dir" in no_directory["trace"]
-    assert str(blocked) in no_directory["trace"]
-    assert first["batches"] == second["batches"]
-    (directory,) = stores.glob("*/rank0of1")
+    assert str(alone.blocked) in no_directory["trace"]
+
+
+def test_a_second_start_opens_the_store(alone):
+    """Features: the store of an earlier start, also at another capacity; olmoe."""
+    assert alone.first["batches"] == alone.second["batches"] == alone.unused["batches"]
+    (directory,) = alone.stores.glob("*/rank0of1")
     assert sorted(path.name for path in directory.iterdir()) == ["experts.bin", "manifest.json"]
     for path in directory.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_damaged_store_never_serves_wrong_tokens(alone):
+    """Feature: `verify`, and what is found without it."""
+    assert "checksum" in alone.flipped["trace"]
+    assert "experts.bin" in alone.flipped["trace"]
+    assert "experts.bin" in alone.truncated["trace"]
+
+
+def test_get_metrics_over_two_engines_of_a_process(alone):
+    """Feature: figures of an engine without a server."""
+    first, second = alone.first, alone.second
+    for name in ("hits", "misses", "read_bytes"):
+        assert first["metrics"][name] == first["facts"][name]
+        # Counters go on, as those of a worker that was restarted.
+        assert second["metrics"][name] == first["facts"][name] + second["facts"][name]
+    for run in (first, second):
+        assert run["metrics"]["slots"] == run["facts"]["shape"][0]
+        assert run["metrics"]["policy_info"] == 1
+    assert second["metrics"]["resident_experts"] == EXPERTS * LAYERS
+
+
 def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, share_engines, store_dir):
+    """Feature: waves, where not even the experts of one layer fit."""
     model = demo_model("gpt_oss")
     share = f"{100 * (EXPERTS // 2) / (EXPERTS * LAYERS):.12f}%"
     plain, waves = share_engines(
@@ -84,6 +150,7 @@ def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, share_engines,
 
 
 def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_dir):
+    """Feature: dummy weights."""
     model = demo_model("mixtral")
     plain, offloaded = share_engines(
         [
@@ -97,56 +164,3 @@ def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_di
         ]
     )
     assert offloaded["batches"] == plain["batches"]
-
-
-def test_a_damaged_store_never_serves_wrong_tokens(
-    demo_model, share_engines, run_engines, tmp_path
-):
-    model = demo_model("mixtral")
-    kinds = {"built": {}, "flipped": {"verify": True}, "truncated": {}}
-    jobs = [
-        engine(
-            model,
-            eager=True,
-            offload={"mode": "lru", "cache_gb": "50%", "store_dir": str(tmp_path / kind)}
-            | more,
-        )
-        for kind, more in kinds.items()
-    ]
-    (built,) = share_engines(jobs[:1])
-    assert "error" not in built
-    for kind in ("flipped", "truncated"):
-        shutil.copytree(tmp_path / "built", tmp_path / kind)
-    (path,) = (tmp_path / "flipped").glob("*/rank0of1/experts.bin")
-    flip_bytes(path)
-    (path,) = (tmp_path / "truncated").glob("*/rank0of1/experts.bin")
-    os.truncate(path, path.stat().st_size - 4096)
-    flipped, truncated = run_engines(jobs[1:])
-    assert "checksum" in flipped["trace"]
-    assert "experts.bin" in flipped["trace"]
-    assert "experts.bin" in truncated["trace"]
-
-
-def flip_bytes(path: Path) -> None:
-    """Flips one bit in the middle of every 4 KiB block."""
-    data = bytearray(path.read_bytes())
-    for offset in range(2048, len(data), 4096):
-        data[offset] ^= 1
-    path.write_bytes(data)
-
-
-def test_get_metrics_over_two_engines_of_a_process(demo_model, run_engines, store_dir):
-    def offload(share):
-        options = {"mode": "lrfu", "cache_gb": share, "store_dir": str(store_dir)}
-        model = demo_model("mixtral")
-        return engine(model, eager=True, offload=options, disable_log_stats=False)
-
-    first, second = run_engines([offload("50%"), offload("100%")])
-    for name in ("hits", "misses", "read_bytes"):
-        assert first["metrics"][name] == first["facts"][name]
-        # Counters go on, as those of a worker that was restarted.
-        assert second["metrics"][name] == first["facts"][name] + second["facts"][name]
-    for run in (first, second):
-        assert run["metrics"]["slots"] == run["facts"]["shape"][0]
-        assert run["metrics"]["policy_info"] == 1
-    assert second["metrics"]["resident_experts"] == EXPERTS * LAYERS

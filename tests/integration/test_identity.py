@@ -5,7 +5,7 @@ Engines are expensive, so plain ones share one process and offloaded ones anothe
 
 import pytest
 
-from tests.integration.conftest import ARCHS, EXPERTS, LAYERS, engine
+from tests.integration.conftest import ARCHS, EXPERTS, LAYERS, assert_recorded, engine
 
 pytestmark = pytest.mark.vllm
 
@@ -26,21 +26,30 @@ def assert_identical(results, expected_rows):
     assert not any(name.startswith("Offloaded") for name in plain["facts"]["classes"])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_eager_at_half_capacity(arch, demo_model, store_dir, share_engines):
-    model = demo_model(arch)
+def otherwise_slow(*fast):
+    """All architectures, those that another cell has in `make test` marked slow."""
+    slow = pytest.mark.slow
+    return [arch if arch in fast else pytest.param(arch, marks=slow) for arch in ARCHS]
+
+
+# `make test` has olmoe in test_engine.py, and qwen3_moe in test_simulated_gpu.py.
+@pytest.mark.parametrize("arch", otherwise_slow("mixtral", "deepseek_v2", "gpt_oss"))
+def test_eager_at_half_capacity(arch, demo_model, store_dir, share_engines, tmp_path):
+    """Features: each architecture, in mode `trace`; recording a trace of it."""
+    model, trace = demo_model(arch), tmp_path / "routing.npz"
     rows = num_experts(arch) // 2
-    jobs = [
-        engine(model, eager=True),
-        engine(model, eager=True, offload=offload(store_dir, "50%")),
-    ]
+    recorded = offload(store_dir, "50%", record_trace=str(trace))
+    jobs = [engine(model, eager=True), engine(model, eager=True, offload=recorded)]
     results = share_engines(jobs)
     assert_identical(results, [rows])
     assert results[1]["facts"]["misses"] > 0
+    prompts = [prompt for batch in jobs[1]["batches"] for prompt in batch]
+    assert_recorded(trace, prompts, jobs[1]["max_tokens"])
 
 
-@pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("arch", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_compiled_with_one_layer_of_rows(arch, demo_model, store_dir, share_engines):
+    """Features: torch.compile; the least capacity that takes no waves."""
     model = demo_model(arch)
     jobs = [
         engine(model, eager=False),

@@ -13,6 +13,7 @@ def on_gpu(host_share, model, **options):
 
 
 def test_half_capacity_and_one_layer(demo_model, store_dir, share_engines):
+    """Features: a GPU server's way, with all experts in host memory and with some; qwen3_moe."""
     model = demo_model("qwen3_moe")
     total = num_experts("qwen3_moe")
     half, layer = offload(store_dir, "50%"), offload(store_dir, one_layer("qwen3_moe"))

@@ -1,16 +1,17 @@
 """What a GPU cannot do is refused by name; the rest is set up. No GPU is needed to decide."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.config.kernel import KernelConfig
+from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import graphs, loading, supported, supported_gpu
+from vllm_moe_offload.integration import graphs, loading, patches, supported, supported_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -147,26 +148,27 @@ def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
         loading._check_kernel(layer(FlashInferExperts, is_monolithic=True))
 
 
-def test_what_is_patched_on_a_gpu_exists_in_this_vllm():
-    """In a process of its own: patches stay."""
-    program = """
-from vllm_moe_offload.integration import patches
-patches.install_cuda_patches()
-patches.install_cuda_patches()  # once, even if called again
-from vllm.model_executor.layers.fused_moe.experts import triton_moe
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.v1.worker.gpu_worker import Worker
-for owner, name in (
-    (triton_moe, "_prepare_expert_assignment"),
-    (MoERunner, "_forward_impl"),
-    (Worker, "determine_available_memory"),
-    (Worker, "compile_or_warm_up_model"),
-):
-    wrapped = getattr(owner, name)
-    assert wrapped.__moe_offload__, name
-    assert not getattr(wrapped.__wrapped__, "__moe_offload__", False), name
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):
+    owners = (
+        (triton_moe, "_prepare_expert_assignment"),
+        (MoERunner, "_forward_impl"),
+        (Worker, "determine_available_memory"),
+        (Worker, "compile_or_warm_up_model"),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    for owner, name in owners:  # vLLM's own again afterwards
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+    before = [(vars(owner).copy(), owner) for owner in (triton_moe, MoERunner, Worker)]
+    patches.install_cuda_patches()
+    patches.install_cuda_patches()  # once, even if called again
+    for owner, name in owners:
+        wrapped = getattr(owner, name)
+        assert wrapped.__moe_offload__, name
+        assert not getattr(wrapped.__wrapped__, "__moe_offload__", False), name
+    # Nothing else was changed, so nothing stays.
+    changed = {
+        (owner, name)
+        for attributes, owner in before
+        for name, value in vars(owner).items()
+        if attributes.get(name) is not value
+    }
+    assert changed == set(owners)

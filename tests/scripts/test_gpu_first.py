@@ -93,7 +93,7 @@ def test_a_step_that_hangs_ends_at_its_limit_with_all_that_it_started(
         f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ');"
         "time.sleep(3600)"
     )
-    hanging = step("one", python("hang", code), python("next", "pass"), limit_s=8.0)
+    hanging = step("one", python("hang", code), python("next", "pass"), limit_s=4.0)
     assert not run_steps([hanging, step("two", python("two", "pass"))], run, run.results)
     record = written(run, "one")
     assert record["status"] == "timed out"
@@ -144,7 +144,8 @@ def test_pytest_is_judged_by_what_really_ran(
 ) -> None:
     file, junit = tmp_path / "test_some.py", tmp_path / "some.xml"
     file.write_text(tests)
-    argv = (sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", str(file))
+    bare = ("env", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1")  # starts a second earlier
+    argv = (*bare, sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", str(file))
     run_step(step("one", Command("tests", argv, junit, least)), run, run.results)
     record = written(run, "one")
     assert record["status"] == status
@@ -201,18 +202,6 @@ def test_where_only_graphs_fail_the_benchmark_does_without(run: Run) -> None:
     record(run, "tokens", "passed", findings=[findings[0], {"name": "graphs", "equal": True}])
     (command,) = STEPS["bench"].commands(run, 300.0)
     assert "--enforce-eager" not in command.argv
-
-
-def test_what_the_sanitizer_watches_exists(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", *gpu_sequence.SANITIZED],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "3 tests collected" in done.stdout
 
 
 # ---- the command line --------------------------------------------------------------------
