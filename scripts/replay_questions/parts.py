@@ -17,6 +17,7 @@ from vllm_moe_offload.forecast import forecast
 from vllm_moe_offload.forecast.forecast import (
     CONSTANT,
     HALF_LIVES,
+    LASTING,
     POPULARITY,
     PRIOR,
     Forecast,
@@ -50,8 +51,8 @@ def _histories(*half_lives: float) -> Removal:
 @contextlib.contextmanager
 def _popularity() -> Iterator[None]:
     # It also stands in for the history of a request that has none.
-    stand_in = mock.patch.object(forecast, "STAND_IN", CONSTANT)
-    with _forecasts_off([POPULARITY]), stand_in:
+    stand_in = mock.patch.object(forecast, "LASTING", CONSTANT)
+    with _forecasts_off(range(POPULARITY, PRIOR)), stand_in:
         yield
 
 
@@ -59,6 +60,12 @@ def _popularity() -> Iterator[None]:
 def _collection() -> Iterator[None]:
     empty = mock.patch.object(ActivationCollection, "add", return_value=-1)
     with _forecasts_off([PRIOR]), empty:
+        yield
+
+
+@contextlib.contextmanager
+def _slow_popularity() -> Iterator[None]:
+    with mock.patch.object(forecast, "LASTING", LASTING - 1), _forecasts_off([LASTING]):
         yield
 
 
@@ -80,8 +87,10 @@ PARTS: dict[str, Removal] = {
 
 TOGETHER: dict[str, Removal] = {
     "histories of 4 and 16 tokens": _histories(4.0, 16.0),
+    "popularity of 1000 steps": _slow_popularity,
 }
-"""Several parts at once: what each alone does not miss, two may not do without."""
+"""Several parts at once, and halves of one: what each alone does not miss, two may not do
+without."""
 REMOVALS = PARTS | TOGETHER
 
 

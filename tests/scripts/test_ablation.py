@@ -112,7 +112,7 @@ def test_what_was_out_is_back(
         ("own history", range(POPULARITY)),
         ("history of 4 tokens", [1]),
         ("histories of 4 and 16 tokens", [1, 2]),
-        ("popularity", [POPULARITY]),
+        ("popularity", range(POPULARITY, PRIOR)),
         ("collection of activation matrices", [PRIOR]),
     ],
 )

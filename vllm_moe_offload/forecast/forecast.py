@@ -26,14 +26,16 @@ from vllm_moe_offload.trace.collection import ActivationCollection
 HALF_LIVES = (1.0, 4.0, 16.0)
 """Tokens after which a use counts half in each average: the last token, a phrase, a
 paragraph. The mixture sorts out which of them matters."""
-POPULARITY_HALF_LIFE_STEPS = 30.0
-"""After which a use counts half in the popularity."""
-INITIAL_WEIGHTS = (0.0, 0.25, 0.5, 0.1, 0.1, 0.25, 0.0)
-"""Before anything was used: averages, popularity, prior, value, constant. A step or two of
+POPULARITY_HALF_LIVES = (30.0, 1000.0)
+"""Steps after which a use counts half in the popularities: what the requests before these
+used, and what most requests use."""
+INITIAL_WEIGHTS = (0.0, 0.25, 0.5, 0.05, 0.05, 0.1, 0.25, 0.0)
+"""Before anything was used: averages, popularities, prior, value, constant. A step or two of
 evidence outweighs them."""
-POPULARITY, PRIOR, VALUE, CONSTANT = range(len(HALF_LIVES), len(INITIAL_WEIGHTS))
-STAND_IN = POPULARITY
-"""What stands in for the history of a request that has none, while the collection is empty."""
+POPULARITY = len(HALF_LIVES)
+PRIOR, VALUE, CONSTANT = range(POPULARITY + len(POPULARITY_HALF_LIVES), len(INITIAL_WEIGHTS))
+LASTING = PRIOR - 1
+"""The popularity that stands in where nothing else is known."""
 
 COLD_TOKENS = 0.1
 """Tokens of own history that weigh as much as what stands in for it: below one, since a
@@ -81,8 +83,8 @@ class Forecast:
         self._active[VALUE] = self.model is not None
         self._averages = UseAverages(HALF_LIVES, parts[:POPULARITY])
         self._popularity = FadingTables(parts[POPULARITY:PRIOR])
-        self._popularity_keep = np.array([2.0 ** (-1.0 / POPULARITY_HALF_LIFE_STEPS)])
-        self._popularity_weight = 0.0
+        self._popularity_keep = 2.0 ** (-1.0 / np.array(POPULARITY_HALF_LIVES))
+        self._popularity_weight = np.zeros_like(self._popularity_keep)
         self.requests = RunningRequests(self.model.state_size if self.model else 0)
         self._state_decay = 2.0 ** (-1.0 / STATE_HALF_LIFE_TOKENS)
         self._top_k = 0
@@ -138,15 +140,17 @@ class Forecast:
         mixing[CONSTANT, CONSTANT] = 1.0
         mixing[VALUE, VALUE] = 1.0 / count
         mixing[PRIOR, PRIOR] = self._top_k  # a layer of the mean sums to 1, its uses to top_k
-        mixing[POPULARITY, POPULARITY] = 1.0 / (self._popularity_weight or 1.0)
-        stand_in = PRIOR if len(self.collection) else STAND_IN
+        if self._popularity_weight.all():
+            popular = np.arange(POPULARITY, PRIOR)
+            mixing[popular, popular] = 1.0 / self._popularity_weight
+        stand_in = PRIOR if len(self.collection) else LASTING
         cold = COLD_TOKENS * (1.0 - averages.decay)
         reached = averages.weight[:, :count].mean(axis=1)
         history = np.arange(POPULARITY)
         mixing[history, history] = 1.0 / (count * (reached + cold))
         mixing[history, stand_in] = cold / (reached + cold) * mixing[stand_in, stand_in]
         mixing[:, :POPULARITY] *= averages.totals.scale
-        mixing[:, POPULARITY] *= self._popularity.scale[0]
+        mixing[:, POPULARITY:PRIOR] *= self._popularity.scale
         self._mixture.fit(self._active)
         weights = self._mixture.weights.copy()
         # An average moves towards what this call used by a share that shrinks to 1 - decay.
@@ -229,7 +233,7 @@ class Forecast:
         keys = np.unique(uses.keys)
         self._popularity.fade(self._popularity_keep)
         self._popularity.add(keys, gained[:, None] * used[keys])
-        self._popularity_weight += float(gained[0]) * (1.0 - self._popularity_weight)
+        self._popularity_weight += gained * (1.0 - self._popularity_weight)
         self._averages.take_in(uses, len(self.requests))
         if self.model is not None:
             self._learn_values(self.model, uses)
