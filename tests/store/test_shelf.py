@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tests.stores import build
 from vllm_moe_offload.store import StoreError, store_lock
-from vllm_moe_offload.store.shelf import others_of, remove, shelved_models
+from vllm_moe_offload.store.shelf import log_others, others_of, remove, shelved_models
 
 
 def test_stores_are_listed_with_what_they_take(tmp_path: Path) -> None:
@@ -63,12 +64,19 @@ def test_a_build_that_was_killed_is_not_finished(tmp_path: Path) -> None:
     assert shelved.nbytes >= store.file_bytes
 
 
-def test_other_stores_of_a_model_are_those_of_its_name(tmp_path: Path) -> None:
+def test_other_stores_of_a_model_are_those_of_its_name(tmp_path: Path, caplog) -> None:
     mine, other = build(tmp_path), build(tmp_path, checkpoint="beef")
     stranger = build(tmp_path, dtype="float32").directory.parent
     stranger.rename(stranger.with_name(f"another-{stranger.name[-16:]}"))
     found = list(others_of(mine.directory.parent))
     assert [one.directory for one in found] == [other.directory.parent]
+    with caplog.at_level(logging.INFO, logger="vllm.moe_offload"):
+        log_others(stranger.with_name(f"another-{stranger.name[-16:]}"))
+        assert not caplog.records
+        log_others(mine.directory.parent)
+    (record,) = caplog.records
+    assert "1 other store(s) of a model of this name take" in record.getMessage()
+    assert str(tmp_path) in record.getMessage()
 
 
 def test_what_is_removed_is_gone_and_the_rest_is_not(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from vllm_moe_offload.store import (
 )
 from vllm_moe_offload.store.checkpoint_reader import layer_number
 from vllm_moe_offload.store.direct_io import aligned_buffer
-from vllm_moe_offload.store.shelf import others_of
+from vllm_moe_offload.store.shelf import log_others
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -186,15 +186,7 @@ class ExpertLoad:
         self._store = open_store(self.directory, self._identity)
         if self._store is not None:
             logger.info("MoE offload: store %s opened, experts are not loaded", self.directory)
-        others = list(others_of(self.directory.parent))
-        if others:
-            logger.info(
-                "MoE offload: %d other store(s) of a model of this name take %.2f GiB in %s; "
-                "`vllm-moe-offload store list` shows them, `store remove` deletes them",
-                len(others),
-                sum(other.nbytes for other in others) / GIB,
-                self.options.store_dir,
-            )
+        log_others(self.directory.parent)
         return self._store
 
     def builder(self) -> StoreBuilder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from vllm_moe_offload.store.directory import store_lock
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.expert_store import ExpertStore, open_store
+
+logger = logging.getLogger("vllm.moe_offload")
 
 _MODEL = re.compile(r"(?P<model>.+)-[0-9a-f]{16}")
 _RANK = re.compile(r"rank\d+of\d+")
@@ -103,6 +106,19 @@ def others_of(directory: Path) -> Iterator[ShelvedModel]:
     for shelved in shelved_models(directory.parent):
         if shelved.directory != directory and shelved.model == directory.name[:-17]:
             yield shelved
+
+
+def log_others(directory: Path) -> None:
+    """Says what :func:`others_of` take, if there are any."""
+    others = list(others_of(directory))
+    if others:
+        logger.info(
+            "MoE offload: %d other store(s) of a model of this name take %.2f GiB in %s; "
+            "`vllm-moe-offload store list` shows them, `store remove` deletes them",
+            len(others),
+            sum(other.nbytes for other in others) / 2**30,
+            directory.parent,
+        )
 
 
 def remove(shelved: ShelvedModel) -> None:
