@@ -133,7 +133,7 @@ COMMANDS = [
     ),
     Command(
         ("store", "remove"),
-        "deletes stores; the next start builds them again",
+        "deletes stores, and the activation matrices beside them; the next start builds them again",
         lambda parser: _add_names(
             parser, "directory of a store, or name of a model: all of it"
         ),
