@@ -73,3 +73,9 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, command: str, cap
     assert store.directory.parent.name in error
     assert error.count("\n") == 1
     assert store.path.exists()
+
+
+def test_verify_of_a_store_that_lacks_a_rank(tmp_path: Path, capsys) -> None:
+    build(tmp_path, tp_size=2)
+    assert run("verify", "--store-dir", tmp_path, "model") == 1
+    assert "1 of 2 ranks" in capsys.readouterr().out

@@ -113,3 +113,27 @@ def test_what_cannot_be_deleted_is_an_error(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr("vllm_moe_offload.store.shelf.shutil.rmtree", refuse)
     with pytest.raises(StoreError, match=r"cannot delete .*Permission denied"):
         remove(shelved)
+
+
+@pytest.mark.parametrize("call", ["os.lstat", "Path.iterdir"])
+def test_what_cannot_be_read_is_said_and_stops_nobody(
+    tmp_path: Path, monkeypatch, call
+) -> None:
+    mine, other = build(tmp_path), build(tmp_path, checkpoint="beef")
+    iterdir, lstat = Path.iterdir, os.lstat
+
+    def refused(path, original):
+        if str(path).startswith(str(other.directory.parent)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    if call == "os.lstat":
+        monkeypatch.setattr(
+            "vllm_moe_offload.store.shelf.os.lstat", lambda path: refused(path, lstat)
+        )
+    else:
+        monkeypatch.setattr(Path, "iterdir", lambda path: refused(path, iterdir))
+    log_others(mine.directory.parent)  # as a start does
+    states = {one.directory: one.state for one in shelved_models(tmp_path)}
+    assert states[mine.directory.parent] == "complete"
+    assert "cannot be read: " in states[other.directory.parent]

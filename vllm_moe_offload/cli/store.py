@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from tqdm import tqdm
 from vllm_moe_offload.cli.command import Command, UsageError
 from vllm_moe_offload.config import GIB, default_store_dir
 from vllm_moe_offload.store import ExpertStore
-from vllm_moe_offload.store.shelf import ShelvedModel, age_of, remove, shelved_models
+from vllm_moe_offload.store.shelf import ShelvedModel, remove, shelved_models
 from vllm_moe_offload.transfer.flights import TransferError
-from vllm_moe_offload.transfer.host_tier import MIN_SLOTS, HostTier
+from vllm_moe_offload.transfer.host_tier import HostTier
 
 _BATCH = 8
 """Records that are read at a time."""
@@ -67,7 +68,8 @@ def _run_list(arguments: argparse.Namespace) -> int:
     for one in shelved:
         version = one.parts[0].identity.vllm_version if one.parts else ""
         size = f"{one.nbytes / GIB:.2f}"
-        table.add_row(one.directory.name, version, age_of(one), size, one.state)
+        built = time.strftime("%Y-%m-%d", time.localtime(one.built)) if one.built else ""
+        table.add_row(one.directory.name, version, built, size, one.state)
     Console().print(table)
     print(f"{sum(one.nbytes for one in shelved) / GIB:.2f} GiB in {arguments.store_dir}")
     return 0
@@ -77,8 +79,8 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     damaged = 0
     for one in _chosen(arguments):
         lines = [*one.faults, *(line for part in one.parts for line in _faults_of(part))]
-        if not one.parts and not lines:
-            lines = ["it is not finished"]
+        if not lines and one.state != "complete":
+            lines = [one.state]
         damaged += bool(lines)
         print(f"{one.directory.name}: {'damaged' if lines else 'every record is intact'}")
         for line in lines:
@@ -93,7 +95,7 @@ def _faults_of(store: ExpertStore) -> Iterator[str]:
         for layer in range(store.num_layers)
         for expert in range(store.num_experts)
     ]
-    tier = HostTier(store, max(_BATCH, MIN_SLOTS), verify=True)
+    tier = HostTier(store, _BATCH, verify=True)
     with (
         contextlib.closing(tier),
         tqdm(

@@ -186,7 +186,8 @@ class ExpertLoad:
         self._store = open_store(self.directory, self._identity)
         if self._store is not None:
             logger.info("MoE offload: store %s opened, experts are not loaded", self.directory)
-        log_others(self.directory.parent)
+        if self._identity.tp_rank == 0:
+            log_others(self.directory.parent)
         return self._store
 
     def builder(self) -> StoreBuilder:

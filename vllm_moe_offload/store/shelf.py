@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,13 +61,14 @@ def shelved_models(store_dir: Path) -> list[ShelvedModel]:
     """All stores below ``store_dir``, by name; none if there is no such directory."""
     if not store_dir.is_dir():
         return []
+    return list(filter(None, map(_look_at, _directories(store_dir))))
+
+
+def _directories(store_dir: Path) -> list[Path]:
     return [
-        _look_at(path)
+        path
         for path in sorted(store_dir.iterdir())
-        if _MODEL.fullmatch(path.name)
-        and path.is_dir()
-        and not path.is_symlink()
-        and any(_contents(path))
+        if _MODEL.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
 
 
@@ -77,19 +77,27 @@ def _contents(directory: Path) -> Iterator[Path]:
     return (path for path in directory.iterdir() if path.suffix != ".lock")
 
 
-def _look_at(directory: Path) -> ShelvedModel:
+def _look_at(directory: Path) -> ShelvedModel | None:
+    """None if nothing is there. What cannot be read, or goes meanwhile, is a fault."""
     parts, faults, built = [], [], 0.0
-    for path in sorted(directory.iterdir()):
-        if not _RANK.fullmatch(path.name):
-            continue
-        try:
-            part = open_store(path, None)
-            assert part is not None  # there is a directory of that name
-            parts.append(part)
-            built = max(built, part.path.stat().st_mtime)
-        except StoreError as error:
-            faults.append(str(error))
-    return ShelvedModel(directory, tuple(parts), tuple(faults), _disk_bytes(directory), built)
+    try:
+        if not any(_contents(directory)):
+            return None
+        for path in sorted(directory.iterdir()):
+            if not _RANK.fullmatch(path.name):
+                continue
+            try:
+                part = open_store(path, None)
+            except StoreError as error:
+                faults.append(str(error))
+                continue
+            if part is not None:
+                parts.append(part)
+                built = max(built, part.path.stat().st_mtime)
+        nbytes = _disk_bytes(directory)
+    except OSError as error:
+        return ShelvedModel(directory, (), (f"cannot be read: {error}",), 0, 0.0)
+    return ShelvedModel(directory, tuple(parts), tuple(faults), nbytes, built)
 
 
 def _disk_bytes(directory: Path) -> int:
@@ -103,9 +111,12 @@ def _disk_bytes(directory: Path) -> int:
 def others_of(directory: Path) -> Iterator[ShelvedModel]:
     """Stores of the same model beside ``directory``, which is a model's: of another version of
     vLLM, kernel, format or checkpoint."""
-    for shelved in shelved_models(directory.parent):
-        if shelved.directory != directory and shelved.model == directory.name[:-17]:
-            yield shelved
+    own = directory.name[:-17]
+    for path in _directories(directory.parent):
+        if path != directory and path.name[:-17] == own:
+            shelved = _look_at(path)
+            if shelved is not None:
+                yield shelved
 
 
 def log_others(directory: Path) -> None:
@@ -139,8 +150,3 @@ def remove(shelved: ShelvedModel) -> None:
                     path.unlink()
     except OSError as error:
         raise StoreError(f"cannot delete {shelved.directory}: {error}") from error
-
-
-def age_of(shelved: ShelvedModel) -> str:
-    """When it was built, as a date; empty if it was not."""
-    return time.strftime("%Y-%m-%d", time.localtime(shelved.built)) if shelved.built else ""
