@@ -72,6 +72,17 @@ def test_a_finished_request_stops_counting_at_once(without) -> None:
     np.testing.assert_allclose(with_past.scores, fresh.scores, rtol=1e-5)
 
 
+def test_what_finished_requests_used_is_known_by_the_collection(without) -> None:
+    without("own history", "popularity", "successor model")
+    policy = TracePolicy(LAYERS, EXPERTS)
+    run_request(policy, "old", (3, 4), 20)
+    policy.end_request("old")
+    policy.begin_step(rows_of(["new"], [1]))
+    policy.catch_up()
+    others = np.delete(policy.scores, [3, 4], axis=1)
+    assert policy.scores[:, [3, 4]].min() > others.max() + 0.01
+
+
 def test_no_request_of_a_batch_overwrites_another() -> None:
     """In the reference implementation the last sequence of a batch wins."""
     policy = TracePolicy(LAYERS, EXPERTS)
