@@ -111,9 +111,9 @@ def _disk_bytes(directory: Path) -> int:
 def others_of(directory: Path) -> Iterator[ShelvedModel]:
     """Stores of the same model beside ``directory``, which is a model's: of another version of
     vLLM, kernel, format or checkpoint."""
-    own = directory.name[:-17]
+    model = directory.name.rpartition("-")[0]
     for path in _directories(directory.parent):
-        if path != directory and path.name[:-17] == own:
+        if path != directory and path.name.rpartition("-")[0] == model:
             shelved = _look_at(path)
             if shelved is not None:
                 yield shelved
