@@ -45,6 +45,7 @@ from scripts.engine_environment import (  # noqa: E402
     LOOPBACK,
     NO_COMPILER,
     OFFLINE,
+    compiler_environment,
     engine_environment,
 )
 from scripts.gpu_figures import crossing_bytes  # noqa: E402
@@ -135,6 +136,7 @@ def run_contestant(
     environment = {
         **engine_environment(os.environ, args.work_dir / "caches"),
         **(CPU_ENVIRONMENT if args.device == "cpu" else {}),
+        **compiler_environment(args.backend),
         "VLLM_CACHE_ROOT": str(args.work_dir.absolute() / "vllm-cache"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
@@ -241,7 +243,9 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
             "chunk_tokens": sizes.chunk_tokens,
             "time_limit_s": args.time_limit_s,
             **asdict(choices_of(args)),
-            "environment": OFFLINE | LOOPBACK | NO_COMPILER,
+            "environment": (
+                OFFLINE | LOOPBACK | NO_COMPILER | compiler_environment(args.backend)
+            ),
         },
         "notes": NOTES,
         "link": None,

@@ -31,6 +31,16 @@ CACHES = {
 """Folders that engines write to and would otherwise put in the home directory or in /tmp."""
 
 
+def compiler_environment(backend: str | None) -> dict[str, str]:
+    """What goes with a backend of vLLM's compilation; None is its default, Inductor.
+
+    Nothing is compiled ahead of time for ``eager``, but unless that is said vLLM computes the key
+    of the compilation cache, a hash of its whole configuration, at every step that is not one
+    full CUDA graph: milliseconds.
+    """
+    return {"VLLM_USE_AOT_COMPILE": "0"} if backend == "eager" else {}
+
+
 def engine_environment(
     environ: Mapping[str, str], caches: Path | None = None
 ) -> dict[str, str]:

@@ -95,7 +95,7 @@ def gpu() -> dict[str, object]:
     if done.returncode or not done.stdout.strip():
         return {"missing": f"nvidia-smi: {(done.stderr or done.stdout).strip()[:200]}"}
     values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
-    return dict(zip(GPU_FIELDS, values, strict=False))
+    return {"fields": dict(zip(GPU_FIELDS, values, strict=False))}
 
 
 def memory() -> dict[str, int]:

@@ -2,11 +2,12 @@
 
     python scripts/gpu_profile.py --parts qwen3-30b-a3b-25 --layers 8 --work-dir DIR
 
-One request at a time on the benchmark's model (scripts/gpu_models.py writes it),
-with torch.profiler over --steps decode steps. Each finding is a line of JSON
-(scripts/gpu_findings.py): steps with and without the profiler, then a table with a row per layer
-and part of a layer call. Host time is that of the calling thread; device time is that of the kernels
-and copies which the part launched. Parts lie within their layer call: do not add them to it.
+One request at a time on the benchmark's model (scripts/gpu_models.py writes it): --steps decode steps
+with a clock around the parts of each layer call, then as many under torch.profiler, which makes the
+host about twice as slow. Each finding is a line of JSON (scripts/gpu_findings.py): the steps' times,
+what the clock found, then a table with a row per layer and part of a layer call. Host time is that of
+the calling thread; device time is that of the kernels and copies which the part launched. Parts lie
+within their layer call: do not add them to it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
+from scripts.engine_environment import compiler_environment  # noqa: E402
 from scripts.gpu_findings import note  # noqa: E402
 
 PREFIX = "moe_offload/"
@@ -40,10 +42,30 @@ KERNELS = 15
 
 
 class Ranges:
-    """Names what runs inside a layer call for the profiler, while it is installed."""
+    """Names what runs inside a layer call for the profiler, and times it, while it is installed.
+
+    Attributes:
+        host_ns: per part, of each of its calls since the last :meth:`restart`.
+    """
 
     def __init__(self) -> None:
         self._layer: int | None = None
+        self.host_ns: dict[str, list[int]] = defaultdict(list)
+
+    def restart(self) -> None:
+        """Forgets the times so far."""
+        self.host_ns.clear()
+
+    @contextlib.contextmanager
+    def _range(self, part: str) -> Iterator[None]:
+        from torch.profiler import record_function
+
+        began = time.perf_counter_ns()
+        try:
+            with record_function(f"{PREFIX}{self._layer}/{part}"):
+                yield
+        finally:
+            self.host_ns[part].append(time.perf_counter_ns() - began)
 
     def install(self) -> None:
         """Wraps the parts of a layer call in ranges, on a GPU and on a CPU."""
@@ -65,15 +87,13 @@ class Ranges:
             self._wrap_part(owner, name, part)
 
     def _wrap_call(self, owner: Any, name: str, layer_of: Callable[[Any], int]) -> None:
-        from torch.profiler import record_function
-
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def call(*args: Any) -> Any:
             self._layer = layer_of(args)
             try:
-                with record_function(f"{PREFIX}{self._layer}/{WHOLE}"):
+                with self._range(WHOLE):
                     return original(*args)
             finally:
                 self._layer = None
@@ -81,15 +101,13 @@ class Ranges:
         setattr(owner, name, call)
 
     def _wrap_part(self, owner: Any, name: str, part: str) -> None:
-        from torch.profiler import record_function
-
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def call(*args: Any) -> Any:
             if self._layer is None:
                 return original(*args)
-            with record_function(f"{PREFIX}{self._layer}/{part}"):
+            with self._range(part):
                 return original(*args)
 
         setattr(owner, name, call)
@@ -120,6 +138,24 @@ def table(events: Any, steps: int) -> list[dict[str, Any]]:
             "device_us": round(device[layer, part] / steps, 1),
         }
         for layer, part in sorted(host, key=lambda key: (key[0], order.index(key[1])))
+    ]
+
+
+def host_times(ranges: Ranges, steps: int) -> list[dict[str, Any]]:
+    """Microseconds of each part, without the profiler: per step, and of one call.
+
+    What is done once per step lies in the last layer's calls: there the greatest tells more than
+    the median.
+    """
+    return [
+        {
+            "part": part,
+            "us_per_step": round(sum(times) / 1e3 / steps, 1),
+            "calls_per_step": len(times) / steps,
+            "median_us": round(statistics.median(times) / 1e3, 1),
+            "most_us": round(max(times) / 1e3, 1),
+        }
+        for part, times in ranges.host_ns.items()
     ]
 
 
@@ -168,7 +204,7 @@ def timed(steps: Iterator[None], count: int) -> list[float]:
     return found
 
 
-def profile(llm: Any, prompt: list[int], steps: int, device: str) -> None:
+def profile(llm: Any, prompt: list[int], steps: int, device: str, ranges: Ranges) -> None:
     """Warms up, times steps without the profiler, then with it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
@@ -176,8 +212,10 @@ def profile(llm: Any, prompt: list[int], steps: int, device: str) -> None:
     warm_up = 4
     running = decode_steps(llm, prompt, warm_up + 2 * steps + 4, "profiled")
     timed(running, warm_up)
+    ranges.restart()
     plain = timed(running, steps)
     note("steps without the profiler", median_s=statistics.median(plain), steps_s=plain)
+    note("host times without the profiler", rows=host_times(ranges, steps))
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -244,11 +282,13 @@ def main() -> int:
         check_choices(args)
     except ValueError as error:
         parser.error(str(error))
+    os.environ.update(compiler_environment(args.backend))
     with machine(args.device):
-        Ranges().install()
+        ranges = Ranges()
+        ranges.install()
         llm, prompt = start(args)
         note("started")
-        profile(llm, prompt, args.steps, args.device)
+        profile(llm, prompt, args.steps, args.device, ranges)
     return 0
 
 

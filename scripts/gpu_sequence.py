@@ -255,7 +255,7 @@ STEPS = {
         Step("probe", 10, _probe),
         Step("copies", 60, _copies),
         Step("link", 40, _link),
-        Step("tokens", 120, _tokens, no_copies),
+        Step("tokens", 160, _tokens, no_copies),
         Step("kernels", 60, _kernels),
         Step("bench", 300, _bench, no_tokens),
         Step("profile", 60, _profile, no_tokens),

@@ -11,6 +11,7 @@ from scripts.engine_environment import (
     LOOPBACK,
     NO_COMPILER,
     OFFLINE,
+    compiler_environment,
     engine_environment,
 )
 
@@ -33,6 +34,11 @@ def test_engines_of_tests_are_offline_and_find_the_plugin() -> None:
     assert ENGINES["HF_HUB_OFFLINE"] == "1"
     assert set(LOOPBACK) <= set(ENGINES)
     assert Path(ENGINES["PYTHONPATH"].split(":")[0]) == Path(__file__).resolve().parents[2]
+
+
+def test_only_without_inductor_nothing_is_compiled_ahead_of_time() -> None:
+    assert compiler_environment("eager") == {"VLLM_USE_AOT_COMPILE": "0"}
+    assert compiler_environment("inductor") == compiler_environment(None) == {}
 
 
 def test_nothing_goes_online_whatever_was_set() -> None:

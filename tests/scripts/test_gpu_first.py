@@ -212,7 +212,7 @@ def test_steps_and_their_limits_are_those_of_the_plan() -> None:
         "probe": 10,
         "copies": 60,
         "link": 40,
-        "tokens": 120,
+        "tokens": 160,
         "kernels": 60,
         "bench": 300,
         "profile": 60,
@@ -256,6 +256,25 @@ def test_one_step_alone_runs_from_anywhere(tmp_path: Path) -> None:
     findings = json.loads((tmp_path / "a" / "probe.json").read_text())["findings"]
     names = [finding["name"] for finding in findings]
     assert {"gpu", "tools", "software", "disks", "hugepages", "memory", "limits"} <= set(names)
+
+
+def test_the_probe_says_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'A GPU, 580.1, 81559 MiB, 81000 MiB, 5, 5, 16, 9.0'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "gpu_probe.py"), "--touch-gb", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    findings = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert findings["gpu"]["fields"]["name"] == "A GPU"
+    assert findings["gpu"]["fields"]["compute_cap"] == "9.0"
 
 
 # ---- the kit -----------------------------------------------------------------------------

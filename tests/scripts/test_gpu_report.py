@@ -231,7 +231,8 @@ def test_a_new_part_replaces_the_old_one_whole_and_leaves_others() -> None:
     assert old == before
 
 
-def test_parts_meet_in_one_file(tmp_path: Path) -> None:
+def test_parts_meet_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "nothing committed")
     for share in (25, 50):
         new = part(share, resident=decode(0.1), trace=decode(0.2, misses=4))
         report.save({"parts": {new["name"]: new}}, results=tmp_path, work_dir=tmp_path)
