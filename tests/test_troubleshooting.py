@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 USER_ERRORS = {
     "OptionError",
     "StoreError",
+    "DamagedStore",
     "TransferError",
     "UnsupportedVLLM",
     "CollectionError",

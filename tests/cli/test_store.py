@@ -8,6 +8,7 @@ import pytest
 
 from tests.stores import build
 from vllm_moe_offload import cli
+from vllm_moe_offload.store import DamagedStore, open_store
 
 
 def run(*arguments: object) -> int:
@@ -43,10 +44,15 @@ def test_verify_finds_flipped_bytes_and_names_the_experts(tmp_path: Path, capsys
     assert run("verify", "--store-dir", tmp_path, store.directory.parent.name) == 1
     text = capsys.readouterr().out
     assert "damaged" in text
-    assert [line.split(" from ")[0].strip() for line in text.splitlines()[1:]] == [
+    first, *experts, last = text.splitlines()
+    assert first.endswith(": damaged")
+    assert [line.split(" from ")[0].strip() for line in experts] == [
         "cannot read expert 2 of layer 0",
         "cannot read expert 1 of layer 2",
     ]
+    assert "the next start of a server builds" in last
+    with pytest.raises(DamagedStore):
+        open_store(store.directory, store.identity)
 
 
 def test_verify_of_a_store_that_does_not_open(tmp_path: Path, capsys) -> None:

@@ -25,6 +25,7 @@ class Alone(NamedTuple):
     first: dict[str, Any]
     second: dict[str, Any]
     flipped: dict[str, Any]
+    flipped_again: dict[str, Any]
     truncated: dict[str, Any]
 
 
@@ -55,9 +56,8 @@ def alone(demo_model, tmp_path_factory) -> Alone:
     flip_bytes(experts_of(directory / "flipped"))
     path = experts_of(directory / "truncated")
     os.truncate(path, path.stat().st_size - 4096)
-    damaged = process.run(
-        [offload(store="flipped", verify=True), offload(store="truncated")], may_fail=True
-    )
+    flipped = offload(store="flipped", verify=True)
+    damaged = process.run([flipped, flipped, offload(store="truncated")], may_fail=True)
     process.stop()
     return Alone(directory / "stores", blocked, *served, *damaged)
 
@@ -103,10 +103,23 @@ def test_a_second_start_opens_the_store(alone):
 
 
 def test_a_damaged_store_never_serves_wrong_tokens(alone):
-    """Feature: `verify`, and what is found without it."""
+    """Feature: `verify`."""
     assert "checksum" in alone.flipped["trace"]
     assert "experts.bin" in alone.flipped["trace"]
-    assert "experts.bin" in alone.truncated["trace"]
+
+
+def test_the_start_after_damage_builds_the_store_again(alone):
+    """Features: what `verify` found, and what is found without it, costs one start."""
+    assert alone.flipped_again["batches"] == alone.unused["batches"]
+    assert alone.truncated["batches"] == alone.unused["batches"]
+    size = experts_of(alone.stores).stat().st_size
+    for kind in ("flipped", "truncated"):
+        rebuilt = experts_of(alone.stores.parent / kind)
+        assert rebuilt.stat().st_size == size
+        assert sorted(p.name for p in rebuilt.parent.iterdir()) == [
+            "experts.bin",
+            "manifest.json",
+        ]
 
 
 def test_get_metrics_over_two_engines_of_a_process(alone):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+from pathlib import Path
 
 import pytest
 
 from tests.stores import MIXED, build, layout_of, place
-from vllm_moe_offload.store import StoreError, open_store
+from vllm_moe_offload.store import DamagedStore, StoreError, open_store
 
 
 def test_reopened_store_equals_the_built_one(tmp_path):
@@ -43,7 +45,7 @@ def test_wrong_size_does_not_open(tmp_path, change):
     store = build(tmp_path)
     os.truncate(store.path, store.file_bytes + change)
     with pytest.raises(
-        StoreError, match=rf"experts\.bin has .* bytes.*delete {store.directory}"
+        DamagedStore, match=rf"experts\.bin has .* bytes instead of {store.file_bytes}"
     ):
         open_store(store.directory, store.identity)
 
@@ -52,7 +54,7 @@ def test_wrong_size_does_not_open(tmp_path, change):
 def test_missing_file_does_not_open(tmp_path, name):
     store = build(tmp_path)
     (store.directory / name).unlink()
-    with pytest.raises(StoreError, match=rf"{name}.*delete"):
+    with pytest.raises(DamagedStore, match=rf"cannot read .*{name}"):
         open_store(store.directory, store.identity)
 
 
@@ -61,13 +63,15 @@ def test_store_of_another_model_does_not_open(tmp_path):
     directory, which = place(tmp_path, checkpoint="another")
     directory.parent.mkdir()
     shutil.copytree(store.directory, directory)
-    with pytest.raises(StoreError, match=r"another model.*checkpoint: 'c0ffee', not 'another'"):
+    with pytest.raises(
+        DamagedStore, match=r"another model.*checkpoint: 'c0ffee', not 'another'"
+    ):
         open_store(directory, which)
 
 
 def test_other_layout_does_not_open(tmp_path):
     store = build(tmp_path)
-    with pytest.raises(StoreError, match="its experts hold"):
+    with pytest.raises(DamagedStore, match="its experts hold"):
         open_store(store.directory, store.identity, layout_of(4096))
 
 
@@ -95,7 +99,37 @@ def test_damaged_manifest_does_not_open(tmp_path, damage, message):
     store = build(tmp_path)
     path = store.directory / "manifest.json"
     path.write_text(damage(json.loads(path.read_text())))
-    with pytest.raises(StoreError, match=message) as caught:
+    with pytest.raises(DamagedStore, match=message) as caught:
         open_store(store.directory, store.identity)
     assert str(path) in str(caught.value)
-    assert f"delete {store.directory}" in str(caught.value)
+
+
+def test_a_condemned_store_does_not_open(tmp_path):
+    store = build(tmp_path)
+    for reason in ("expert 2 of layer 1: why", "expert 3 of layer 0: because"):
+        store.condemn(reason)
+    with pytest.raises(
+        DamagedStore, match=rf"{store.directory} holds a damaged record: expert"
+    ):
+        open_store(store.directory, store.identity)
+    note = store.directory / "condemned.txt"
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600
+    assert list(tmp_path.rglob("*.txt")) == [note]
+
+
+def test_that_a_store_is_condemned_is_enough(tmp_path, monkeypatch):
+    """Whoever noted it may have been root."""
+    store = build(tmp_path)
+    store.condemn("why")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: os.open(tmp_path / "none", 0))
+    with pytest.raises(DamagedStore, match="holds a damaged record"):
+        open_store(store.directory, store.identity)
+
+
+def test_a_store_that_cannot_be_condemned_says_so(tmp_path, caplog):
+    store = build(tmp_path)
+    (store.directory / "condemned.txt").symlink_to(tmp_path / "elsewhere")
+    store.condemn("why")
+    assert "cannot note" in caplog.text
+    assert str(store.directory) in caplog.text
+    assert not (tmp_path / "elsewhere").exists()

@@ -110,7 +110,7 @@ def test_what_cannot_be_deleted_is_an_error(tmp_path: Path, monkeypatch) -> None
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("vllm_moe_offload.store.shelf.shutil.rmtree", refuse)
+    monkeypatch.setattr("vllm_moe_offload.store.directory.shutil.rmtree", refuse)
     with pytest.raises(StoreError, match=r"cannot delete .*Permission denied"):
         remove(shelved)
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.stores import MIXED, build, layout_of
 from tests.transfers import HOST_SLOTS, NUM_SLOTS, Interrupted, rig_of, wait_for_prefetches
+from vllm_moe_offload.store import DamagedStore, open_store
 from vllm_moe_offload.transfer import State, TransferError
 
 READ_FILES = [kind for kind in HOST_SLOTS if kind != "out of host memory"]
@@ -262,7 +263,7 @@ def test_an_error_names_file_expert_reason_and_remedy(own_store, rig_over):
     assert "expert 2 of layer 1" in message
     assert str(own_store.path) in message
     assert "ends too early" in message
-    assert f"delete {own_store.directory}" in message
+    assert "builds a damaged store again" in message
     assert "2 of 4 experts failed" in message
     rig.assert_nothing_is_under_way()
     again = [(0, 3, 4), (0, 0, 3), (1, 1, 6)]
@@ -293,8 +294,11 @@ def test_verify_finds_a_flipped_byte(own_store, rig_over, offset):
     own_store.path.write_bytes(content)
     rig = rig_over(own_store, verify=True)
     rig.transfer.read([(1, 0, 0)])
+    assert open_store(own_store.directory, own_store.identity) == own_store
     with pytest.raises(TransferError, match=r"expert 1 of layer 1.*its checksum is"):
         rig.transfer.read([(1, 1, 1)])
+    with pytest.raises(DamagedStore, match=r"expert 1 of layer 1: its checksum is"):
+        open_store(own_store.directory, own_store.identity)
     rig.assert_kernels_find((1, 0, 0))
     rig.assert_nothing_is_under_way()
 

@@ -85,6 +85,8 @@ def _run_verify(arguments: argparse.Namespace) -> int:
         print(f"{one.directory.name}: {'damaged' if lines else 'every record is intact'}")
         for line in lines:
             print(f"  {line}")
+        if lines:
+            print("  the next start of a server builds what is damaged or missing again")
     return int(damaged > 0)
 
 

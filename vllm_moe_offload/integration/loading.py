@@ -37,10 +37,12 @@ from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.store import (
     BackgroundWriter,
+    DamagedStore,
     ExpertStore,
     StoreBuilder,
     StoreIdentity,
     checkpoint_fingerprint,
+    delete,
     open_store,
     store_lock,
 )
@@ -182,8 +184,12 @@ class ExpertLoad:
         return expected
 
     def open_store(self) -> ExpertStore | None:
-        """The store if it was built before."""
-        self._store = open_store(self.directory, self._identity)
+        """The store if it was built before; what is damaged goes, to be built again."""
+        try:
+            self._store = open_store(self.directory, self._identity)
+        except DamagedStore as damage:
+            logger.warning("MoE offload: %s; the store is built again", damage)
+            delete(self.directory)
         if self._store is not None:
             logger.info("MoE offload: store %s opened, experts are not loaded", self.directory)
         if self._identity.tp_rank == 0:

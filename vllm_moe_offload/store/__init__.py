@@ -6,18 +6,20 @@ It comes into being by one rename: what opens is complete.
 """
 
 from vllm_moe_offload.store.builder import BackgroundWriter, StoreBuilder
-from vllm_moe_offload.store.directory import store_lock
-from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.directory import delete, store_lock
+from vllm_moe_offload.store.errors import DamagedStore, StoreError
 from vllm_moe_offload.store.expert_store import ExpertStore, open_store
 from vllm_moe_offload.store.identity import StoreIdentity, checkpoint_fingerprint
 
 __all__ = [
     "BackgroundWriter",
+    "DamagedStore",
     "ExpertStore",
     "StoreBuilder",
     "StoreError",
     "StoreIdentity",
     "checkpoint_fingerprint",
+    "delete",
     "open_store",
     "store_lock",
 ]

@@ -123,6 +123,21 @@ def _remove_leftovers(directory: Path) -> None:
             os.close(descriptor)
 
 
+def delete(path: Path) -> None:
+    """Deletes what lies there, whatever it is. Who has it open keeps it until it is closed.
+
+    Raises:
+        StoreError: it cannot be deleted.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise StoreError(f"cannot delete {path}: {error}") from error
+
+
 def sync_directory(path: Path) -> None:
     """Makes renames in ``path`` survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

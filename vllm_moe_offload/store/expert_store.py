@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_moe_offload.cache.layout import ExpertLayout
-from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.errors import DamagedStore, StoreError
 from vllm_moe_offload.store.identity import FORMAT_VERSION, StoreIdentity
 
 MANIFEST_NAME = "manifest.json"
 EXPERTS_NAME = "experts.bin"
+CONDEMNED_NAME = "condemned.txt"
+"""Lies beside them once a record was read that is not what was written; says which."""
+
+logger = logging.getLogger("vllm.moe_offload")
 
 
 class Manifest(BaseModel):
@@ -98,6 +103,27 @@ class ExpertStore:
         """xxh3_64 of the record, padding included."""
         return self.checksums[layer][expert]
 
+    def condemn(self, reason: str) -> None:
+        """Has the next start build the store again, because one of its records is damaged.
+
+        ``reason``: one line. Where it cannot be noted that is logged: the caller has an error
+        to raise that matters more.
+        """
+        path = self.directory / CONDEMNED_NAME
+        try:
+            descriptor = os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600
+            )
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"{reason}\n")
+        except OSError as error:
+            logger.warning(
+                "MoE offload: cannot note in %s that the store is damaged: %s; delete that "
+                "directory to have the store built again",
+                self.directory,
+                error,
+            )
+
 
 def open_store(
     directory: Path, identity: StoreIdentity | None, layout: ExpertLayout | None = None
@@ -111,31 +137,27 @@ def open_store(
         layout: what the experts must look like, if the caller knows.
 
     Raises:
-        StoreError: there is one, but damaged, truncated, or of something else; names the
-            file, what differs and the remedy.
+        DamagedStore: there is one, but cut, changed, condemned, or of something else.
+        StoreError: it is another user's.
     """
     if not directory.exists():
         return None
     path = directory / MANIFEST_NAME
     _check_owner(directory)
+    _check_condemned(directory / CONDEMNED_NAME)
     manifest = _read_manifest(path)
     if identity is not None and identity != manifest.identity:
-        raise StoreError(
+        raise DamagedStore(
             f"{path} is of another model or build "
-            f"({'; '.join(manifest.identity.differences(identity))}); {_remedy(directory)}"
+            f"({'; '.join(manifest.identity.differences(identity))})"
         )
     store = _store_of(directory, manifest)
     if layout is not None and layout != store.layout:
-        raise StoreError(
-            f"{path}: its experts hold {store.layout.to_json()}, not {layout.to_json()}; "
-            f"{_remedy(directory)}"
+        raise DamagedStore(
+            f"{path}: its experts hold {store.layout.to_json()}, not {layout.to_json()}"
         )
     _check_file(store)
     return store
-
-
-def _remedy(directory: Path) -> str:
-    return f"delete {directory} to have it built again"
 
 
 def _check_owner(directory: Path) -> None:
@@ -148,11 +170,21 @@ def _check_owner(directory: Path) -> None:
             )
 
 
+def _check_condemned(path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        reason = path.read_text(errors="replace").strip()
+    except OSError as error:  # that it is there says enough
+        reason = str(error)
+    raise DamagedStore(f"{path.parent} holds a damaged record: {reason}")
+
+
 def _read_manifest(path: Path) -> Manifest:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error}; {_remedy(path.parent)}") from error
+        raise DamagedStore(f"cannot read {path}: {error}") from error
     try:
         # First of all: the fields of another version may be others.
         version = _ManifestVersion.model_validate_json(text).format_version
@@ -161,13 +193,10 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise StoreError(
-            f"{path} is not a valid manifest ({where}: {first['msg']}); {_remedy(path.parent)}"
+        raise DamagedStore(
+            f"{path} is not a valid manifest ({where}: {first['msg']})"
         ) from error
-    raise StoreError(
-        f"{path} has format version {version}, this code reads {FORMAT_VERSION}; "
-        f"{_remedy(path.parent)}"
-    )
+    raise DamagedStore(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
 
 
 def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
@@ -176,11 +205,11 @@ def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
         layout = ExpertLayout.from_json(manifest.layout)
         checksums = tuple(tuple(int(c, 16) for c in row) for row in manifest.checksums)
     except ValueError as error:
-        raise StoreError(f"{path} is not valid ({error}); {_remedy(directory)}") from error
+        raise DamagedStore(f"{path} is not valid ({error})") from error
     if [len(row) for row in checksums] != [manifest.num_experts] * manifest.num_layers:
-        raise StoreError(
+        raise DamagedStore(
             f"{path} does not list checksums of {manifest.num_layers} x "
-            f"{manifest.num_experts} records; {_remedy(directory)}"
+            f"{manifest.num_experts} records"
         )
     store = ExpertStore(
         directory,
@@ -191,9 +220,8 @@ def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
         checksums,
     )
     if store.file_bytes != manifest.file_bytes:
-        raise StoreError(
-            f"{path} says {manifest.file_bytes} bytes, but its layout needs "
-            f"{store.file_bytes}; {_remedy(directory)}"
+        raise DamagedStore(
+            f"{path} says {manifest.file_bytes} bytes, but its layout needs {store.file_bytes}"
         )
     return store
 
@@ -202,11 +230,6 @@ def _check_file(store: ExpertStore) -> None:
     try:
         size = store.path.stat().st_size
     except OSError as error:
-        raise StoreError(
-            f"cannot read {store.path}: {error}; {_remedy(store.directory)}"
-        ) from error
+        raise DamagedStore(f"cannot read {store.path}: {error}") from error
     if size != store.file_bytes:
-        raise StoreError(
-            f"{store.path} has {size} bytes instead of {store.file_bytes}; "
-            f"{_remedy(store.directory)}"
-        )
+        raise DamagedStore(f"{store.path} has {size} bytes instead of {store.file_bytes}")

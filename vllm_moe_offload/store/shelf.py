@@ -6,12 +6,11 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_moe_offload.store.directory import store_lock
+from vllm_moe_offload.store.directory import delete, store_lock
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.expert_store import ExpertStore, open_store
 
@@ -139,14 +138,8 @@ def remove(shelved: ShelvedModel) -> None:
     Raises:
         StoreError: it cannot be deleted.
     """
-    try:
-        with contextlib.ExitStack() as locks:
-            for lock in sorted(shelved.directory.glob("*.lock")):
-                locks.enter_context(store_lock(lock.with_suffix("")))
-            for path in _contents(shelved.directory):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-    except OSError as error:
-        raise StoreError(f"cannot delete {shelved.directory}: {error}") from error
+    with contextlib.ExitStack() as locks:
+        for lock in sorted(shelved.directory.glob("*.lock")):
+            locks.enter_context(store_lock(lock.with_suffix("")))
+        for path in _contents(shelved.directory):
+            delete(path)

@@ -256,7 +256,7 @@ class TransferEngine:
         store = self._store
         return (
             f"cannot read expert {flight.expert} of layer {flight.layer} from {store.path} "
-            f"(byte {store.record_offset(flight.layer, flight.expert)}): {reason}; if the disk "
-            f"is healthy, stop the server and delete {store.directory} to have the store "
-            "built again"
+            f"(byte {store.record_offset(flight.layer, flight.expert)}): {reason}; start the "
+            "server again, which builds a damaged store again, and look at the disk if this "
+            "comes again"
         )

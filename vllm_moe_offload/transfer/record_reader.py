@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
 import os
@@ -36,6 +37,8 @@ _MAX_TICKETS = 64
 _MIN_TICKETS = 4
 _MAX_TAIL_BUFFERS_BYTES = 64 << 20
 _END_OF_FILE = -1
+_DAMAGE = (errno.EIO, _END_OF_FILE)
+"""Errors of a read after which the file is not worth keeping."""
 
 
 class _Ticket:
@@ -157,7 +160,8 @@ class RecordReader:
         """Tickets of reads that ended, each with the reason why its slot is not good.
 
         Sleeps until there are ``min_count``, ``timeout_ms`` passed (0: at once, -1: never
-        does) or no more are in flight. The iterator must be consumed.
+        does) or no more are in flight. The iterator must be consumed. A store whose record
+        turns out to be damaged is condemned (:meth:`ExpertStore.condemn`).
         """
         completions = self._completions
         count = check(
@@ -169,11 +173,16 @@ class RecordReader:
             completion = completions[i]
             index = completion.tag
             reason: str | None
+            is_damaged = completion.error in _DAMAGE
             if completion.error:
                 reason = _reason(completion.error)
             else:
                 self.read_bytes += completion.bytes
                 reason = self._land(self._tickets[index])
+                is_damaged = reason is not None
+            if is_damaged:
+                layer, expert, _ = self._tickets[index].record
+                self._store.condemn(f"expert {expert} of layer {layer}: {reason}")
             self.free_tickets.append(index)
             yield index, reason
 
