@@ -18,11 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
-from vllm.model_executor.utils import weights_already_processed
 from vllm.platforms import current_platform
 
 from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout, TensorSpec
@@ -33,6 +29,11 @@ from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
 from vllm_moe_offload.integration.experts import offloaded_layers
+from vllm_moe_offload.integration.formats import (
+    expert_parameters,
+    format_of,
+    take_stored_form,
+)
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.store import (
@@ -51,14 +52,6 @@ from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.store.shelf import log_others
 
 logger = logging.getLogger("vllm.moe_offload")
-
-NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
-"""Parameters of RoutedExperts that are not rows per expert (vLLM lists them likewise in
-``RoutedExperts.get_expert_weights``)."""
-
-
-GPU_KERNELS = ("TritonExperts",)
-
 
 def stream_weights(
     original: Any, loader: Any, model_config: Any, model: torch.nn.Module
@@ -148,8 +141,7 @@ class ExpertLoad:
         self.options = options
         self.layers = layers
         self._vllm_config = vllm_config
-        for layer in layers:
-            _check_kernel(layer)
+        self._formats = [format_of(layer) for layer in layers]
         self._numbers = [layer_number(f"{layer.layer_name}.") for layer in layers]
         experts = {layer.local_num_experts for layer in layers}
         if len(experts) != 1:
@@ -289,42 +281,19 @@ class ExpertLoad:
         store = self._store
         if store is None:
             raise RuntimeError("the expert store was neither opened nor built")
-        for layer in self.layers:
-            if layer.quant_method.moe_kernel is None:  # opened: only the kernel is missing
-                _free(layer)
-                with weights_already_processed():
-                    layer.quant_method.process_weights_after_loading(layer)
-            # vLLM's own pass over all modules must not process the pool's slots again.
-            layer.quant_method.process_weights_after_loading = _already_processed
+        for layer, known in zip(self.layers, self._formats, strict=True):
+            take_stored_form(layer, store.layout, known)
         with torch.device("cpu"):
             routers = routers_of(self._model, self.layers)
             start_runtime(self._vllm_config, self.options, store, self.layers, routers)
+        for layer, known in zip(self.layers, self._formats, strict=True):
+            known.rebuild(layer.quant_method, layer)
+            # vLLM's own pass over all modules must not process the pool's slots again.
+            layer.quant_method.process_weights_after_loading = _already_processed
 
 
 def _already_processed(layer: torch.nn.Module) -> None:
     del layer
-
-
-def _check_kernel(layer: Any) -> None:
-    """Raises OptionError for quantised experts and monolithic kernels, by name."""
-    method = layer.quant_method
-    if type(method) is not UnquantizedFusedMoEMethod:
-        raise OptionError(
-            f"--moe-offload: {layer.layer_name} uses {type(method).__name__}; experts must be "
-            "unquantised (bf16, fp16 or fp32). Use --moe-offload=off"
-        )
-    if method.is_monolithic:
-        raise OptionError(
-            f"--moe-offload: the kernel {method.experts_cls.__name__} of {layer.layer_name} does "
-            "its own routing (monolithic), so expert ids cannot be mapped to slots. "
-            "Use --moe-offload=off"
-        )
-    if current_platform.is_cuda() and method.experts_cls.__name__ not in GPU_KERNELS:
-        raise OptionError(
-            f"--moe-offload: {layer.layer_name} would run on {method.experts_cls.__name__}; on a "
-            f"GPU it must be {', '.join(GPU_KERNELS)} (--moe-backend=triton). Use "
-            "--moe-offload=off"
-        )
 
 
 def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -363,16 +332,16 @@ def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:
 def _expert_tensors(layer: Any) -> dict[str, torch.Tensor]:
     """Parameters with one row per expert, in registration order."""
     tensors = {}
-    for name, parameter in layer.named_parameters(recurse=False):
-        if name in NOT_EXPERT_TENSORS:
-            continue
+    for name in expert_parameters(layer):
+        parameter = getattr(layer, name)
         if parameter.shape[:1] != (layer.local_num_experts,):
             raise OptionError(
                 f"--moe-offload: parameter {name} of {layer.layer_name} has shape "
                 f"{tuple(parameter.shape)}, not one row for each of "
                 f"{layer.local_num_experts} experts; use --moe-offload=off"
             )
-        tensors[name] = parameter.data
+        if parameter[0].numel():
+            tensors[name] = parameter.data
     return tensors
 
 
@@ -397,6 +366,6 @@ def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 def _free(layer: Any) -> None:
     """Gives a layer's own expert memory back; its slots come from the pool."""
-    for name in _expert_tensors(layer):
+    for name in expert_parameters(layer):
         parameter = getattr(layer, name)
         parameter.data = parameter.data.new_empty((layer.local_num_experts, 0))

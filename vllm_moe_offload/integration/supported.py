@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import supported_gpu
+from vllm_moe_offload.integration.formats import QUANTIZATIONS
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
@@ -60,8 +61,11 @@ def _model_problems(config: Any) -> Iterator[str]:
             f"model {model.model!r} ({', '.join(model.architectures)}) is dense: it has no "
             "routed experts to offload"
         )
-    if model.quantization is not None:
-        yield f"quantization={model.quantization!r}: experts must be bf16, fp16 or fp32"
+    if model.quantization is not None and model.quantization not in QUANTIZATIONS:
+        yield (
+            f"quantization={model.quantization!r}: allowed: none, "
+            f"{', '.join(QUANTIZATIONS)}"
+        )
     if config.lora_config is not None:
         yield "enable_lora=True: LoRA on experts is not supported"
     if config.speculative_config is not None:

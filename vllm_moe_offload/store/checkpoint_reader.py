@@ -32,8 +32,17 @@ from vllm_moe_offload.store.direct_io import (
     read_into,
 )
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""Element types of experts that can be offloaded, by safetensors' names."""
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Element types of experts' tensors, by safetensors' names."""
 
 EXTENT_BYTES = 32 << 20
 """Neighbouring tensors are read together up to this size; a larger one alone."""

@@ -1,0 +1,197 @@
+"""Which of vLLM's experts can be served from slots, and what each needs.
+
+An expert is a row of every tensor that its layer has once vLLM put it into kernel form, whatever
+the number of tensors and their types: weights, scales, zero points, biases. A format is here if its
+kernel computes an expert from its row alone, wherever that lies; what is not here is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from vllm.model_executor.utils import weights_already_processed
+from vllm.platforms import current_platform
+
+from vllm_moe_offload.cache.layout import ExpertLayout
+from vllm_moe_offload.config import OptionError
+from vllm_moe_offload.integration.patching import require
+
+
+def _rebuild_processed(method: Any, layer: Any) -> None:
+    """Of methods that declare ``supports_pre_processed_weights``."""
+    with weights_already_processed():
+        method.process_weights_after_loading(layer)
+
+
+def _rebuild_wna16(method: Any, layer: Any) -> None:
+    require(type(method), "_setup_kernel")
+    method._setup_kernel(layer)
+
+
+def _rebuild_int8(method: Any, layer: Any) -> None:
+    from vllm.model_executor.layers.fused_moe.oracle.int8 import make_int8_moe_kernel
+
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_int8_moe_kernel(
+        int8_backend=method.int8_backend,
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        experts_cls=method.experts_cls,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
+def _rebuild_mxfp4(method: Any, layer: Any) -> None:
+    from vllm.model_executor.layers.fused_moe.oracle.mxfp4 import make_mxfp4_moe_kernel
+
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_mxfp4_moe_kernel(
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        mxfp4_backend=method.mxfp4_backend,
+        experts_cls=method.experts_cls,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFormat:
+    """One way in which vLLM computes routed experts.
+
+    Attributes:
+        method: class of the layer's ``quant_method``.
+        experts: classes of the method's ``experts_cls``, any of them.
+        platform: where they run.
+        ids: how the kernel is told where experts lie: ``slots``, the ids themselves are slots;
+            ``blocks``, the experts of its blocks of tokens are renamed (``triton_slots.py``).
+        rebuild: sets the method's kernel up on the layer's parameters as they are, in kernel form;
+            called with method and layer.
+        aliases: parameters that the kernel finds under a second name, by that name.
+    """
+
+    method: str
+    experts: tuple[str, ...]
+    platform: Literal["cpu", "cuda"]
+    ids: Literal["slots", "blocks"]
+    rebuild: Callable[[Any, Any], None]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+_PACKED = {"w13_weight": "w13_weight_packed", "w2_weight": "w2_weight_packed"}
+_QWEIGHT = {"w13_weight": "w13_qweight", "w2_weight": "w2_qweight"}
+_CPU_UNQUANTIZED = (
+    "CPUUnquantizedExperts",
+    "X86CPUUnquantizedExperts",
+    "ArmCPUUnquantizedExperts",
+    "PowerCPUUnquantizedExperts",
+)
+
+FORMATS = (
+    # bf16, fp16, fp32
+    ExpertFormat(
+        "UnquantizedFusedMoEMethod", _CPU_UNQUANTIZED, "cpu", "slots", _rebuild_processed
+    ),
+    ExpertFormat(
+        "UnquantizedFusedMoEMethod", ("TritonExperts",), "cuda", "blocks", _rebuild_processed
+    ),
+    # int8 per channel, compressed-tensors
+    ExpertFormat(
+        "CompressedTensorsW8A8Int8MoEMethod",
+        ("CPUExpertsInt8",),
+        "cpu",
+        "slots",
+        _rebuild_int8,
+    ),
+    # int4 in groups: compressed-tensors, GPTQ, AWQ
+    ExpertFormat(
+        "CompressedTensorsWNA16MoEMethod",
+        ("CPUExpertsInt4",),
+        "cpu",
+        "slots",
+        _rebuild_wna16,
+        _PACKED,
+    ),
+    ExpertFormat(
+        "AutoGPTQMoEMethod", ("CPUExpertsInt4",), "cpu", "slots", _rebuild_wna16, _QWEIGHT
+    ),
+    ExpertFormat(
+        "AutoAWQMoEMethod", ("CPUExpertsInt4",), "cpu", "slots", _rebuild_wna16, _QWEIGHT
+    ),
+    # fp8 in blocks of 128
+    ExpertFormat("Fp8MoEMethod", ("CPUExpertsFp8",), "cpu", "slots", _rebuild_processed),
+    # MXFP4, gpt-oss
+    ExpertFormat("GptOssMxfp4MoEMethod", ("CPUExpertsMxfp4",), "cpu", "slots", _rebuild_mxfp4),
+)
+
+QUANTIZATIONS = (
+    "compressed-tensors",
+    "auto_awq",
+    "auto_gptq",
+    "awq",
+    "gptq",
+    "fp8",
+    "mxfp4",
+    "gpt_oss_mxfp4",
+)
+"""``ModelConfig.quantization`` of checkpoints that may have such experts."""
+
+
+def platform() -> str:
+    """``cpu`` or ``cuda``: where vLLM runs."""
+    return "cuda" if current_platform.is_cuda() else "cpu"
+
+
+def format_of(layer: Any) -> ExpertFormat:
+    """The format of a RoutedExperts layer.
+
+    Raises:
+        OptionError: it is none that can be served from slots; names it, and those that can.
+    """
+    method = layer.quant_method
+    experts = getattr(method.experts_cls, "__name__", str(method.experts_cls))
+    if method.is_monolithic:
+        raise OptionError(
+            f"--moe-offload: the kernel {experts} of {layer.layer_name} does its own routing "
+            "(monolithic), so expert ids cannot be mapped to slots. Use --moe-offload=off"
+        )
+    here = [known for known in FORMATS if known.platform == platform()]
+    for known in here:
+        if known.method == type(method).__name__ and experts in known.experts:
+            return known
+    names = sorted({name for known in here for name in known.experts})
+    raise OptionError(
+        f"--moe-offload: {layer.layer_name} would run on {experts} ({type(method).__name__}); "
+        f"allowed: {', '.join(names)}. Use --moe-offload=off"
+    )
+
+
+def take_stored_form(layer: Any, layout: ExpertLayout, known: ExpertFormat) -> None:
+    """Gives a layer the parameters that its kernel form has, without any memory.
+
+    vLLM creates them in the checkpoint's form; putting a layer into kernel form changes types and
+    shapes, and adds and drops parameters.
+    """
+    wanted = {spec.name: spec for spec in layout.tensors}
+    for name in list(expert_parameters(layer)):
+        if name not in wanted:
+            delattr(layer, name)
+    for name, spec in wanted.items():
+        empty = torch.empty((0, *spec.shape), dtype=getattr(torch, spec.dtype), device="cpu")
+        setattr(layer, name, torch.nn.Parameter(empty, requires_grad=False))
+    for alias, name in known.aliases.items():
+        setattr(layer, alias, getattr(layer, name))
+
+
+NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
+"""Parameters of RoutedExperts that are not rows per expert (vLLM lists them likewise in
+``RoutedExperts.get_expert_weights``)."""
+
+
+def expert_parameters(layer: Any) -> Iterator[str]:
+    """Names of a layer's parameters with a row per expert, each tensor under its first name."""
+    for name, _ in layer.named_parameters(recurse=False):
+        if name not in NOT_EXPERT_TENSORS:
+            yield name
