@@ -91,6 +91,7 @@ docs: setup ## rewrite docs/options.md, docs/patches.md and the figures
 	$(BIN)/python scripts/write_options.py
 	$(BIN)/python scripts/write_patches.py
 	$(BIN)/python scripts/draw_figures.py
+	$(BIN)/python scripts/draw_measurements.py
 
 clean: ## remove what setup and the tests made
 	rm -rf $(VENV) build dist demo *.egg-info vllm_moe_offload/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,7 @@ already are left alone. Files are those of the installed `vllm`, and one of `pro
 
 | installed by | in which processes |
 |---|---|
-| `arguments.py`, `install_worker_hook` | all that load plugins; without `--moe-offload` they only add the options |
+| `arguments.py`, `install_worker_hook` | all; without `--moe-offload` only options are added |
 | `install_model_patches`, `install_runner_patches`, `loading.py` | workers with offload |
 | `install_cuda_patches` | workers with offload, on a GPU |
 | `endpoint.py` | servers with offload |
