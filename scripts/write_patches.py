@@ -223,7 +223,11 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare only")
     arguments = parser.parse_args()
-    text = page()
+    try:
+        text = page()
+    except PatchesError as error:
+        print(f"{INTEGRATION.relative_to(ROOT)}/{error}", file=sys.stderr)
+        return 1
     if arguments.check:
         if PAGE.exists() and PAGE.read_text() == text:
             return 0

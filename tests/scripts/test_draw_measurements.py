@@ -45,3 +45,27 @@ def test_bars_are_as_long_as_the_report_says() -> None:
     assert lengths["all experts"] == pytest.approx(found["expert_bytes"] / 2**30)
     assert lengths["limit of the memory cgroup"] == 4.5
     assert lengths["with the plugin"] < 3.5 < lengths["plain vLLM"] < 4.5
+
+
+def test_the_readme_has_the_reports_numbers() -> None:
+    text = " ".join((ROOT / "README.md").read_text().replace("**", "").split())
+    memory, shares, resident = map(report, ("memory", "llamacpp_shape", "resident"))
+    experts, limit = (
+        f"{memory[name] / 2**30:.1f} GiB" for name in ("expert_bytes", "limit_bytes")
+    )
+    held = memory["build"]["cgroup"]["peak_anonymous_bytes"] / 2**30
+    build = memory["build"]
+    assert f"{experts} of experts under a memory limit of {limit}" in text
+    assert f"serves {build['decode_tokens_per_s']:.0f} tokens/s in {held:.1f} GiB" in text
+    assert f"{build['hit_rate']:.0%}".replace("%", " % hits") in text
+    speed = {
+        (case["mode"], case["share"]): f"{case['tokens_per_s']['median']:.0f}"
+        for case in shares["cases"]
+    }
+    low, all_cached, plain = (
+        speed[key] for key in (("trace", 0.36), ("trace", 1.0), ("lrfu", 0.36))
+    )
+    assert f"{low} tokens/s, against {all_cached} with all cached and {plain} for" in text
+    begin, end = resident["confidence_interval_95"]
+    assert f"{resident['medians']['ratio']:.2f} x plain vLLM's decode speed" in text
+    assert f"{begin:.2f} to {end:.2f}, {len(resident['samples'])} rounds" in text
