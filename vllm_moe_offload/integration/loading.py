@@ -294,7 +294,12 @@ class ExpertLoad:
                 _free(layer)
                 with weights_already_processed():
                     layer.quant_method.process_weights_after_loading(layer)
-            # vLLM's own pass over all modules must not process the pool's slots again.
+            # UnquantizedFusedMoEMethod.process_weights_after_loading
+            # (model_executor/layers/fused_moe/unquantized_fused_moe_method.py)
+            #   why: the loader's own pass over all modules would process the pool's slots again;
+            #     only on the objects of offloaded layers.
+            #   upstream: model_loader/utils.py (process_weights_after_loading asks no layer).
+            #   remove when: a layer can say that its weights are in kernel form.
             layer.quant_method.process_weights_after_loading = _already_processed
         with torch.device("cpu"):
             routers = routers_of(self._model, self.layers)
