@@ -87,9 +87,11 @@ sanitize: setup ## the C++ core's tests under AddressSanitizer and UBSan
 bench: setup ## all CPU benchmarks; JSON under benchmarks/results/
 	scripts/bench.sh
 
-docs: setup ## rewrite docs/options.md and the figures of docs/how-it-works.md
+docs: setup ## rewrite docs/options.md, docs/patches.md and the figures
 	$(BIN)/python scripts/write_options.py
+	$(BIN)/python scripts/write_patches.py
 	$(BIN)/python scripts/draw_figures.py
+	$(BIN)/python scripts/draw_measurements.py
 
 clean: ## remove what setup and the tests made
 	rm -rf $(VENV) build dist demo *.egg-info vllm_moe_offload/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

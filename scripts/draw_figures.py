@@ -1,4 +1,4 @@
-"""Draws the figures of docs/how-it-works.md as SVG (`make docs`).
+"""Draws the figures of docs/how-it-works.md and the README as SVG (`make docs`).
 
     python scripts/draw_figures.py [--directory docs/figures] [--format svg]
 
@@ -10,7 +10,7 @@ background.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -208,17 +208,58 @@ def draw_scores() -> Figure:
     return figure
 
 
+def draw_overview() -> Figure:
+    """What lies where, and what moves: the README's picture."""
+    figure, axes = _axes(8.6, 2.75, 86, 27.5)
+    _text(axes, 14, 25.5, "local disk: expert store", size=10, align="center")
+    for layer in range(4):
+        for expert in range(8):
+            _box(axes, (2 + 3 * expert, 19.4 - 3 * layer), (2.6, 2.6), EMPTY)
+    _text(axes, 14, 7.6, "all experts, each once,", align="center")
+    _text(axes, 14, 5.0, "in the kernel's own form", align="center")
+
+    _text(axes, 50, 25.5, "memory: slots for experts", size=10, align="center")
+    held = ("compute", "demand", *4 * ("compute",), "prefetch", "compute")
+    for slot, colour in enumerate(held):
+        at = (44 + 3 * (slot % 4), 17.9 - 3 * (slot // 4))
+        _box(axes, at, (2.6, 2.6), COLOURS[colour])
+    _text(axes, 50, 12.4, "beside vLLM's KV cache", align="center")
+    _text(axes, 50, 7.6, "who stays: traces of what", align="center")
+    _text(axes, 50, 5.0, "each request activates", align="center")
+
+    for y, colour, text in (
+        (19.2, COLOURS["demand"], "missing: read now"),
+        (14.6, COLOURS["prefetch"], "expected: read ahead"),
+    ):
+        axes.add_patch(
+            FancyArrowPatch(
+                (27, y), (42.5, y), arrowstyle="-|>", mutation_scale=13, color=colour, lw=1.8
+            )
+        )
+        _text(axes, 34.5, y + 1.7, text, size=8.5, align="center")
+
+    _arrow(axes, (57, 17.7), (65, 17.7))
+    _text(axes, 61, 19.4, "slot ids", size=8.5, align="center")
+    _text(axes, 75.5, 25.5, "stock vLLM", size=10, align="center")
+    _box(axes, (66, 15.3), (19, 5.2), COLOURS["plan"], "vLLM's own kernels")
+    _text(axes, 75.5, 12.4, "weights[slot], not weights[expert]", size=8, align="center")
+    _text(axes, 75.5, 7.6, "same tokens,", align="center")
+    _text(axes, 75.5, 5.0, "bitwise same logprobs", align="center")
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "overview": draw_overview,
     "slots": draw_slots,
     "layer-call": draw_layer_call,
     "scores": draw_scores,
 }
 
 
-def main() -> None:
-    """See the module's docstring."""
+def write(figures: Mapping[str, Callable[[], Figure]], description: str | None) -> None:
+    """Draws ``figures`` into files of their names, as the command line says."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, default=ROOT / "docs" / "figures")
     parser.add_argument("--format", choices=["svg", "png"], default="svg")
@@ -230,7 +271,7 @@ def main() -> None:
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "moe-offload"})
     plt.rcParams["font.family"] = ["sans-serif"]
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
+    for name, draw in figures.items():
         figure = draw()
         metadata = {"Date": None} if arguments.format == "svg" else {}
         figure.savefig(
@@ -243,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(FIGURES, __doc__)

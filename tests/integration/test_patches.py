@@ -1,14 +1,19 @@
 """The patches on the real classes of the installed vLLM: what is patched, and what is refused."""
 
+import ast
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import vllm.v1.worker.gpu.model_runner as v2
 import vllm.v1.worker.gpu_model_runner as v1
 
+from scripts.write_patches import blocks
 from vllm_moe_offload.integration import patches, patching
 
 RUNNERS = [v1.GPUModelRunner, v2.GPUModelRunner]
+PLACES = sorted({(place.file, place.owner) for block in blocks() for place in block.places})
 
 
 @pytest.fixture
@@ -70,3 +75,17 @@ def test_versions_that_are_not(version, message, monkeypatch):
     monkeypatch.setattr(patching, "vllm_version", lambda: version)
     with pytest.raises(patching.UnsupportedVLLM, match=message):
         patching.check_version()
+
+
+@pytest.mark.parametrize(("file", "owner"), PLACES)
+def test_what_the_page_says_is_patched_is_where_it_says(file, owner):
+    package = find_spec("vllm").submodule_search_locations[0]
+    path = next(
+        path for path in (Path(package, file), Path(package).parent / file) if path.exists()
+    )
+    classes = {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert owner in classes or owner == path.stem

@@ -28,6 +28,16 @@ def options_of(vllm_config: VllmConfig) -> OffloadConfig:
     return parse_options(additional.get(KEY, {}) if isinstance(additional, dict) else {})
 
 
+# EngineArgs.add_cli_args, .from_cli_args (engine/arg_utils.py)
+#   why: --moe-offload and its options, on every command that takes engine arguments.
+#   upstream: vLLM's plugins cannot add arguments; --additional-config carries what they need,
+#     and that is where the options go.
+#   remove when: a plugin can register arguments.
+# EngineArgs.create_engine_config (engine/arg_utils.py)
+#   why: what cannot work with offload is refused, by name, before a process starts or a model
+#     loads; on a GPU the MoE kernel and the splitting of CUDA graphs are set.
+#   upstream: no plugin hook receives the VllmConfig before it is used.
+#   remove when: one does.
 def install() -> None:
     """Wraps EngineArgs so that the options are parsed, carried and checked."""
     patching.wrap(EngineArgs, "add_cli_args", _add_cli_args, kind=staticmethod)

@@ -1,4 +1,4 @@
-"""What API servers show: counters on ``/metrics``, one line in vLLM's stats rhythm."""
+"""What API servers show: counters on ``/metrics``, and a line in the log with vLLM's own."""
 
 from __future__ import annotations
 
@@ -74,11 +74,14 @@ class OffloadCollector(Collector):
 
 
 # LoggingStatLogger.log (v1/metrics/loggers.py)
-#   why: our line belongs beside vLLM's own, in the same rhythm.
-#   remove when: stat logger plugins can be added to a server without replacing its command.
+#   why: the plugin's line belongs beside vLLM's own, as often as that is logged.
+#   upstream: plugins of the group vllm.stat_logger_plugins are loaded with and without offload,
+#     and switch statistics on where --disable-log-stats switched them off (async_llm.py).
+#   remove when: a stat logger plugin can say that it is not wanted.
 # MultiProcessCollector.collect (prometheus_client/multiprocess.py)
 #   why: with several API servers /metrics is served from registries that vLLM's
 #     instrumentation makes for each scrape, with this one collector in them.
+#   upstream: v1/metrics/prometheus.py (get_prometheus_registry).
 #   remove when: the instrumentation takes the registry that it is given in that mode too.
 def install() -> None:
     """Adds collector and stats line to this process, which serves with offload; once."""

@@ -288,7 +288,12 @@ class ExpertLoad:
             start_runtime(self._vllm_config, self.options, store, self.layers, routers)
         for layer, known in zip(self.layers, self._formats, strict=True):
             known.rebuild(layer.quant_method, layer)
-            # vLLM's own pass over all modules must not process the pool's slots again.
+            # FusedMoEMethodBase.process_weights_after_loading
+            # (model_executor/layers/fused_moe/fused_moe_method_base.py)
+            #   why: the loader's own pass over all modules would process the pool's slots again;
+            #     only on the objects of offloaded layers.
+            #   upstream: model_loader/utils.py (process_weights_after_loading asks no layer).
+            #   remove when: a layer can say that its weights are in kernel form.
             layer.quant_method.process_weights_after_loading = _already_processed
 
 

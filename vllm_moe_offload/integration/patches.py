@@ -1,4 +1,7 @@
-"""Every place where stock vLLM is changed, with why, upstream reference and when to remove.
+"""Where stock vLLM's model and runner are changed, with why, upstream reference, when to remove.
+
+``docs/patches.md`` is made from these blocks and those of the same form beside the other patches
+(``arguments.py``, ``endpoint.py``, ``loading.py``).
 
 Patches check what they patch and fail loudly on a vLLM they do not know (``patching.py``). Nothing
 here runs unless the plugin is installed; what changes the model or the runner is installed in workers
@@ -37,12 +40,13 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
 # --------------------------------------------------------------------------------------
 # RoutedExperts.__new__ (model_executor/layers/fused_moe/routed_experts.py)
 #   why: PluggableLayer.register_oot replaces a class by its name and misses subclasses
-#     (GptOssRoutedExperts and others would silently run without offload); a __new__ on the
+#     (GptOssRoutedExperts and others would silently run without offload); `__new__` on the
 #     base covers every subclass, and asks the configuration, so that `off` and a second
 #     model in the same process keep vLLM's classes.
-#   upstream: model_executor/custom_op.py, PluggableLayer.__new__.
+#   upstream: model_executor/custom_op.py, `PluggableLayer.__new__`.
 #   remove when: register_oot covers subclasses and can be scoped to a configuration.
-# BaseModelLoader.load_weights of the default and dummy loaders (model_loader/*.py)
+# DefaultModelLoader.get_all_weights (model_executor/model_loader/default_loader.py),
+# DummyModelLoader.load_weights (model_executor/model_loader/dummy_loader.py)
 #   why: experts must be taken out of memory layer by layer while the checkpoint streams.
 #   upstream: no hook between the loader's stream and the model.
 #   remove when: vLLM can load a model without ever holding it.
@@ -72,12 +76,13 @@ def install_model_patches() -> None:
 
 
 # --------------------------------------------------------------------------------------
-# _prepare_expert_assignment as the Triton experts see it (fused_moe/experts/triton_moe.py)
+# triton_moe._prepare_expert_assignment
+# (model_executor/layers/fused_moe/experts/triton_moe.py)
 #   why: blocks of tokens must be formed from logical ids and their experts renamed to slots
 #     of the pool afterwards; expert_map would be counted in an array for E experts.
 #   upstream: csrc/moe/moe_align_sum_kernels.cu (expert_map); fused_moe.py.
 #   remove when: FusedMoE takes a map from block experts to rows of the weights.
-# MoERunner._forward_impl (fused_moe/runner/moe_runner.py)
+# MoERunner._forward_impl (model_executor/layers/fused_moe/runner/moe_runner.py)
 #   why: with the MoE operators split out of piecewise CUDA graphs, the next piece replays
 #     with the addresses that it was captured with; the operators return new tensors.
 #   upstream: compilation/cuda_graph.py (CUDAGraphWrapper copies no inputs);
@@ -103,12 +108,32 @@ def install_cuda_patches() -> None:
 
 
 # --------------------------------------------------------------------------------------
-# GPUModelRunner (v1/worker/gpu_model_runner.py, V1) and its V2 namesake
-# (v1/worker/gpu/model_runner.py)
+# Both runners: V1 (v1/worker/gpu_model_runner.py) and V2 (v1/worker/gpu/model_runner.py).
+#
+# GPUModelRunner._prepare_inputs (v1/worker/gpu_model_runner.py),
+# GPUModelRunner.prepare_inputs (v1/worker/gpu/model_runner.py)
 #   why: the tokens of a forward pass have to be told apart by request; only the runner knows.
 #   upstream: --enable-return-routed-experts captures routing per request (V2 only), after
 #     the fact, without positions of the running batch.
 #   remove when: ForwardContext carries the request of every row.
+# GPUModelRunner.execute_model (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
+#   why: the scheduler's output names the requests that ended; what they used is learned from
+#     and their own history is dropped.
+#   upstream: no hook for the end of a request in a worker.
+#   remove when: workers are told of the end of a request.
+# GPUModelRunner._dummy_run (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
+#   why: profiling, warm-up and capture run the model without requests; experts would be read
+#     for them, and traced.
+#   upstream: ForwardContext does not say that a run is a dummy.
+#   remove when: it does.
+# GPUModelRunner.shutdown (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
+#   why: store and readers are closed, the recorded trace and the collection are written.
+#   upstream: no hook for plugins at the end of a worker.
+#   remove when: there is one.
+# GPUModelRunner.reload_weights (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
+#   why: new weights would be written into slots that hold other experts; it is refused.
+#   upstream: no model can say that it does not reload.
+#   remove when: the store can be built anew while serving.
 def install_runner_patches() -> None:
     """Tells the runtime which request each row belongs to, and which runs are dummies."""
     import vllm.v1.worker.gpu.model_runner as v2

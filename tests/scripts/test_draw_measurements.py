@@ -1,0 +1,71 @@
+"""docs/measured.md says what the reports say, and shows a figure for each idea."""
+
+import re
+
+import pytest
+
+from scripts.draw_measurements import IDEAS, ROOT, memory_bars, report, tables
+
+PAGE = (ROOT / "docs" / "measured.md").read_text()
+SECTIONS = {
+    match: section
+    for section in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
+    for match in re.findall(r"\(figures/measured-(\w+)\.svg\)", section)
+}
+
+
+def test_every_idea_has_a_section_of_its_own() -> None:
+    assert sorted(SECTIONS) == sorted(IDEAS)
+    assert len(set(SECTIONS.values())) == len(IDEAS)
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_a_section_has_the_reports_table_and_command(name: str) -> None:
+    section = SECTIONS[name]
+    assert tables()[name] in section, "run `scripts/draw_measurements.py --tables`"
+    source = IDEAS[name][0]
+    assert f"-> `{source}.json`" in section
+    (script,) = re.findall(r"`(scripts/bench_\w+\.py)", section)
+    assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("name", IDEAS)
+def test_a_figure_has_the_reports_numbers(name: str) -> None:
+    figure = IDEAS[name][2](report(IDEAS[name][0]))
+    shown = {text.get_text() for axes in figure.axes for text in axes.texts}
+    drawn = (ROOT / "docs" / "figures" / f"measured-{name}.svg").read_text()
+    assert len(shown) >= 2
+    for text in shown:
+        assert f">{text}<" in drawn, f"{text!r}: run `make docs`"
+
+
+def test_bars_are_as_long_as_the_report_says() -> None:
+    found = report("memory")
+    lengths = {label: length for label, length, _, _ in memory_bars(found)}
+    assert lengths["all experts"] == pytest.approx(found["expert_bytes"] / 2**30)
+    assert lengths["limit of the memory cgroup"] == 4.5
+    assert lengths["with the plugin"] < 3.5 < lengths["plain vLLM"] < 4.5
+
+
+def test_the_readme_has_the_reports_numbers() -> None:
+    text = " ".join((ROOT / "README.md").read_text().replace("**", "").split())
+    memory, shares, resident = map(report, ("memory", "llamacpp_shape", "resident"))
+    experts, limit = (
+        f"{memory[name] / 2**30:.1f} GiB" for name in ("expert_bytes", "limit_bytes")
+    )
+    held = memory["build"]["cgroup"]["peak_anonymous_bytes"] / 2**30
+    build = memory["build"]
+    assert f"{experts} of experts under a memory limit of {limit}" in text
+    assert f"serves {build['decode_tokens_per_s']:.0f} tokens/s in {held:.1f} GiB" in text
+    assert f"{build['hit_rate']:.0%}".replace("%", " % hits") in text
+    speed = {
+        (case["mode"], case["share"]): f"{case['tokens_per_s']['median']:.0f}"
+        for case in shares["cases"]
+    }
+    low, all_cached, plain = (
+        speed[key] for key in (("trace", 0.36), ("trace", 1.0), ("lrfu", 0.36))
+    )
+    assert f"{low} tokens/s, against {all_cached} with all cached and {plain} for" in text
+    begin, end = resident["confidence_interval_95"]
+    assert f"{resident['medians']['ratio']:.2f} x plain vLLM's decode speed" in text
+    assert f"{begin:.2f} to {end:.2f}, {len(resident['samples'])} rounds" in text
