@@ -180,9 +180,9 @@ def take_stored_form(layer: Any, layout: ExpertLayout, known: ExpertFormat) -> N
             delattr(layer, name)
     for name, spec in wanted.items():
         empty = torch.empty((0, *spec.shape), dtype=getattr(torch, spec.dtype), device="cpu")
-        setattr(layer, name, torch.nn.Parameter(empty, requires_grad=False))
+        layer.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
     for alias, name in known.aliases.items():
-        setattr(layer, alias, getattr(layer, name))
+        layer.register_parameter(alias, getattr(layer, name))
 
 
 NOT_EXPERT_TENSORS = frozenset({"e_score_correction_bias", "hash_indices_table"})
