@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from scripts.quantize.integers import usable
-from scripts.quantize.layout import Config, Layout, Sizes
+from scripts.quantize.layout import SUFFIX, Config, Layout, Sizes, require_multiple
 
 BLOCK = 128
 """Rows and columns that share a scale."""
+JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
+"""Modules that vLLM puts one below the other: blocks must not lie across two."""
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -20,7 +22,9 @@ class Fp8(Layout):
     """Eight bits of floating point (e4m3), one scale per block of 128 x 128."""
 
     def check(self, name: str, shape: Sizes) -> None:
-        """Every shape can be stored: blocks at the edges are smaller."""
+        """See :class:`Layout`; blocks at the edges may be smaller, but vLLM joins modules."""
+        if name.removesuffix(SUFFIX).rsplit(".", 1)[-1] in JOINED:
+            require_multiple(name, "output size", shape[0], BLOCK)
 
     def tensors(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` float8 ``[out, in]``, ``weight_scale_inv`` float32

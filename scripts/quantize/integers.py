@@ -62,10 +62,9 @@ def packed(values: Tensor, dim: int, order: tuple[int, ...] = tuple(range(PER_WO
         dim: the dimension that gets eight times shorter.
         order: which of eight neighbours lies at each place of a word.
     """
-    last = values.to(torch.int64).movedim(dim, -1)
+    last = values.int().movedim(dim, -1)
     eights = last.reshape(*last.shape[:-1], -1, PER_WORD)
-    shifts = 4 * torch.arange(PER_WORD)
-    words = (eights[..., list(order)] << shifts).sum(dim=-1)
-    # As a signed word: the highest bit is the sign.
-    signed = torch.where(words >= 2**31, words - 2**32, words)
-    return signed.int().movedim(-1, dim).contiguous()
+    words = eights[..., order[0]].clone()
+    for place, which in enumerate(order[1:], start=1):
+        words |= eights[..., which] << 4 * place
+    return words.movedim(-1, dim).contiguous()

@@ -107,12 +107,12 @@ def test_integers_are_within_half_a_step(
     parts = exact if format == "int8" else exact.reshape(len(exact), groups, group)
     error = error.reshape(parts.shape)
     if format == "awq":
-        low, high = parts.min(-1).clip(max=0), parts.max(-1).clip(min=0)
-        step = (high - low) / 15
+        span, steps = parts.max(-1).clip(min=0) - parts.min(-1).clip(max=0), 15
     else:
-        step = np.abs(parts).max(-1) / (127.5 if format == "int8" else 7.5)
+        span, steps = np.abs(parts).max(-1), 127.5 if format == "int8" else 7.5
+    step = span / steps
     # The scale is a bfloat16: the range's end is off by its rounding.
-    end = np.abs(parts).max(-1) / 2**8
+    end = span / 2**8
     assert (error <= (0.5 * step * (1 + 2**-8) + end)[..., None]).all()
     # And not only the ends: nearly all are within half a step alone.
     assert (error <= 0.51 * step[..., None]).mean() > 0.9
@@ -168,10 +168,15 @@ def test_known_values_of_mxfp4() -> None:
         ("gptq", (60, 128), "its output size is 60; it must be a multiple of 8"),
         ("awq", (64, 100), "its input size is 100; it must be a multiple of 64"),
         ("mxfp4", (2, 48, 64), "its input size is 48; it must be a multiple of 32"),
+        ("fp8", (64, 128), "its output size is 64; it must be a multiple of 128"),
     ],
 )
 def test_sizes_that_cannot_be_stored_are_refused(
     format: str, shape: tuple[int, ...], says: str
 ) -> None:
-    with pytest.raises(QuantizeError, match=f"the.name: {says}"):
-        layout_of(format, 64, None).check("the.name", shape)
+    with pytest.raises(QuantizeError, match=f"self_attn.k_proj.weight: {says}"):
+        layout_of(format, 64, None).check("self_attn.k_proj.weight", shape)
+
+
+def test_fp8_takes_any_size_of_a_module_that_stands_alone() -> None:
+    Fp8(False).check("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", (576, 96))

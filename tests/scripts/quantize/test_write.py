@@ -17,6 +17,8 @@ from tests.scripts.demo_model.checkpoints import tensors_of
 from tests.scripts.quantize.reference import MARKS, dequantised
 
 SHAPE = {"layers": 2, "experts": 2, "top_k": 1, "hidden": 64, "intermediate": 64}
+WIDE = SHAPE | {"hidden": 512, "intermediate": 128}
+"""What fp8 needs: heads of keys and values together are a block wide."""
 FIRST_MOE = 1
 """The first layer with experts in a DeepSeek model of two layers."""
 KEPT = {
@@ -32,14 +34,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {arch: root / arch for arch in ("qwen3_moe", "gpt_oss", "deepseek_v2")}
     for arch, path in found.items():
         write_demo_model(path, arch, **SHAPE)
-    return found
+    write_demo_model(root / "wide", "qwen3_moe", **WIDE)
+    return {**found, "wide": root / "wide"}
+
+
+SOURCES = dict.fromkeys(FORMATS, "qwen3_moe") | {"fp8": "wide", "mxfp4": "gpt_oss"}
 
 
 def written(
     models: dict[str, Path], out: Path, format: str, **choices: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors, and config.json, of the demo model in ``format``."""
-    model = models["gpt_oss" if format == "mxfp4" else "qwen3_moe"]
+    model = models[SOURCES[format]]
     quantize(model, out, format, **{"group_size": 32} | choices)
     return tensors_of(out), json.loads((out / "config.json").read_text())
 
@@ -52,7 +58,7 @@ def linear_modules(layers: int, *ends: str) -> list[str]:
 def test_what_is_not_quantised_stays(
     models: dict[str, Path], format: str, tmp_path: Path
 ) -> None:
-    model = models["gpt_oss" if format == "mxfp4" else "qwen3_moe"]
+    model = models[SOURCES[format]]
     stored, config = written(models, tmp_path / "out", format)
     before, after = tensors_of(model), dequantised(stored, format)
     assert before.keys() == after.keys()
@@ -217,6 +223,7 @@ def test_one_file_without_an_index_is_read(models: dict[str, Path], tmp_path: Pa
         (("qwen3_moe", "int4", 48), "group-size is 48; it must be one of 32, 64"),
         (("qwen3_moe", "int4", 128), "input size is 64; it must be a multiple of 128"),
         (("qwen3_moe", "mxfp4", 32), "is a qwen3_moe model and format is 'mxfp4'"),
+        (("qwen3_moe", "fp8", 32), "output size is 64; it must be a multiple of 128"),
         (("gpt_oss", "int4", 32), "is a gpt_oss model and format is 'int4'"),
     ],
 )
