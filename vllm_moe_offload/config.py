@@ -120,6 +120,15 @@ class OffloadConfig(BaseModel):
         ),
     ] = 4
 
+    cpu_kernels: Annotated[
+        Literal["vllm", "avx512"],
+        Field(
+            description="For quantised checkpoints on a CPU. vllm: vLLM's own choice, which asks "
+            "for AMX; avx512: the same kernels on CPUs with AVX-512 and without AMX too. vLLM "
+            "does not test that."
+        ),
+    ] = "vllm"
+
     @field_validator("cache_gb", "host_gb")
     @classmethod
     def _check_size(cls, value: float | str) -> float | str:

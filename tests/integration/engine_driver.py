@@ -22,6 +22,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,28 @@ def _machine(job: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
     return simulated_gpu(share)
 
 
+@contextlib.contextmanager
+def _cpu(job: dict[str, Any]) -> Iterator[None]:
+    """Kernels for quantised weights: ``"cpu_kernels"``, for a plain engine too, and
+    ``"without_amx"``, on a CPU that denies having it."""
+    import torch
+
+    from vllm_moe_offload.integration import cpu_kernels
+
+    if job.get("cpu_kernels") == "avx512":
+        cpu_kernels.install()
+    amx = torch.cpu._is_amx_tile_supported
+    if job.get("without_amx"):
+        torch.cpu._is_amx_tile_supported = lambda: False
+    try:
+        yield
+    finally:
+        torch.cpu._is_amx_tile_supported = amx
+
+
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """One engine on the machine that it is to believe in."""
-    with _machine(job):
+    with _machine(job), _cpu(job):
         return run(job)
 
 

@@ -49,12 +49,15 @@ def test_runtime_is_made_in_ram_whatever_the_default(monkeypatch):
         loading, "routers_of", lambda *_: made.update(routers=torch.zeros(1).device.type)
     )
     load = object.__new__(loading.ExpertLoad)
-    layer = SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=object()))
-    load.layers, load._store, load._model = [layer], object(), None
+    layer = SimpleNamespace(quant_method=SimpleNamespace())
+    known = SimpleNamespace(rebuild=lambda method, layer: made.update(rebuilt=True))
+    monkeypatch.setattr(loading, "take_stored_form", lambda *_: None)
+    load.layers, load._formats, load._model = [layer], [known], None
+    load._store = SimpleNamespace(layout=None)
     load._vllm_config, load.options = None, None
     with DEVICE:
         load.finish()
-    assert made == {"runtime": "cpu", "routers": "cpu"}
+    assert made == {"runtime": "cpu", "routers": "cpu", "rebuilt": True}
     assert layer.quant_method.process_weights_after_loading is loading._already_processed
 
 

@@ -64,6 +64,7 @@ class ExpertFormat:
     Attributes:
         method: class of the layer's ``quant_method``.
         experts: classes of the method's ``experts_cls``, any of them.
+        quantizations: ``ModelConfig.quantization`` of its checkpoints; none: not quantised.
         platform: where they run.
         ids: how the kernel is told where experts lie: ``slots``, the ids themselves are slots;
             ``blocks``, the experts of its blocks of tokens are renamed (``triton_slots.py``).
@@ -74,6 +75,7 @@ class ExpertFormat:
 
     method: str
     experts: tuple[str, ...]
+    quantizations: tuple[str, ...]
     platform: Literal["cpu", "cuda"]
     ids: Literal["slots", "blocks"]
     rebuild: Callable[[Any, Any], None]
@@ -89,59 +91,75 @@ _CPU_UNQUANTIZED = (
     "PowerCPUUnquantizedExperts",
 )
 
+
+def _on_cpu(
+    method: str,
+    experts: str,
+    quantizations: tuple[str, ...],
+    rebuild: Callable[[Any, Any], None],
+    aliases: Mapping[str, str] | None = None,
+) -> ExpertFormat:
+    return ExpertFormat(
+        method, (experts,), quantizations, "cpu", "slots", rebuild, aliases or {}
+    )
+
+
 FORMATS = (
     # bf16, fp16, fp32
     ExpertFormat(
-        "UnquantizedFusedMoEMethod", _CPU_UNQUANTIZED, "cpu", "slots", _rebuild_processed
+        "UnquantizedFusedMoEMethod", _CPU_UNQUANTIZED, (), "cpu", "slots", _rebuild_processed
     ),
     ExpertFormat(
-        "UnquantizedFusedMoEMethod", ("TritonExperts",), "cuda", "blocks", _rebuild_processed
+        "UnquantizedFusedMoEMethod",
+        ("TritonExperts",),
+        (),
+        "cuda",
+        "blocks",
+        _rebuild_processed,
     ),
-    # int8 per channel, compressed-tensors
-    ExpertFormat(
+    # int8 per channel
+    _on_cpu(
         "CompressedTensorsW8A8Int8MoEMethod",
-        ("CPUExpertsInt8",),
-        "cpu",
-        "slots",
+        "CPUExpertsInt8",
+        ("compressed-tensors",),
         _rebuild_int8,
     ),
-    # int4 in groups: compressed-tensors, GPTQ, AWQ
-    ExpertFormat(
+    # int4 in groups
+    _on_cpu(
         "CompressedTensorsWNA16MoEMethod",
-        ("CPUExpertsInt4",),
-        "cpu",
-        "slots",
+        "CPUExpertsInt4",
+        ("compressed-tensors",),
         _rebuild_wna16,
         _PACKED,
     ),
-    ExpertFormat(
-        "AutoGPTQMoEMethod", ("CPUExpertsInt4",), "cpu", "slots", _rebuild_wna16, _QWEIGHT
+    _on_cpu(
+        "AutoGPTQMoEMethod",
+        "CPUExpertsInt4",
+        ("auto_gptq", "gptq"),
+        _rebuild_wna16,
+        _QWEIGHT,
     ),
-    ExpertFormat(
-        "AutoAWQMoEMethod", ("CPUExpertsInt4",), "cpu", "slots", _rebuild_wna16, _QWEIGHT
+    _on_cpu(
+        "AutoAWQMoEMethod", "CPUExpertsInt4", ("auto_awq", "awq"), _rebuild_wna16, _QWEIGHT
     ),
-    # fp8 in blocks of 128
-    ExpertFormat("Fp8MoEMethod", ("CPUExpertsFp8",), "cpu", "slots", _rebuild_processed),
-    # MXFP4, gpt-oss
-    ExpertFormat("GptOssMxfp4MoEMethod", ("CPUExpertsMxfp4",), "cpu", "slots", _rebuild_mxfp4),
+    # fp8 in blocks of 128 x 128
+    _on_cpu("Fp8MoEMethod", "CPUExpertsFp8", ("fp8",), _rebuild_processed),
+    # MXFP4
+    _on_cpu("GptOssMxfp4MoEMethod", "CPUExpertsMxfp4", ("gpt_oss_mxfp4",), _rebuild_mxfp4),
 )
 
-QUANTIZATIONS = (
-    "compressed-tensors",
-    "auto_awq",
-    "auto_gptq",
-    "awq",
-    "gptq",
-    "fp8",
-    "mxfp4",
-    "gpt_oss_mxfp4",
-)
-"""``ModelConfig.quantization`` of checkpoints that may have such experts."""
+
+def formats_here() -> list[ExpertFormat]:
+    """Those of the platform that vLLM runs on."""
+    platform = "cuda" if current_platform.is_cuda() else "cpu"
+    return [known for known in FORMATS if known.platform == platform]
 
 
-def platform() -> str:
-    """``cpu`` or ``cuda``: where vLLM runs."""
-    return "cuda" if current_platform.is_cuda() else "cpu"
+def problems(quantization: str | None) -> Iterator[str]:
+    """What about ``ModelConfig.quantization`` cannot be served here, before layers are built."""
+    allowed = sorted({name for known in formats_here() for name in known.quantizations})
+    if quantization is not None and quantization not in allowed:
+        yield f"quantization={quantization!r}: allowed here: {', '.join(('none', *allowed))}"
 
 
 def format_of(layer: Any) -> ExpertFormat:
@@ -157,11 +175,10 @@ def format_of(layer: Any) -> ExpertFormat:
             f"--moe-offload: the kernel {experts} of {layer.layer_name} does its own routing "
             "(monolithic), so expert ids cannot be mapped to slots. Use --moe-offload=off"
         )
-    here = [known for known in FORMATS if known.platform == platform()]
-    for known in here:
+    for known in formats_here():
         if known.method == type(method).__name__ and experts in known.experts:
             return known
-    names = sorted({name for known in here for name in known.experts})
+    names = sorted({name for known in formats_here() for name in known.experts})
     raise OptionError(
         f"--moe-offload: {layer.layer_name} would run on {experts} ({type(method).__name__}); "
         f"allowed: {', '.join(names)}. Use --moe-offload=off"

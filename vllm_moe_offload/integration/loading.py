@@ -53,6 +53,7 @@ from vllm_moe_offload.store.shelf import log_others
 
 logger = logging.getLogger("vllm.moe_offload")
 
+
 def stream_weights(
     original: Any, loader: Any, model_config: Any, model: torch.nn.Module
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -29,9 +29,13 @@ def install_worker_hook() -> None:
 
 
 def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    from vllm_moe_offload.integration import cpu_kernels
     from vllm_moe_offload.integration.arguments import options_of
 
-    if options_of(vllm_config).enabled:
+    options = options_of(vllm_config)
+    if options.enabled:
+        if options.cpu_kernels == "avx512":
+            cpu_kernels.install()
         install_model_patches()
         install_runner_patches()
     original(self, vllm_config, *args, **kwargs)

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import supported_gpu
-from vllm_moe_offload.integration.formats import QUANTIZATIONS
+from vllm_moe_offload.integration import cpu_kernels, formats, supported_gpu
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
@@ -50,6 +49,8 @@ def _platform_problems(
             f"platform {current_platform.device_name!r}: allowed: cpu, cuda (NVIDIA). ROCm, XPU "
             "and TPU are not supported"
         )
+    if config.model_config.quantization is not None and current_platform.is_cpu():
+        yield from cpu_kernels.problems(config.model_config.quantization, options.cpu_kernels)
     if options.host_gb != "auto":
         yield f"host_gb={options.host_gb!r}: without a GPU experts are cached in RAM; see cache_gb"
 
@@ -61,11 +62,7 @@ def _model_problems(config: Any) -> Iterator[str]:
             f"model {model.model!r} ({', '.join(model.architectures)}) is dense: it has no "
             "routed experts to offload"
         )
-    if model.quantization is not None and model.quantization not in QUANTIZATIONS:
-        yield (
-            f"quantization={model.quantization!r}: allowed: none, "
-            f"{', '.join(QUANTIZATIONS)}"
-        )
+    yield from formats.problems(model.quantization)
     if config.lora_config is not None:
         yield "enable_lora=True: LoRA on experts is not supported"
     if config.speculative_config is not None:
