@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_moe_offload"
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
+PROBLEMS = {"supported.py", "formats.py", "cpu_kernels.py"}
+"""Modules that yield what is in the way, a line each."""
 USER_ERRORS = {
     "OptionError",
     "StoreError",
@@ -114,7 +116,7 @@ def user_messages():
                     if isinstance(inner, ast.JoinedStr)
                     and " " in (template(inner, parts) or "")
                 ]
-            elif isinstance(node, ast.Yield) and path.name == "supported.py":
+            elif isinstance(node, ast.Yield) and path.name in PROBLEMS:
                 texts = [template(node.value, parts)]
             for text in texts:
                 if text is not None and text.strip(". :"):

@@ -106,7 +106,7 @@ def _experts_table(result: Fit) -> Table:
     table.add_column("served")
     for kind in FORMATS:
         one = kind.expert_bytes(shape)
-        served = "yes" if kind is FORMATS[0] else "not in this release"
+        served = "yes" if kind is FORMATS[0] else "on a CPU"
         table.add_row(kind.name, f"{one:,}", amount(one * shape.total_experts), served)
     return table
 

@@ -255,9 +255,10 @@ def _model_problems(shape: ModelShape) -> Iterator[Problem]:
     if shape.quantization is not None:
         total = shape.parameters * 2
         yield Problem(
-            f"the checkpoint is quantised ({shape.quantization}); experts must be bf16, fp16 or "
-            "fp32 in this release",
-            f"a bf16 copy of the checkpoint, {amount(total)} on disk: see --unquantized",
+            f"the checkpoint is quantised ({shape.quantization}); plan knows the sizes of bf16, "
+            "fp16 and fp32 experts alone",
+            f"a bf16 copy of the checkpoint, {amount(total)} on disk: see --unquantized; a CPU "
+            "server may serve it as it is (docs/limits.md)",
         )
     elif shape.extra_expert_layers:
         layers = ", ".join(map(str, shape.extra_expert_layers))

@@ -13,7 +13,6 @@ from typing import Any
 from vllm_moe_offload.plan.shapes.base import ModelShape, ShapeError
 from vllm_moe_offload.plan.shapes.config import shape_of_config
 from vllm_moe_offload.store.checkpoint_reader import (
-    DTYPES,
     TensorRange,
     expert_layer,
     layer_number,
@@ -21,6 +20,8 @@ from vllm_moe_offload.store.checkpoint_reader import (
 )
 
 _INDEX = "model.safetensors.index.json"
+_UNQUANTISED = {"BF16", "F16", "F32"}
+"""Element types whose elements are parameters."""
 _NOT_SERVED = "mtp."  # multi-token prediction, beside the decoder layers
 
 
@@ -86,7 +87,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             dtypes.add(where.dtype)
         elif (layer_number(name) or 0) < shape.num_layers:
             dense += math.prod(where.shape)
-    counted = dtypes <= DTYPES.keys() and bool(layers)
+    counted = dtypes <= _UNQUANTISED and bool(layers)
     if counted:
         shape = _recount(shape, directory, layers, dense)
     elif shape.quantization is None and layers:
