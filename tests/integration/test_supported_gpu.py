@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import graphs, loading, patches, supported, supported_gpu
+from vllm_moe_offload.integration import formats, graphs, patches, supported, supported_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def config(dtype=torch.bfloat16, moe_backend="auto"):
     )
     compilation.set_splitting_ops_for_v1("allgather_reducescatter", 1)
     return SimpleNamespace(
-        model_config=SimpleNamespace(dtype=dtype),
+        model_config=SimpleNamespace(dtype=dtype, quantization=None),
         kernel_config=KernelConfig(moe_backend=moe_backend),
         compilation_config=compilation,
     )
@@ -134,18 +134,24 @@ class TritonExperts:
 
 
 def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(loading, "current_platform", Platform(kind="cuda"))
-    monkeypatch.setattr(loading, "UnquantizedFusedMoEMethod", SimpleNamespace)
+    monkeypatch.setattr(formats, "current_platform", Platform(kind="cuda"))
 
     def layer(kernel, is_monolithic=False):
-        method = SimpleNamespace(experts_cls=kernel, is_monolithic=is_monolithic)
+        fields = {"experts_cls": kernel, "is_monolithic": is_monolithic}
+        method = type("UnquantizedFusedMoEMethod", (), fields)()
         return SimpleNamespace(layer_name="layers.0", quant_method=method)
 
-    loading._check_kernel(layer(TritonExperts))
-    with pytest.raises(OptionError, match="FlashInferExperts"):
-        loading._check_kernel(layer(FlashInferExperts))
+    assert formats.format_of(layer(TritonExperts)).ids == "blocks"
+    with pytest.raises(OptionError, match="FlashInferExperts.*allowed: TritonExperts"):
+        formats.format_of(layer(FlashInferExperts))
     with pytest.raises(OptionError, match="monolithic"):
-        loading._check_kernel(layer(FlashInferExperts, is_monolithic=True))
+        formats.format_of(layer(FlashInferExperts, is_monolithic=True))
+
+
+def test_quantised_checkpoints_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(formats, "current_platform", Platform(kind="cuda"))
+    assert list(formats.problems("fp8")) == ["quantization='fp8': allowed here: none"]
+    assert list(formats.problems(None)) == []
 
 
 def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):
