@@ -142,7 +142,7 @@ def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
         return SimpleNamespace(layer_name="layers.0", quant_method=method)
 
     assert formats.format_of(layer(TritonExperts)).ids == "blocks"
-    with pytest.raises(OptionError, match="FlashInferExperts.*allowed: TritonExperts"):
+    with pytest.raises(OptionError, match=r"FlashInferExperts.*allowed: TritonExperts"):
         formats.format_of(layer(FlashInferExperts))
     with pytest.raises(OptionError, match="monolithic"):
         formats.format_of(layer(FlashInferExperts, is_monolithic=True))
