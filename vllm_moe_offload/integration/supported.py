@@ -27,9 +27,8 @@ def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None
     ]
     if problems:
         raise OptionError(
-            f"--moe-offload={options.mode} is not possible here:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-            + "\nChange the option, or use --moe-offload=off."
+            f"--moe-offload={options.mode} is not possible here; change what is named, or use "
+            f"--moe-offload=off: {'; '.join(problems)}"
         )
 
 
