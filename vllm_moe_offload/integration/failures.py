@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.counters_dir import counters_dir
@@ -26,6 +26,8 @@ logger = logging.getLogger("vllm.moe_offload")
 
 OPTION_STATUS = 2
 """Exit status of a command that was given something impossible, as argparse's."""
+START_STATUS = 1
+"""Exit status if the engine did not start for another reason, as Python's of an exception."""
 _NAME = "failure.json"
 
 _front_end: int | None = None
@@ -177,12 +179,9 @@ def _with_one_line(command: Callable[[Any], Any], program: str) -> Callable[[Any
     def run(arguments: argparse.Namespace) -> Any:
         try:
             return command(arguments)
-        except OptionError as error:
-            _end(f"{program} {arguments.subparser}: error: {error}")
+        except (OptionError, StartError) as error:
+            # Of a start, the child's traceback stands above.
+            print(f"{program} {arguments.subparser}: error: {error}", file=sys.stderr)
+            sys.exit(OPTION_STATUS if isinstance(error, OptionError) else START_STATUS)
 
     return run
-
-
-def _end(message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(OPTION_STATUS)

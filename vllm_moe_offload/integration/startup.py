@@ -17,6 +17,7 @@ from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
+from vllm_moe_offload.plan.fit import amount
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
@@ -122,12 +123,12 @@ def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> 
     total = store.num_layers * store.num_experts
     expert_bytes = store.layout.expert_bytes
     logger.info(
-        "MoE offload (%s): %d layers x %d experts of %.2f MB = %.2f GiB in %s",
+        "MoE offload (%s): %d layers x %d experts of %.2f MB = %s in %s",
         options.mode,
         store.num_layers,
         store.num_experts,
         expert_bytes / 1e6,
-        total * expert_bytes / GIB,
+        amount(total * expert_bytes),
         store.path,
     )
     logger.info("MoE offload: %s", sizing_line(options.cache_gb, shape, expert_bytes))
@@ -142,7 +143,7 @@ def sizing_line(cache_gb: float | str, shape: CacheShape, expert_bytes: int) -> 
         expert_bytes: of one expert.
     """
     total = shape.num_layers * shape.num_experts
-    cached = f"cache_gb={cache_gb} -> {shape.num_pool_slots * expert_bytes / GIB:.2f} GiB"
+    cached = f"cache_gb={cache_gb} -> {amount(shape.num_pool_slots * expert_bytes)}"
     if shape.holds_everything:
         return f"all experts fit: {cached}, a slot for each of {total}"
     # Rounded up, or the last expert would not fit.
