@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from scripts.harness.server import Server
 from tests.integration.conftest import ENGINES
+from tests.integration.served import ARGUMENTS, PROMPTS, complete, serve
+from tests.messages.engine import ENGINE
 from tests.messages.page import fits
 from tests.messages.serve import OPTION, SERVE, Case
 
@@ -73,3 +78,48 @@ def test_what_the_front_end_finds(message, commands, demo_model, tmp_path):
     assert status == case.status, output
     if status == OPTION:
         assert "Traceback" not in output
+
+
+def run_server(model: Path, case: Case, tmp_path: Path) -> tuple[int, str]:
+    """Status and output of a server whose engine does not start."""
+    argv = arguments(case, model, tmp_path)
+    log = tmp_path / "log"
+    with Server(
+        argv[1], [*ARGUMENTS, *argv[2:]], log=log, environment=environment(case)
+    ) as server:
+        return server.process.wait(200), server.log
+
+
+def environment(case: Case) -> dict[str, str]:
+    """Of a server; a front end with an engine core and workers of its own."""
+    return {**ENGINES, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **case.environment}
+
+
+NOT_STARTED = list(ENGINE)[:2]
+
+
+@pytest.mark.parametrize("message", NOT_STARTED)
+def test_what_ends_a_start(message, demo_model, tmp_path):
+    """Features: a reason that a rank's worker, or the engine core, finds is the last line."""
+    case = ENGINE[message]
+    status, output = run_server(demo_model("mixtral"), case, tmp_path)
+    assert fits(message, output.splitlines()[-1]), output[-4000:]
+    assert status == case.status
+    assert ("Traceback" in output) == (status != OPTION)
+
+
+def test_what_ends_a_running_engine(demo_model, tmp_path):
+    """Feature: why an engine ended is the last line of its server."""
+    ended, read = list(ENGINE)[2:]
+    log, stores = tmp_path / "log", tmp_path / "stores"
+    with serve(demo_model("mixtral"), stores, log, **environment(ENGINE[ended])) as server:
+        server.wait_healthy()
+        (experts,) = stores.glob("*/rank0of1/experts.bin")
+        os.truncate(experts, 4096)
+        with pytest.raises(urllib.error.HTTPError):
+            complete(server, PROMPTS[0])
+        server.process.wait(60)
+        # vLLM killed processes, and Python's own tracker warns of what they held.
+        last = [line for line in server.log.splitlines() if "resource_tracker" not in line][-1]
+    assert fits(ended, last), server.log[-4000:]
+    assert fits(read, last)
