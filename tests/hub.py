@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -49,26 +49,33 @@ class Hub:
         requests: ``METHOD path`` of all that was asked so far.
     """
 
-    def __init__(self, repository: str, model: Path) -> None:
+    def __init__(self, repositories: Sequence[str], model: Path) -> None:
         self.url = ""
         self.requests: list[str] = []
-        self._repository = repository
+        self._repositories = repositories
         self._model = model
 
     def answer(self, path: str) -> tuple[dict[str, Any] | list[Any] | Path, bool]:
         """JSON, or a file to send; and whether it exists."""
-        api = f"/api/models/{self._repository}"
+        for repository in self._repositories:
+            found = self._answer(repository, path)
+            if found is not None:
+                return found, True
+        return {"error": "not found"}, False
+
+    def _answer(self, repository: str, path: str) -> dict[str, Any] | list[Any] | Path | None:
+        api = f"/api/models/{repository}"
         if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
             siblings = [{"rfilename": name} for name in self._names()]
-            information = {"id": self._repository, "modelId": self._repository, "sha": COMMIT}
-            return information | {"private": False, "tags": [], "siblings": siblings}, True
+            information = {"id": repository, "modelId": repository, "sha": COMMIT}
+            return information | {"private": False, "tags": [], "siblings": siblings}
         if path.startswith(f"{api}/tree/"):
-            return [self._entry(name) for name in self._names()], True
+            return [self._entry(name) for name in self._names()]
         for revision in ("main", COMMIT):
-            prefix = f"/{self._repository}/resolve/{revision}/"
+            prefix = f"/{repository}/resolve/{revision}/"
             if path.startswith(prefix) and path.removeprefix(prefix) in self._names():
-                return self._model / path.removeprefix(prefix), True
-        return {"error": "not found"}, False
+                return self._model / path.removeprefix(prefix)
+        return None
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self._model.iterdir())
@@ -84,9 +91,9 @@ class Hub:
 
 
 @contextlib.contextmanager
-def serve_hub(repository: str, model: Path) -> Iterator[Hub]:
-    """A hub on loopback that has one model."""
-    hub = Hub(repository, model)
+def serve_hub(repositories: Sequence[str], model: Path) -> Iterator[Hub]:
+    """A hub on loopback that has one model, under several names (``org/name``)."""
+    hub = Hub(repositories, model)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

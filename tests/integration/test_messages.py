@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.harness.server import Server
+from tests.hub import make_hub_cache
 from tests.integration.conftest import ENGINES
 from tests.integration.served import ARGUMENTS, PROMPTS, complete, serve
 from tests.messages.engine import ENGINE
@@ -23,16 +24,20 @@ from tests.messages.serve import OPTION, SERVE, Case
 
 pytestmark = pytest.mark.vllm
 
+CACHED = "demo/tiny-moe"
+"""A hub's name that the commands find in a cache."""
 DRIVER = Path(__file__).with_name("command_driver.py")
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory) -> Iterator[Callable[..., tuple[int, str]]]:
+def commands(demo_model, tmp_path_factory) -> Iterator[Callable[..., tuple[int, str]]]:
     """Runs `vllm` command lines; gives exit status and output."""
-    log = tmp_path_factory.mktemp("commands") / "log"
+    directory = tmp_path_factory.mktemp("commands")
+    log, cache = directory / "log", directory / "hub"
+    make_hub_cache(cache, CACHED, demo_model("mixtral"))
     process = subprocess.Popen(
         [sys.executable, str(DRIVER)],
-        env=ENGINES,
+        env={**ENGINES, "HF_HUB_CACHE": str(cache)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -78,6 +83,14 @@ def test_what_the_front_end_finds(message, commands, demo_model, tmp_path):
     assert status == case.status, output
     if status == OPTION:
         assert "Traceback" not in output
+
+
+def test_a_name_is_found_in_the_cache_before_a_process_starts(commands, tmp_path):
+    """Feature: a hub's name without network."""
+    message = next(message for message in SERVE if message.startswith("moe-offload: cache_gb="))
+    status, output = commands(arguments(SERVE[message], Path(CACHED), tmp_path))
+    assert fits(message, output.splitlines()[-1]), output
+    assert status == OPTION
 
 
 def run_server(model: Path, case: Case, tmp_path: Path) -> tuple[int, str]:

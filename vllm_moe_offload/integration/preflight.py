@@ -115,7 +115,7 @@ def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | 
         return None  # what `plan` cannot count may be served all the same
     if tensors:
         for problem in model_problems(shape):
-            raise OptionError(f"{problem.text}; it takes {problem.remedy}")
+            raise OptionError(f"{problem.text}: {problem.remedy}")
     ranks = vllm_config.parallel_config.tensor_parallel_size
     element_bytes = vllm_config.model_config.dtype.itemsize
     return replace(
