@@ -29,6 +29,7 @@ OPTION_STATUS = 2
 START_STATUS = 1
 """Exit status if the engine did not start for another reason, as Python's of an exception."""
 _NAME = "failure.json"
+_TRACKER_IS_SILENT = "ignore:resource_tracker:UserWarning"
 
 _front_end: int | None = None
 """Id of the process that made the configuration: what is raised there reaches the caller."""
@@ -59,6 +60,11 @@ def begin() -> None:
     directory = counters_dir()
     if directory is not None:
         (directory / _NAME).unlink(missing_ok=True)
+    # vLLM ends children that hold shared memory. Python's tracker frees it when all have ended, and
+    # its warning of that would stand below the reason.
+    warnings = os.environ.get("PYTHONWARNINGS", "")
+    if _TRACKER_IS_SILENT not in warnings:
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [warnings, _TRACKER_IS_SILENT]))
 
 
 def known_failure() -> Failure | None:

@@ -71,23 +71,8 @@ def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
         return
     from vllm.v1.engine.core import EngineCore
 
-    wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
-    # Where vLLM leaves shared memory behind, a warning of it would be the last line.
-    try:
-        failures.in_child(original, self, vllm_config)
-    except BaseException:
-        finalizer = getattr(self, "_finalizer", None)  # of the one that starts workers
-        if finalizer is not None:
-            finalizer()
-        raise
-
-
-def _initialize_kv_caches(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return failures.in_child(original, self, *args, **kwargs)
-    except BaseException:
-        self.model_executor.shutdown()
-        raise
+    wrap(EngineCore, "_initialize_kv_caches", failures.in_child)
+    failures.in_child(original, self, vllm_config)
 
 
 # --------------------------------------------------------------------------------------
