@@ -31,8 +31,10 @@ ENGINE: dict[str, Case] = {
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         status=OPTION,
     ),
-    # By the engine core: vLLM's own reason.
-    "the engine did not start: ...": given("--kv-cache-memory-bytes", "1000", status=OTHER),
+    # By the engine core: vLLM's own reason, before it starts a worker.
+    "the engine did not start: ...": Case(
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "everywhere"}, status=OTHER
+    ),
     # By a worker that serves: its store is cut meanwhile.
     "MoE offload: the engine ended: ...": Case(status=OTHER),
     "cannot read expert ... of layer ... from ... (byte ...): ...; if the disk is healthy, stop "
