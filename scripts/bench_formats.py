@@ -152,9 +152,7 @@ def bars_of(rows: Sequence[Case]) -> list[Bar]:
     """int4 against bf16 at the least share, and whether int4 fits at the largest."""
     by_case = {(row["format"], row["share"]): row for row in rows}
     shares = sorted({row["share"] for row in rows})
-    speeds = [
-        by_case[name, shares[0]]["tokens_per_s"]["median"] for name in ("int4", "bf16")
-    ]
+    speeds = [by_case[name, shares[0]]["tokens_per_s"]["median"] for name in ("int4", "bf16")]
     return [
         Bar(
             f"tokens/s with {shares[0]:.0%} of the bf16 bytes, int4 / bf16",
@@ -188,7 +186,9 @@ def main() -> int:
         args.eager, args.rounds, args.repeats, args.requests, args.tokens = True, 1, 1, 1, 16
     args.model = args.model or args.work_dir / "models" / "upcycled"
     if not (args.model / "config.json").exists():
-        parser.error(f"--model {args.model}: no checkpoint; python -m scripts.upcycle makes one")
+        parser.error(
+            f"--model {args.model}: no checkpoint; python -m scripts.upcycle makes one"
+        )
     models = models_of(args)
     shape = read_checkpoint(args.model).shape
     total = shape.total_experts

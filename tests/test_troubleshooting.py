@@ -8,14 +8,20 @@ from types import MappingProxyType
 
 import pytest
 
+from tests.messages.elsewhere import ELSEWHERE
+from tests.messages.engine import ENGINE
+from tests.messages.page import entries, fits, rows
+from tests.messages.program import PROGRAM
+from tests.messages.serve import SERVE
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vllm_moe_offload"
-PAGE = ROOT / "docs" / "troubleshooting.md"
 
 PROBLEMS = {"supported.py", "formats.py", "cpu_kernels.py"}
 """Modules that yield what is in the way, a line each."""
 USER_ERRORS = {
     "OptionError",
+    "StartError",
     "StoreError",
     "DamagedStore",
     "TransferError",
@@ -31,10 +37,6 @@ USER_ERRORS = {
     "NotImplementedError",
     "Problem",
 }
-OTHERS = re.compile(r"\((vLLM|argparse|`make setup`)'s\)")
-"""Marks a row whose message is not the package's."""
-
-
 PARTS = {"remedy", "_remedy", "reason"}
 """Variables and functions that hold a part of a message."""
 
@@ -123,24 +125,6 @@ def user_messages():
                     yield f"{where}:{node.lineno}", text
 
 
-def entries():
-    """The messages on the page: code in the first column of a table."""
-    for line in PAGE.read_text().splitlines():
-        if line.startswith("| `") and not OTHERS.search(line):
-            yield line.split("`")[1]
-
-
-def fits(entry, text):
-    """Whether an entry's fixed parts stand in a message's text in this order."""
-    at = 0
-    for part in (part for part in entry.split("...") if part.strip()):
-        at = text.find(part.strip(), at)
-        if at < 0:
-            return False
-        at += len(part.strip())
-    return True
-
-
 def is_distinctive(entry):
     return any(len(part.strip()) >= 8 for part in entry.split("..."))
 
@@ -165,3 +149,24 @@ def test_messages_are_found_at_all():
     texts = [text for _, text in user_messages()]
     assert len(texts) > 80
     assert any("cannot write the expert store" in text for text in all_texts())
+
+
+PROVOKED = {**SERVE, **PROGRAM, **ENGINE}
+
+
+@pytest.mark.parametrize("message", [row for row, _ in rows()])
+def test_every_message_is_provoked_or_it_is_said_why_not(message):
+    """The tables that `tests/cli` and `tests/integration` run."""
+    assert (message in PROVOKED) != any(part in message for part in ELSEWHERE)
+
+
+def test_the_tables_know_no_message_that_is_not_on_the_page():
+    page = [row for row, _ in rows()]
+    assert not PROVOKED.keys() - set(page)
+    assert not [part for part in ELSEWHERE if not any(part in row for row in page)]
+
+
+@pytest.mark.parametrize("reason", sorted(set(ELSEWHERE.values())))
+def test_the_test_that_has_it_instead_exists(reason):
+    for path, _, name in (where.partition("::") for where in re.findall(r"tests/\S+", reason)):
+        assert f"def {name}" in (ROOT / path).read_text()

@@ -108,8 +108,9 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
 class EngineProcess:
     """A process that runs one list of jobs after the other; it starts with the first."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, environment: dict[str, str] = ENGINES) -> None:
         self._directory = directory
+        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         self._lists = 0
 
@@ -144,7 +145,7 @@ class EngineProcess:
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(DRIVER)],
-                env=ENGINES,
+                env=self._environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -11,8 +11,14 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, options, parse_options
-from vllm_moe_offload.integration import endpoint, patching, supported, supported_gpu
-from vllm_moe_offload.integration.counters_dir import ensure_counters_dir
+from vllm_moe_offload.integration import (
+    endpoint,
+    failures,
+    patching,
+    supported,
+    supported_gpu,
+)
+from vllm_moe_offload.integration.counters_dir import at_exit_of_creator, ensure_counters_dir
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -121,9 +127,16 @@ def _create_engine_config(
         supported.check(vllm_config, options, requested_graphs)
         if current_platform.is_cuda():
             supported_gpu.prepare(vllm_config)
+        from vllm_moe_offload.integration import (
+            preflight,
+        )  # and the C++ core, which off needs not
+
+        preflight.check(vllm_config, options)
         _leave_time_to_close(vllm_config, options)
         ensure_counters_dir()
         endpoint.install()
+        at_exit_of_creator(failures.tell)
+        failures.begin()
     return vllm_config
 
 

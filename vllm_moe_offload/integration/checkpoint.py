@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.integration.model_files import check_dtype, no_safetensors
 from vllm_moe_offload.store.checkpoint_reader import (
-    DTYPES,
     TensorRange,
     TensorStream,
     expert_layer,
@@ -38,6 +37,8 @@ class SortedCheckpoint:
         Raises:
             OptionError: the checkpoint is not in safetensors files.
         """
+        self.directory: Path | None = None
+        """Of the model's own weights."""
         self._dense: list[tuple[str, str, str]] = []  # name for the model, file, name in file
         self._experts: dict[int, list[tuple[str, TensorRange]]] = {}
         sources = [
@@ -63,20 +64,15 @@ class SortedCheckpoint:
             source.allow_patterns_overrides,
         )
         if not is_safetensors:
-            raise OptionError(
-                f"--moe-offload: {folder} holds no safetensors files; convert the checkpoint "
-                "(pickled weights are neither safe nor seekable)"
-            )
+            raise no_safetensors(folder)
+        if self.directory is None:
+            self.directory = Path(folder)
         for file in sorted(files):
             ranges = tensor_ranges(Path(file))
             for name, where in ranges.items():
                 number = expert_layer(name)
                 if number is not None:
-                    if where.dtype not in DTYPES:
-                        raise OptionError(
-                            f"--moe-offload: {name} in {file} is {where.dtype}; experts must be "
-                            f"one of {', '.join(DTYPES)}. Use --moe-offload=off"
-                        )
+                    check_dtype(name, where)
                     entry = (source.prefix + name, where)
                     self._experts.setdefault(number, []).append(entry)
                 else:

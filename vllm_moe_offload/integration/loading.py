@@ -34,6 +34,7 @@ from vllm_moe_offload.integration.formats import (
     format_of,
     take_stored_form,
 )
+from vllm_moe_offload.integration.model_files import model_name, with_config
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.store import (
@@ -64,6 +65,7 @@ def stream_weights(
         yield from original(loader, model_config, model)
         return
     checkpoint = SortedCheckpoint(loader, model_config, model)
+    load.identify(checkpoint.directory)
     numbers = load.check_layers(checkpoint.expert_layers)
     with store_lock(load.directory):
         store = load.open_store()
@@ -94,6 +96,7 @@ def load_dummy_weights(
     offloaded = set(map(id, load.layers))
     dense = [module for module in model.modules() if id(module) not in offloaded]
     original(loader, SimpleNamespace(modules=lambda: dense), model_config)
+    load.identify(None)
     with store_lock(load.directory):
         if load.open_store() is None:
             with load.builder() as builder, BackgroundWriter(builder) as writer:
@@ -151,14 +154,18 @@ class ExpertLoad:
                 "not supported; use --moe-offload=off"
             )
         self.num_experts = experts.pop()
-        self._identity = _identity(vllm_config, layers[0])
-        self.directory: Path = self._identity.directory(
-            Path(options.store_dir), str(vllm_config.model_config.model)
-        )
         self._store: ExpertStore | None = None
         self._layout: ExpertLayout | None = None
         self._landing: torch.Tensor | None = None
         self._build_began = 0.0
+
+    def identify(self, weights: Path | None) -> None:
+        """Which store is the model's; ``weights``: where they are, None if they are not read."""
+        model_dir = with_config(self._vllm_config, weights)
+        self._identity = _identity(self._vllm_config, self.layers[0], model_dir)
+        self.directory: Path = self._identity.directory(
+            Path(self.options.store_dir), model_name(str(self._vllm_config.model_config.model))
+        )
 
     def check_layers(self, in_checkpoint: list[int]) -> list[int]:
         """Decoder layer of every MoE layer.
@@ -312,12 +319,12 @@ def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _identity(vllm_config: Any, layer: Any) -> StoreIdentity:
+def _identity(vllm_config: Any, layer: Any, model_dir: Path) -> StoreIdentity:
     model_config = vllm_config.model_config
     method = layer.quant_method
     parallel = layer.moe_config.moe_parallel_config
     return StoreIdentity(
-        checkpoint=checkpoint_fingerprint(Path(model_config.model)),
+        checkpoint=checkpoint_fingerprint(model_dir),
         load_format=str(
             getattr(
                 vllm_config.load_config.load_format,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_moe_offload.integration import failures
 from vllm_moe_offload.integration.patching import require, wrap
 
 
@@ -38,7 +39,49 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
             cpu_kernels.install()
         install_model_patches()
         install_runner_patches()
+        wrap(type(self), "init_device", failures.in_child)
+        wrap(type(self), "load_model", failures.in_child)
     original(self, vllm_config, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------
+# Executor.__init__ (v1/executor/abstract.py),
+# EngineCore._initialize_kv_caches (v1/engine/core.py),
+# WorkerBase.init_device, .load_model (v1/worker/worker_base.py)
+#   why: what fails in an engine core or a worker is logged there with a traceback, and the
+#     front end only learns that something failed.
+#   upstream: v1/engine/core.py, EngineCoreProc.run_engine_core; WorkerProc.worker_main of
+#     v1/executor/multiproc_executor.py.
+#   remove when: a child's exception reaches the front end.
+# utils.wait_for_engine_startup (v1/engine/utils.py)
+#   why: the place in the front end, of servers and of LLM alike, that learns that an engine failed.
+#   upstream: v1/engine/utils.py ("See root cause above").
+#   remove when: a child's exception reaches the front end.
+# FlexibleArgumentParser.parse_args (utils/argparse_utils.py)
+#   why: a wrong option, found after parsing, ends the command with a traceback and status 1.
+#   upstream: entrypoints/cli/main.py calls what the parser put in ``dispatch_function``.
+#   remove when: the command line prints ValueErrors of the configuration as argparse does.
+def install_failure_hooks() -> None:
+    """Lets the reason of a failed start be the last line, and options end with status 2."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine import utils
+    from vllm.v1.executor.abstract import Executor
+
+    wrap(FlexibleArgumentParser, "parse_args", failures.parse_args)
+    wrap(utils, "wait_for_engine_startup", failures.in_front_end)
+    wrap(Executor, "__init__", _executor_init)
+
+
+def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
+    from vllm_moe_offload.integration.arguments import options_of
+
+    if not options_of(vllm_config).enabled:
+        original(self, vllm_config)
+        return
+    from vllm.v1.engine.core import EngineCore
+
+    wrap(EngineCore, "_initialize_kv_caches", failures.in_child)
+    failures.in_child(original, self, vllm_config)
 
 
 # --------------------------------------------------------------------------------------

@@ -23,4 +23,5 @@ def register() -> None:
     patching.check_version()
     arguments.install()
     patches.install_worker_hook()
+    patches.install_failure_hooks()
     _registered = True

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from vllm_moe_offload.integration import failures
 from vllm_moe_offload.integration.experts import find_runtime
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.step import StepTokens
@@ -76,6 +77,7 @@ def execute_model(
     if runtime is not None:
         for request in scheduler_output.finished_req_ids:
             runtime.end_request(request)
+        return failures.while_serving(original, self, scheduler_output, *args, **kwargs)
     return original(self, scheduler_output, *args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from vllm_moe_offload import __version__
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
-from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.config import GIB, OffloadConfig, parse_cache_size
 from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.metrics import SUFFIX, CounterFile
+from vllm_moe_offload.plan.fit import amount
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
@@ -121,23 +123,35 @@ def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> 
     total = store.num_layers * store.num_experts
     expert_bytes = store.layout.expert_bytes
     logger.info(
-        "MoE offload (%s): %d layers x %d experts of %.2f MB = %.2f GiB in %s",
+        "MoE offload (%s): %d layers x %d experts of %.2f MB = %s in %s",
         options.mode,
         store.num_layers,
         store.num_experts,
         expert_bytes / 1e6,
-        total * expert_bytes / GIB,
+        amount(total * expert_bytes),
         store.path,
     )
-    logger.info(
-        "MoE offload: cache_gb=%s -> %.2f GiB: %d cache slots (%.0f%% of all experts) + %d "
-        "staging slots%s",
-        options.cache_gb,
-        shape.num_pool_slots * expert_bytes / GIB,
-        shape.num_slots,
-        100 * shape.num_slots / total,
-        shape.num_staging_slots,
-        "; everything fits" if shape.holds_everything else "",
+    logger.info("MoE offload: %s", sizing_line(options.cache_gb, shape, expert_bytes))
+
+
+def sizing_line(cache_gb: float | str, shape: CacheShape, expert_bytes: int) -> str:
+    """What was chosen, and the option that would change it.
+
+    Args:
+        cache_gb: the option as it was given.
+        shape: what it came to.
+        expert_bytes: of one expert.
+    """
+    total = shape.num_layers * shape.num_experts
+    cached = f"cache_gb={cache_gb} -> {amount(shape.num_pool_slots * expert_bytes)}"
+    if shape.holds_everything:
+        return f"all experts fit: {cached}, a slot for each of {total}"
+    # Rounded up, or the last expert would not fit.
+    all_gib = math.ceil(total * expert_bytes / GIB * 1000) / 1000
+    return (
+        f"{cached}: {shape.num_slots} cache slots ({shape.num_slots / total:.0%} of all experts) "
+        f"+ {shape.num_staging_slots} staging slots; all of them: "
+        f"--moe-offload-config.cache_gb {all_gib:g}"
     )
 
 
@@ -165,11 +179,6 @@ def _collection_file(
     path = store.directory.parent / COLLECTION_NAME
     if options.trace_path is not None:
         path = Path(options.trace_path)
-        if not path.parent.is_dir():
-            raise OptionError(
-                f"moe-offload: trace_path={options.trace_path!r} is not possible: there is no "
-                f"directory {path.parent}"
-            )
     policy.forecast.collection.fingerprint = store.identity.checkpoint
     file = CollectionFile(path, policy.forecast.collection, writes=parallel.tp_rank == 0)
     policy.forecast.collection = file.load()

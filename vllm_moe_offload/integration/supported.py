@@ -27,9 +27,8 @@ def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None
     ]
     if problems:
         raise OptionError(
-            f"--moe-offload={options.mode} is not possible here:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-            + "\nChange the option, or use --moe-offload=off."
+            f"--moe-offload={options.mode} is not possible here; change what is named, or use "
+            f"--moe-offload=off: {'; '.join(problems)}"
         )
 
 
@@ -49,8 +48,9 @@ def _platform_problems(
             f"platform {current_platform.device_name!r}: allowed: cpu, cuda (NVIDIA). ROCm, XPU "
             "and TPU are not supported"
         )
-    if config.model_config.quantization is not None and current_platform.is_cpu():
-        yield from cpu_kernels.problems(config.model_config.quantization, options.cpu_kernels)
+    quantization = config.model_config.quantization
+    if quantization is not None and not any(formats.problems(quantization)):
+        yield from cpu_kernels.problems(quantization, options.cpu_kernels)
     if options.host_gb != "auto":
         yield f"host_gb={options.host_gb!r}: without a GPU experts are cached in RAM; see cache_gb"
 

@@ -186,7 +186,7 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
     build = build_peak_bytes(layer_bytes)
     build += HOST_RUNTIME_BYTES if machine.has_gpu else shape.dense_bytes + CPU_RUNTIME_BYTES
     problems = [
-        *_model_problems(shape),
+        *model_problems(shape),
         *_memory_problems(shape, machine, least, exact, build),
     ]
     cache, cache_gb = None, ""
@@ -251,7 +251,8 @@ def _round_up_memory(served_bytes: int) -> int:
     return math.ceil(served_bytes / UTILIZATION / GIB * 10 + 1e-6) * GIB // 10
 
 
-def _model_problems(shape: ModelShape) -> Iterator[Problem]:
+def model_problems(shape: ModelShape) -> Iterator[Problem]:
+    """Why a checkpoint is not served on any machine."""
     if shape.quantization is not None:
         total = shape.parameters * 2
         yield Problem(

@@ -25,8 +25,7 @@ from vllm_moe_offload.store.expert_store import (
     open_store,
 )
 from vllm_moe_offload.store.identity import StoreIdentity
-
-_MANIFEST_ALLOWANCE_BYTES = 8 << 20
+from vllm_moe_offload.store.room import check_room, no_room
 
 
 class StoreBuilder:
@@ -156,24 +155,17 @@ class StoreBuilder:
     def _file_bytes(self, layout: ExpertLayout) -> int:
         return self._num_layers * self._num_experts * layout.record_bytes
 
-    def _free_bytes(self) -> int:
-        status = os.statvfs(self._directory.parent)
-        return status.f_bavail * status.f_frsize
-
     def _check_space(self, layout: ExpertLayout) -> None:
-        if self._free_bytes() < self._file_bytes(layout) + _MANIFEST_ALLOWANCE_BYTES:
-            raise self._write_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        check_room(self._directory, self._file_bytes(layout), self._directory.parent)
 
     def _write_error(self, error: OSError) -> StoreError:
-        reason = f"cannot write the expert store {self._directory}: {error}"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return StoreError(f"{reason}; set store_dir to a directory that can be written")
-        if self._layout is not None:
-            reason += f"; it needs {self._file_bytes(self._layout)} bytes"
-        return StoreError(
-            f"{reason}; {self._free_bytes()} are free; set store_dir to a directory on a disk "
-            "with enough space"
-        )
+            return StoreError(
+                f"cannot write the expert store {self._directory}: {error}; set store_dir to a "
+                "directory that can be written"
+            )
+        needed = None if self._layout is None else self._file_bytes(self._layout)
+        return StoreError(no_room(self._directory, error, needed, self._directory.parent))
 
     def _check_layer(
         self, layer: int, layout: ExpertLayout, tensors: Mapping[str, npt.NDArray[np.uint8]]

@@ -25,16 +25,24 @@ def prepare_store_dir(directory: Path) -> None:
         StoreError: names ``store_dir``: not a directory, not writable, or another user's.
     """
     model_dir = directory.parent
-    store_dir = model_dir.parent
-    for path in (store_dir, model_dir):
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"cannot create {path} for the expert store: {error}; set store_dir to a "
-                "directory that you may write to"
-            ) from error
-        _check_own(path, store_dir)
+    for path in (model_dir.parent, model_dir):
+        prepare_directory(path, model_dir.parent)
+
+
+def prepare_directory(path: Path, store_dir: Path) -> None:
+    """Creates ``path`` (0700), which is ``store_dir`` or lies in it, and checks it.
+
+    Raises:
+        StoreError: as :func:`prepare_store_dir`.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"cannot create {path} for the expert store: {error}; set store_dir to a "
+            "directory that you may write to"
+        ) from error
+    _check_own(path, store_dir)
 
 
 def _check_own(path: Path, store_dir: Path) -> None:

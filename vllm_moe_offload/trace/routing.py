@@ -128,10 +128,13 @@ def load_trace(path: str | Path) -> RoutingTrace:
         OSError: the file cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise TraceError(f"{path} is a single array, not an .npz routing trace")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise TraceError(f"{path} is a single array, not an .npz routing trace")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
+    except TraceError:
+        raise
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise TraceError(f"{path} is not an .npz routing trace: {error}") from error
     missing = [name for name in REQUIRED if name not in arrays]

@@ -72,7 +72,17 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     if not path.is_file():
         raise ShapeError(f"{directory} is no checkpoint: it has no config.json")
     shape = shape_of_config(read_config(path), str(path))
-    tensors = list(_tensors(directory))
+    return count_checkpoint(directory, shape, list(checkpoint_tensors(directory)))
+
+
+def count_checkpoint(
+    directory: Path, shape: ModelShape, tensors: Sequence[tuple[str, TensorRange]]
+) -> Checkpoint:
+    """What a checkpoint's tensors add to the shape that its config.json gives.
+
+    Raises:
+        ShapeError: they contradict each other.
+    """
     if not tensors:
         return Checkpoint(shape, False, 0, (), ())
     layers: Counter[int] = Counter()
@@ -101,8 +111,14 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
-def _tensors(directory: Path) -> Iterator[tuple[str, TensorRange]]:
-    """All tensors of the files that the index names, or of all files without an index."""
+def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, TensorRange]]:
+    """All tensors of the files that the index names, or of all files without an index.
+
+    Raises:
+        ShapeError: the index is damaged, or files of it are missing.
+        ValueError: a file is damaged, or no safetensors file.
+        OSError: a file cannot be read.
+    """
     index = directory / _INDEX
     files = sorted(directory.glob("*.safetensors"))
     if index.is_file():

@@ -1,0 +1,135 @@
+"""What is checked before a process starts, beyond the messages of tests/messages/serve.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.hub import make_hub_cache
+from tests.messages.serve import weights, without_a_file
+from tests.stores import build
+from vllm_moe_offload.cache.planner import CacheShape
+from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
+from vllm_moe_offload.integration import patching, preflight
+from vllm_moe_offload.integration.startup import sizing_line
+from vllm_moe_offload.store import checkpoint_fingerprint, room
+
+EXPERT_BYTES = 3 * 128 * 128 * 2
+
+
+@pytest.fixture
+def model(demo_model, tmp_path) -> Path:
+    """A copy, to be spoilt."""
+    return Path(shutil.copytree(demo_model("mixtral"), tmp_path / "model"))
+
+
+def config_of(model: Path | str, *, ranks: int = 1, **load: Any) -> Any:
+    load = {"load_format": "auto", "download_dir": None, **load}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(model=str(model), revision=None, dtype=torch.bfloat16),
+        load_config=SimpleNamespace(**load),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, nnodes=1),
+    )
+
+
+def check(config: Any, tmp_path: Path, **options: Any) -> None:
+    options = {"mode": "trace", "store_dir": str(tmp_path / "stores"), **options}
+    preflight.check(config, OffloadConfig(**options))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_least_cache_is_what_one_rank_needs(model, tmp_path, ranks):
+    least = 2 * EXPERT_BYTES / ranks
+    check(config_of(model, ranks=ranks), tmp_path, cache_gb=least / GIB)
+    with pytest.raises(OptionError, match=f"of {EXPERT_BYTES // ranks} bytes, but one token"):
+        check(config_of(model, ranks=ranks), tmp_path, cache_gb=0.99 * least / GIB)
+
+
+def test_dummy_weights_need_no_files(model, tmp_path):
+    weights(model).unlink()
+    check(config_of(model, load_format="dummy"), tmp_path)
+    with pytest.raises(OptionError, match="holds no safetensors files"):
+        check(config_of(model), tmp_path)
+
+
+def test_what_a_hub_has_still_to_send_is_not_missing(model, tmp_path):
+    without_a_file(model)
+    with pytest.raises(OptionError, match="is incomplete: 1 of 2 files"):
+        check(config_of(model), tmp_path)
+    make_hub_cache(tmp_path / "hub", "demo/tiny", model)
+    hub = str(tmp_path / "hub")
+    check(config_of("demo/tiny", download_dir=hub), tmp_path)
+    check(
+        config_of("demo/other", download_dir=hub), tmp_path, cache_gb=1e-9
+    )  # nothing is known
+    with pytest.raises(OptionError, match="one token needs 2"):
+        check(config_of("demo/tiny", download_dir=hub), tmp_path, cache_gb=1e-9)
+
+
+def test_an_architecture_that_plan_does_not_know_is_left_to_the_worker(model, tmp_path):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "new"}))
+    check(config_of(model), tmp_path, cache_gb=1e-9)
+
+
+# ---- disk room ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fill_disk(monkeypatch):
+    """After it was called, nothing is free."""
+    return lambda: monkeypatch.setattr(room, "free_bytes", lambda _: 0)
+
+
+def test_a_store_that_is_there_needs_no_room(model, tmp_path, fill_disk):
+    fingerprint = checkpoint_fingerprint(model)
+    store = build(
+        tmp_path / "stores", checkpoint=fingerprint, vllm_version=patching.vllm_version()
+    )
+    fill_disk()
+    check(config_of(model), tmp_path)
+    shutil.rmtree(store.directory)
+    with pytest.raises(OptionError, match=r"it needs 2359296 bytes; 0 are free; set store_dir"):
+        check(config_of(model), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "difference", [{"checkpoint": "another"}, {"vllm_version": "0.1"}, {"tp_size": 2}]
+)
+def test_a_store_of_something_else_is_none(model, tmp_path, fill_disk, difference):
+    known = {
+        "checkpoint": checkpoint_fingerprint(model),
+        "vllm_version": patching.vllm_version(),
+    }
+    build(tmp_path / "stores", **{**known, **difference})
+    fill_disk()
+    with pytest.raises(OptionError, match="are free; set store_dir"):
+        check(config_of(model), tmp_path)
+
+
+def test_what_a_killed_build_left_is_room(model, tmp_path, fill_disk):
+    left = tmp_path / "stores" / "model-0123456789abcdef" / "rank0of1.building-1-aa"
+    left.mkdir(parents=True, mode=0o700)
+    (left / "experts.bin").write_bytes(bytes(20 << 20))
+    fill_disk()
+    check(config_of(model), tmp_path)
+
+
+# ---- what a start says -------------------------------------------------------------------
+
+
+def test_the_sizing_line_says_what_fits_or_what_to_change():
+    size = GIB // 10
+    assert sizing_line("auto", CacheShape(2, 8, 16), size) == (
+        "all experts fit: cache_gb=auto -> 1.60 GiB, a slot for each of 16"
+    )
+    assert sizing_line("50%", CacheShape(2, 8, 6, 2), size) == (
+        "cache_gb=50% -> 0.80 GiB: 6 cache slots (38% of all experts) + 2 staging slots; all of "
+        "them: --moe-offload-config.cache_gb 1.6"
+    )

@@ -1,0 +1,112 @@
+"""Messages of the page that no command line provokes: why, and which test has them instead."""
+
+from __future__ import annotations
+
+GPU = "needs a GPU, or one that is simulated: "
+DISK = "needs damage on disk, or a disk that fails: "
+MODEL = "no model that vLLM has makes it on a CPU: "
+WARNING = "a warning, the server goes on: "
+REBUILT = "a warning, and the store is built again: "
+OPENING = "tests/store/test_expert_store.py"
+STATUS_1 = "a plan or a report, not an error; status 1: "
+
+ELSEWHERE = {
+    "install_lock.py: no CPU build": "of `make setup`: tests/scripts/test_install_lock.py",
+    # What cannot go together
+    "platform ...": GPU + "tests/integration/test_supported_gpu.py::test_platforms",
+    "compute capability": GPU + "tests/integration/test_supported_gpu.py::test_platforms",
+    "dtype=...: on a GPU": GPU + "tests/integration/test_supported_gpu.py",
+    "moe_backend=...": GPU + "tests/integration/test_supported_gpu.py",
+    "the CUDA part of vllm-moe-offload": GPU + "tests/transfer/test_cuda_library.py",
+    "enable_sleep_mode=True": "vLLM refuses it on a CPU first: "
+    "tests/integration/test_supported_gpu.py::test_memory_that_can_be_put_to_sleep_is_refused",
+    "enable_cumem_allocator=True": "vLLM refuses it on a CPU first: "
+    "tests/integration/test_supported_gpu.py::test_memory_that_can_be_put_to_sleep_is_refused",
+    "compilation pass enable_sp=True": GPU + "vLLM for CPUs has no such pass",
+    "reload_weights is not possible": "of a call while serving: "
+    "tests/integration/test_patches.py::"
+    "test_weights_are_not_reloaded_into_rows_of_other_experts",
+    "is replaced by another plugin's": "needs another plugin for the same class",
+    # Quantised experts
+    "vLLM's kernels for it": "needs another CPU: tests/integration/test_cpu_kernels.py",
+    # On a GPU
+    "GiB of GPU memory": GPU + "tests/integration/test_gpu_memory.py",
+    "host_gb=... holds": GPU + "tests/cache/test_sizing.py",
+    "bytes of host memory for": GPU + "tests/transfer/test_host_tier.py",
+    "cannot load ...: ...; ...": GPU + "tests/transfer/test_cuda_library.py",
+    "... has interface ..., this code needs ...; ...": GPU
+    + "tests/transfer/test_cuda_library.py",
+    "would run on ...": GPU + "tests/integration/test_supported_gpu.py",
+    "instead of RAM": GPU
+    + "tests/integration/test_loading_boundary.py::test_kernel_form_must_be_in_ram",
+    # The model or its checkpoint
+    "is not a directory": "what is served has a directory: tests/store/test_identity.py",
+    "cannot fingerprint": DISK + "tests/store/test_identity.py",
+    "was built without a single": MODEL + "every one of its experts is a RoutedExperts",
+    "layers with different numbers": MODEL + "equal in all layers",
+    "differ in shape from those of": MODEL + "equal in all layers",
+    "(monolithic)": GPU + "tests/integration/test_supported_gpu.py",
+    "not one row for each of": MODEL + "parameters are one row per expert",
+    "forward_modular of its own": MODEL + "no subclass has one",
+    "that was built without offload": MODEL + "all come through RoutedExperts.__new__",
+    "ended at byte": "needs a checkpoint that changes while it is read: "
+    "tests/store/test_checkpoint_reader.py::test_a_file_that_shrinks_is_named",
+    # The store
+    "cannot open the lock": DISK + "tests/store/test_directory.py",
+    "set store_dir to a directory that can be written": DISK
+    + "tests/store/test_builder.py::test_file_size_limit_is_an_error_that_names_the_store",
+    "exists already; open it": "needs two builders that ignore the lock: "
+    "tests/store/test_builder.py::test_an_existing_store_is_not_overwritten",
+    "vanished right after": "needs somebody who deletes it at that moment",
+    "the store is built again": REBUILT + "tests/integration/test_engine.py",
+    "is of another model or build": REBUILT + OPENING,
+    "its experts hold": REBUILT + OPENING,
+    "has format version ..., this code reads": REBUILT + OPENING,
+    "is not a valid manifest": REBUILT + OPENING,
+    "... is not valid (...)": REBUILT + OPENING,
+    "does not list checksums": REBUILT + OPENING,
+    "bytes, but its layout needs": REBUILT + OPENING,
+    "bytes instead of": REBUILT + OPENING,
+    "cannot read ...: ...": REBUILT + OPENING,
+    "holds a damaged record": REBUILT + OPENING,
+    "cannot note in": WARNING
+    + "tests/store/test_expert_store.py::test_a_store_that_cannot_be_condemned_says_so",
+    "reading through the page cache": WARNING
+    + "tests/transfer/test_engine.py::test_refused_o_direct_falls_back_with_a_warning",
+    "cannot delete": DISK
+    + "tests/store/test_shelf.py::test_what_cannot_be_deleted_is_an_error",
+    # While serving, memory
+    "cannot open the expert store": "needs a store that changes during the start: "
+    "tests/transfer/test_engine.py::test_store_that_vanished_or_changed_size",
+    "no router was found": WARNING + MODEL + "tests/integration/test_device_calls.py",
+    "a prefetch failed": WARNING
+    + "tests/transfer/test_prefetch.py::test_a_failed_prefetch_is_a_warning",
+    "smaller than what one layer call needs": WARNING
+    + "tests/integration/test_engine.py::test_a_cache_smaller_than_a_layer_serves_in_waves",
+    "holds no whole counters": WARNING
+    + "tests/test_metrics.py::test_a_damaged_file_is_left_out_with_one_warning",
+    "Waiting for connections to close": "vLLM's, and no error",
+    "slots of ...; lower cache_gb": "needs memory that runs out: tests/cache/test_sizing.py",
+    "cannot populate": "needs memory that runs out",
+    "Available memory on node": "vLLM's; needs memory that runs out",
+    # Traces and activation matrices
+    "starting without the activation matrices": WARNING
+    + "tests/trace/test_collection_file.py::test_a_foreign_or_damaged_file_is_left_alone",
+    "set another trace_path": WARNING
+    + "tests/trace/test_collection.py::test_foreign_and_damaged_files_are_refused",
+    "cannot save activation matrices": WARNING
+    + "tests/trace/test_collection_file.py::test_an_unwritable_directory_is_a_warning",
+    "record_trace stopped": WARNING
+    + "tests/trace/test_recorder.py::test_a_full_disk_stops_recording_not_serving",
+    # `vllm-moe-offload`
+    "do not fit in": "needs a trace whose every token is one layer call of many experts: "
+    "tests/replay/test_replay.py",
+    "--plot needs matplotlib": "needs an environment without it",
+    "files hold experts of layers": "tests/plan/shapes/test_checkpoint.py",
+    "equal experts per layer": "tests/plan/shapes/test_checkpoint.py",
+    "the checkpoint is quantised": STATUS_1
+    + "tests/cli/test_plan.py::test_a_quantised_model_is_planned_as_a_bf16_copy_if_asked",
+    "of fast memory": STATUS_1 + "tests/cli/test_plan.py::test_too_little_memory_says",
+    "the first start takes": STATUS_1 + "tests/plan/test_fit.py",
+}
+"""By a part of the message."""

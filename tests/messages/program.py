@@ -1,0 +1,141 @@
+"""What `vllm-moe-offload` says to wrong arguments and files: a command line for each message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.synthetic_trace import synthetic_trace
+from vllm_moe_offload.plan.shapes import known_models
+
+CommandLine = Callable[[Path], list[str]]
+"""Makes files in an empty directory; gives the arguments."""
+
+PLAN_MODEL = "Mixtral-8x7B"
+MACHINE = "--host-memory=64"
+
+
+def plan(*options: str) -> CommandLine:
+    """A plan for a model of the table."""
+    return lambda _: ["plan", PLAN_MODEL, MACHINE, *options]
+
+
+def planned(model: str = PLAN_MODEL, **changes: Any) -> CommandLine:
+    """A plan for a config.json with fields changed, or left out (None)."""
+
+    def command(directory: Path) -> list[str]:
+        config = dict(known_models()[model].config) | changes
+        path = directory / "config.json"
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return ["plan", str(path), MACHINE]
+
+    return command
+
+
+def file(text: str) -> CommandLine:
+    """A plan for a config.json of any content."""
+
+    def command(directory: Path) -> list[str]:
+        (directory / "config.json").write_text(text)
+        return ["plan", str(directory / "config.json"), MACHINE]
+
+    return command
+
+
+def trace(directory: Path, **changes: Any) -> Path:
+    """A small routing trace; fields changed, or left out (None)."""
+    made = synthetic_trace(layers=3, experts=8, top_k=2, requests=3, tokens=12, seed=1)
+    fields = {
+        "ids": made.ids,
+        "starts": made.starts,
+        "lens": made.lens,
+        "num_experts": 8,
+        "names": made.names,
+        **changes,
+    }
+    path = directory / "trace.npz"
+    np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+    return path
+
+
+def replay(*options: str, **changes: Any) -> CommandLine:
+    """A replay of that trace."""
+    return lambda directory: ["replay", str(trace(directory, **changes)), *options]
+
+
+def array(directory: Path) -> list[str]:
+    """A replay of what is no archive."""
+    np.save(directory / "array.npy", np.zeros(3))
+    return ["replay", str(directory / "array.npy")]
+
+
+def text(directory: Path) -> list[str]:
+    """A replay of what is no numpy file."""
+    (directory / "x.npz").write_text("hello")
+    return ["replay", str(directory / "x.npz")]
+
+
+def store(*arguments: str) -> CommandLine:
+    """A command on an empty directory of stores."""
+    return lambda directory: ["store", *arguments, "--store-dir", str(directory)]
+
+
+PROGRAM: dict[str, CommandLine] = {
+    # The store
+    "there is no store ... in ...; there are: ...": store("verify", "mixtral"),
+    # `vllm-moe-offload`
+    "... is a single array, not an .npz routing trace": array,
+    "... is not an .npz routing trace: ...": text,
+    "... is not a routing trace: it lacks ...": replay(lens=None),
+    "ids must lie in [0, num_experts = ...)": replay(num_experts=2),
+    "the trace carries no schedule: it was not written by record_trace; replay it with "
+    "--schedule decode": replay("--schedule=recorded"),
+    "concurrency must be at least 1, got ...": replay("--concurrency=0"),
+    "requests must lie between 1 and the trace's ..., got ...": replay("--requests=7"),
+    "capacity must lie in (0, 1], got ...": replay("--capacity=2"),
+    "unknown policy ...; choose from ...": replay("--policy=fifo"),
+    "policy ...: ... is not of the form key=number": replay("--policy=lrfu:half_life"),
+    "policy ... takes no such parameter: ...": replay("--policy=lrfu:half=3"),
+    "... is empty; give one or more values separated by commas": replay("--policy=,"),
+    "...=...: must be ...": replay("--capacity=half"),
+    "MODEL=...: neither a directory, nor a config.json, nor one of ...": lambda _: [
+        "plan",
+        "nothing",
+        MACHINE,
+    ],
+    "--unquantized: ... is not quantised; leave the option out": plan("--unquantized"),
+    "--disk-gbps goes with --device-memory; on a CPU server the disk is the link: use "
+    "--link-gbps": plan("--disk-gbps=7"),
+    "--kv-tokens=...: must be 1 or more": plan("--kv-tokens=0"),
+    "...=...: must be a size such as 24GiB, 24GB or 24 (a number alone is GiB)": plan(
+        "--device-memory=lots"
+    ),
+    "...=...: must be a number of GB/s above 0, such as 25": plan("--link-gbps=0"),
+    "... is not JSON: ...": file("{"),
+    "... is not a config.json: it holds no JSON object": file("[]"),
+    "... is no checkpoint: it has no config.json": lambda directory: [
+        "plan",
+        str(directory),
+        MACHINE,
+    ],
+    "...: model_type=... is not known; known are ...": planned(model_type="other"),
+    "...: no layer has routed experts; there is nothing to offload": planned(
+        "Qwen3-30B-A3B", mlp_only_layers=list(range(48))
+    ),
+    "...: ... experts per token, but a layer has ...": planned(num_experts_per_tok=9),
+    "...: quantization_config=..., must be an object": planned(quantization_config="fp8"),
+    "...: ... is missing": planned(hidden_size=None),
+    "...: ...=..., must be true or false": planned(tie_word_embeddings="yes"),
+    "...: ...=..., must be a list of integers": planned(
+        "Qwen3-30B-A3B", mlp_only_layers="none"
+    ),
+    "...: ...=..., must be an integer of ... or more": planned(hidden_size=0),
+    "...: layer_types must be a list of num_hidden_layers=... kinds": planned(
+        "gpt-oss-20b", layer_types=["full_attention"]
+    ),
+}
+"""By message, as the page has it. All end with status 2."""

@@ -1,0 +1,183 @@
+"""What can be known of a start before a process is started: paths, checkpoint, sizes, disk room.
+
+The worker finds the same out later, when the model is half loaded; messages are made in one place
+each, and these checks only ask there earlier. What depends on the machine's memory at that
+time (``cache_gb="auto"``), on the kernel or on files that are not downloaded yet is left to
+the worker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_offload.cache.sizing import cache_slots, host_slots
+from vllm_moe_offload.config import OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.integration import patching
+from vllm_moe_offload.integration.model_files import (
+    CONFIG,
+    check_dtype,
+    files_here,
+    is_directory,
+    model_name,
+    no_safetensors,
+)
+from vllm_moe_offload.plan.fit import model_problems
+from vllm_moe_offload.plan.shapes import ModelShape, ShapeError, shape_of_config
+from vllm_moe_offload.plan.shapes.base import SERVED_BYTES
+from vllm_moe_offload.plan.shapes.checkpoint import (
+    checkpoint_tensors,
+    count_checkpoint,
+    read_config,
+)
+from vllm_moe_offload.store.checkpoint_reader import TensorRange, expert_layer
+from vllm_moe_offload.store.directory import prepare_directory
+from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.identity import checkpoint_fingerprint
+from vllm_moe_offload.store.room import check_room
+from vllm_moe_offload.store.shelf import ShelvedModel, shelved_models
+
+Tensors = Sequence[tuple[str, TensorRange]]
+
+
+def check(vllm_config: Any, options: OffloadConfig) -> None:
+    """Checks a configuration that :mod:`supported` lets pass.
+
+    Raises:
+        OptionError: an option, or the model it names, cannot be served; says why.
+    """
+    check_paths(options)
+    directory = files_here(vllm_config)
+    if directory is None:
+        return
+    tensors = _tensors(vllm_config, directory)
+    shape = _shape(vllm_config, directory, tensors)
+    if shape is not None:
+        _check_sizes(vllm_config, options, shape)
+        _check_room(vllm_config, options, directory, shape)
+
+
+def check_paths(options: OffloadConfig) -> None:
+    """Raises OptionError unless there is a directory for every file that will be written."""
+    store_dir = Path(options.store_dir)
+    try:
+        prepare_directory(store_dir, store_dir)
+    except StoreError as error:
+        raise OptionError(str(error)) from None
+    for name in ("trace_path", "record_trace"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        parent = Path(path).absolute().parent
+        if not parent.is_dir():
+            reason = f"there is no directory {parent}"
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            reason = f"{parent} is not writable"
+        else:
+            continue
+        raise OptionError(f"moe-offload: {name}={path!r} is not possible: {reason}")
+
+
+def _tensors(vllm_config: Any, directory: Path) -> Tensors:
+    """Of the checkpoint's files; none where they are not read, or not downloaded yet."""
+    load_format = vllm_config.load_config.load_format
+    if getattr(load_format, "value", load_format) == "dummy":
+        return ()
+    is_local = is_directory(vllm_config.model_config)
+    if not any(directory.glob("*.safetensors")):
+        if is_local:
+            raise no_safetensors(directory)
+        return ()
+    try:
+        tensors = list(checkpoint_tensors(directory))
+    except ShapeError as error:
+        if is_local:
+            raise OptionError(str(error)) from None
+        return ()  # vLLM downloads the rest
+    except (OSError, ValueError) as error:
+        raise OptionError(str(error)) from None
+    for name, where in tensors:
+        if expert_layer(name) is not None:
+            check_dtype(name, where)
+    return tensors
+
+
+def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | None:
+    """The model's sizes, experts as one rank has them.
+
+    None for an unknown architecture, and for quantised experts: what their kernel form takes is
+    known once a layer has it.
+    """
+    path = directory / CONFIG
+    try:
+        shape = shape_of_config(read_config(path), str(path))
+        shape = count_checkpoint(directory, shape, tensors).shape
+    except (OSError, ShapeError):
+        return None  # what `plan` cannot count may be served all the same
+    if shape.quantization is not None:
+        return None
+    if tensors:
+        for problem in model_problems(shape):
+            raise OptionError(f"{problem.text}: {problem.remedy}")
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    element_bytes = vllm_config.model_config.dtype.itemsize
+    return replace(
+        shape,
+        expert_weights=shape.expert_weights * element_bytes // SERVED_BYTES // ranks,
+        expert_biases=shape.expert_biases * element_bytes // SERVED_BYTES // ranks,
+    )
+
+
+def _check_sizes(vllm_config: Any, options: OffloadConfig, shape: ModelShape) -> None:
+    """Kernels may pad experts, so what just fits here may still be refused by the worker."""
+    from vllm.platforms import current_platform
+
+    sizes = {"num_layers": len(shape.moe_layers), "num_experts": shape.num_experts}
+    if parse_cache_size(options.cache_gb)[0] != "auto":
+        cache_slots(
+            options.cache_gb,
+            expert_bytes=shape.expert_bytes,
+            top_k=shape.top_k,
+            auto_bytes=0,
+            **sizes,
+        )
+    if current_platform.is_cuda() and parse_cache_size(options.host_gb)[0] != "auto":
+        host_slots(options.host_gb, record_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+
+
+def _check_room(
+    vllm_config: Any, options: OffloadConfig, directory: Path, shape: ModelShape
+) -> None:
+    """Raises OptionError if the disk has no room for a store that is to be built."""
+    parallel = vllm_config.parallel_config
+    ranks_here = parallel.tensor_parallel_size // parallel.nnodes
+    store_bytes = ranks_here * shape.total_experts * shape.expert_bytes
+    store_dir = Path(options.store_dir)
+    place = store_dir / model_name(str(vllm_config.model_config.model))
+    try:
+        check_room(place, store_bytes, store_dir)
+    except StoreError:
+        stores = [
+            shelved for shelved in shelved_models(store_dir) if shelved.model == place.name
+        ]
+        if any(_is_built(vllm_config, directory, shelved) for shelved in stores):
+            return
+        unfinished = sum(shelved.nbytes for shelved in stores if shelved.state != "complete")
+        try:
+            check_room(place, store_bytes, store_dir, unfinished)
+        except StoreError as error:
+            raise OptionError(str(error)) from None
+
+
+def _is_built(vllm_config: Any, directory: Path, shelved: ShelvedModel) -> bool:
+    """Whether a start will probably open this store: its kernel is not known yet."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return shelved.state == "complete" and all(
+        part.identity.vllm_version == patching.vllm_version()
+        and part.identity.tp_size == ranks
+        and part.identity.checkpoint == checkpoint_fingerprint(directory)
+        for part in shelved.parts[:1]
+    )
