@@ -28,10 +28,9 @@ QUESTIONS = (
     "What is the capital of France, and what is it known for?",
     "Write a Python function that checks whether a number is prime.",
     "Who was Cleopatra?",
-    "Why does ice float on water?",
     "How can I sleep better?",
 )
-MAX_TOKENS = 80
+MAX_TOKENS = 72
 NEXT = """\
 Talk to it:       make demo-chat
 Your own model:   .venv/bin/vllm-moe-offload plan MODEL --host-memory 64GiB

@@ -10,12 +10,11 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from openai import BadRequestError
 from rich.console import Console
 from rich.text import Text
 
 from scripts.demo.model import BuildError
-from scripts.demo.serving import Answer, ask, serve
+from scripts.demo.serving import Answer, Refused, ask, serve
 from scripts.demo.terminal import model_of, parser_of, plain, wait
 from scripts.demo_model import DemoModelError
 from scripts.harness.options import end_on_sigterm
@@ -39,14 +38,14 @@ class Conversation:
         """The answer, which is remembered.
 
         Raises:
-            BadRequestError: the question alone is too long; the conversation is as before.
+            Refused: the question alone is too long; the conversation is as before.
         """
         asked = [*self._messages, {"role": "user", "content": question}]
         while True:
             try:
                 answer = self._asking(asked)
                 break
-            except BadRequestError:
+            except Refused:
                 if len(asked) == 1:
                     raise
                 asked = asked[2:]
@@ -84,8 +83,8 @@ def chat(args: argparse.Namespace, console: Console) -> None:
         for question in questions(console):
             try:
                 answer = conversation.ask(question)
-            except BadRequestError as error:
-                plain(console, f"The server refused that: {error.message}")
+            except Refused as error:
+                plain(console, f"The server refused that: {error}")
                 continue
             console.print(" ..." if answer.was_cut else "")
             console.print(Text(answer.figures.line(), style="dim"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from scripts.demo.figures import Figures
 from scripts.demo.model import Model
@@ -19,6 +19,10 @@ NAME = "demo"
 MAX_CONTEXT_TOKENS = 2048
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 START_SECONDS = 600
+
+
+class Refused(ValueError):
+    """The server does not take the conversation, most likely because it is too long."""
 
 
 def options(mode: str, store: Path) -> list[str]:
@@ -67,19 +71,22 @@ def ask(
         show: gets each piece of the answer as it comes.
 
     Raises:
-        openai.BadRequestError: the conversation is longer than the server takes.
+        Refused: the server does not take these messages; its own words.
     """
     client: Any = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     before = server.metrics()
     began = time.perf_counter()
-    stream = client.chat.completions.create(
-        model=NAME,
-        messages=list(messages),
-        max_tokens=max_tokens,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
+    try:
+        stream = client.chat.completions.create(
+            model=NAME,
+            messages=list(messages),
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    except BadRequestError as error:
+        raise Refused(error.message) from error
     pieces: list[str] = []
     tokens, reason = 0, None
     for chunk in stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -54,11 +55,14 @@ def model_of(args: argparse.Namespace, console: Console) -> Model:
 
 def wait(server: Server, console: Console, mode: str) -> None:
     """Until the server answers; then says how much of the model it holds."""
-    plain(console, f"vllm serve {server.command[2]} --moe-offload={mode}, {CACHE} cached ...")
+    model, log = (os.path.relpath(path) for path in (server.command[2], server.log_path))
+    plain(
+        console, f"vllm serve {model} --moe-offload={mode}, {CACHE} of its experts cached ..."
+    )
     seconds = server.wait_healthy(START_SECONDS)
     metrics = server.metrics()
     plain(
         console,
         f"ready after {seconds:.0f} s: room for {metrics['vllm:moe_offload_slots']:.0f} experts "
-        f"({metrics['vllm:moe_offload_cache_bytes'] / 1e9:.1f} GB); log: {server.log_path}\n",
+        f"({metrics['vllm:moe_offload_cache_bytes'] / 1e9:.1f} GB); log: {log}\n",
     )

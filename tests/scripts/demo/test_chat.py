@@ -7,11 +7,11 @@ import io
 import pytest
 from rich.console import Console
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
-from scripts.demo.chat import Conversation, questions  # noqa: E402
-from scripts.demo.figures import Figures  # noqa: E402
-from scripts.demo.serving import Answer  # noqa: E402
+from scripts.demo.chat import Conversation, questions
+from scripts.demo.figures import Figures
+from scripts.demo.serving import Answer, Refused
 
 
 class Server:
@@ -23,9 +23,7 @@ class Server:
 
     def answer(self, messages: list[dict[str, str]]) -> Answer:
         if len(messages) > self.limit:
-            request = openai._base_client.httpx.Request("POST", "http://server")
-            response = openai._base_client.httpx.Response(400, request=request)
-            raise openai.BadRequestError("too long", response=response, body=None)
+            raise Refused("too long")
         self.asked.append([message["content"] for message in messages])
         return Answer(f"a{len(self.asked)}", False, Figures(1, 1.0, 1, 0, 0.0, 0.0))
 
@@ -51,7 +49,7 @@ def test_a_question_that_is_too_long_alone_is_refused_and_forgotten() -> None:
     conversation = Conversation(server.answer)
     conversation.ask("q1")
     server.limit = 0
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(Refused):
         conversation.ask("q2")
     server.limit = 9
     conversation.ask("q3")
