@@ -26,7 +26,7 @@ from scripts.harness.server import ServerDied
 MODES = ("trace", "lru")
 QUESTIONS = (
     "What is the capital of France, and what is it known for?",
-    "Write a Python function that checks whether a number is prime.",
+    "What is the difference between a planet and a star?",
     "Who was Cleopatra?",
     "How can I sleep better?",
 )
