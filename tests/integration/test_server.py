@@ -27,7 +27,8 @@ def test_answers_are_plain_vllms_and_counted(demo_model, trace_server, tmp_path)
         assert (
             after[f"vllm:moe_offload_{name}_total"] > before[f"vllm:moe_offload_{name}_total"]
         )
-    assert "cache_gb=50%" in trace_server.log
+    assert "cache_gb=50% -> " in trace_server.log
+    assert "; all of them: --moe-offload-config.cache_gb 0.003" in trace_server.log
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
 # --------------------------------------------------------------------------------------
 # Executor.__init__ (v1/executor/abstract.py),
 # EngineCore._initialize_kv_caches (v1/engine/core.py),
+# worker_base.resolve_obj_by_qualname (v1/worker/worker_base.py),
 # WorkerBase.init_device, .load_model (v1/worker/worker_base.py)
 #   why: what fails in an engine core or a worker is logged there with a traceback, and the
 #     front end only learns that something failed.
@@ -66,10 +67,33 @@ def install_failure_hooks() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine import utils
     from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker import worker_base
 
     wrap(FlexibleArgumentParser, "parse_args", failures.parse_args)
     wrap(utils, "wait_for_engine_startup", failures.in_front_end)
     wrap(Executor, "__init__", _executor_init)
+    wrap(worker_base, "resolve_obj_by_qualname", _resolve_worker)
+
+
+def _resolve_worker(original: Any, name: str) -> Any:
+    """A worker's class just before it is made: the platform's own, which is not known earlier."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    found = original(name)
+    if isinstance(found, type) and issubclass(found, WorkerBase):
+        wrap(found, "__init__", _whole_worker_init)
+    return found
+
+
+def _whole_worker_init(
+    original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    from vllm_moe_offload.integration.arguments import options_of
+
+    if options_of(vllm_config).enabled:
+        failures.in_child(original, self, vllm_config, *args, **kwargs)
+    else:
+        original(self, vllm_config, *args, **kwargs)
 
 
 def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
