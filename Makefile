@@ -67,7 +67,7 @@ engines: setup
 slow-sample: setup ## the cells of test-all that .ci/slow_cells names
 	$(BIN)/python -m pytest --durations=20 @.ci/slow_cells
 
-test: check ## what a change must pass: check, and an engine for each feature (12 minutes)
+test: check ## what a change must pass: check, and an engine for each feature (15 minutes)
 	$(MAKE) --no-print-directory engines
 
 test-all: setup ## all architectures, capacities and modes (over an hour); writes $(TEST_REPORT)

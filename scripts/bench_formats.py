@@ -124,7 +124,7 @@ def summary_of(cases: Sequence[Case], total: int) -> list[Case]:
                 "hit_rate": change["hits"] / max(change["hits"] + change["misses"], 1),
                 "read_mb_per_token": change["read_bytes"] / tokens / 1e6,
                 "stall_share": change["stall_seconds"]
-                / sum(case["turn"]["seconds"] for case in own),
+                / sum(sum(case["turn"]["request_s"]) for case in own),
             }
         )
     return rows
@@ -152,20 +152,26 @@ def bars_of(rows: Sequence[Case]) -> list[Bar]:
     """int4 against bf16 at the least share, and whether int4 fits at the largest."""
     by_case = {(row["format"], row["share"]): row for row in rows}
     shares = sorted({row["share"] for row in rows})
+    if ("int4", shares[0]) not in by_case:
+        return []
     speeds = [by_case[name, shares[0]]["tokens_per_s"]["median"] for name in ("int4", "bf16")]
-    return [
+    bars = [
         Bar(
             f"tokens/s with {shares[0]:.0%} of the bf16 bytes, int4 / bf16",
             speeds[0] / speeds[1],
             3.0,
             unit="x",
-        ),
-        Bar(
-            f"int4 with {shares[-1]:.0%} of the bf16 bytes: share of experts cached",
-            by_case["int4", shares[-1]]["cached"],
-            1.0,
-        ),
+        )
     ]
+    if len(shares) > 1:
+        bars.append(
+            Bar(
+                f"int4 with {shares[-1]:.0%} of the bf16 bytes: share of experts cached",
+                by_case["int4", shares[-1]]["cached"],
+                1.0,
+            )
+        )
+    return bars
 
 
 def main() -> int:
