@@ -4,7 +4,8 @@
     python scripts/draw_measurements.py --tables     prints the tables of that page instead
 
 A figure and a table for each idea, both from the same JSON under benchmarks/results; a test
-compares the tables with the page's.
+compares the tables with the page's. Long because it is one page's worth of them, side by side: each
+stands alone, over the few helpers at its top.
 """
 
 from __future__ import annotations

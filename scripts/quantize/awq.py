@@ -7,23 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from scripts.quantize.integers import PER_WORD, asymmetric, grouped, packed
-from scripts.quantize.layout import SUFFIX, Config, Layout, Sizes, require_multiple
+from scripts.quantize.layout import SUFFIX, Config, GroupedLayout
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring outputs lies at each place of a word."""
 
 
-class Awq(Layout):
+class Awq(GroupedLayout):
     """Four bits with zero points, one scale per output and group of inputs."""
 
-    def __init__(self, experts_only: bool, group_size: int) -> None:
-        super().__init__(experts_only)
-        self.group_size = group_size
-
-    def check(self, name: str, shape: Sizes) -> None:
-        """See :class:`Layout`."""
-        require_multiple(name, "output size", shape[0], PER_WORD)
-        require_multiple(name, "input size", shape[1], self.group_size)
+    outputs_per_word = PER_WORD
 
     def tensors(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """``qweight`` int32 ``[in, out / 8]``, ``qzeros`` int32 ``[groups, out / 8]``,

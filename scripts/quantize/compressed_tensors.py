@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scripts.quantize.integers import PER_WORD, grouped, packed, symmetric
-from scripts.quantize.layout import SUFFIX, Config, Layout, Sizes, require_multiple
+from scripts.quantize.layout import SUFFIX, Config, GroupedLayout, Layout, Sizes
 
 VERSION = "0.17.0"
 
@@ -54,16 +54,8 @@ def _config(
     }
 
 
-class PackQuantized(Layout):
+class PackQuantized(GroupedLayout):
     """Four bits, symmetric, one scale per row and group of inputs."""
-
-    def __init__(self, experts_only: bool, group_size: int) -> None:
-        super().__init__(experts_only)
-        self.group_size = group_size
-
-    def check(self, name: str, shape: Sizes) -> None:
-        """See :class:`Layout`."""
-        require_multiple(name, "input size", shape[1], self.group_size)
 
     def tensors(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """``weight_packed`` int32 ``[out, in / 8]``, ``weight_scale`` ``[out, in / group]``,

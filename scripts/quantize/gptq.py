@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 
 from scripts.quantize.integers import PER_WORD, grouped, packed, symmetric
-from scripts.quantize.layout import SUFFIX, Config, Layout, Sizes, require_multiple
+from scripts.quantize.layout import SUFFIX, Config, GroupedLayout
 
 
-class Gptq(Layout):
+class Gptq(GroupedLayout):
     """Four bits, symmetric, one scale per output and group of inputs, in their order."""
 
-    def __init__(self, experts_only: bool, group_size: int) -> None:
-        super().__init__(experts_only)
-        self.group_size = group_size
-
-    def check(self, name: str, shape: Sizes) -> None:
-        """See :class:`Layout`."""
-        require_multiple(name, "output size", shape[0], PER_WORD)
-        require_multiple(name, "input size", shape[1], self.group_size)
+    outputs_per_word = PER_WORD
 
     def tensors(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """``qweight`` int32 ``[in / 8, out]``, ``qzeros`` int32 ``[groups, out / 8]``,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -60,6 +61,26 @@ class Layout(ABC):
     @abstractmethod
     def config(self, kept: Sequence[str]) -> Config:
         """``quantization_config``; ``kept``: names of the linear modules that stay as they are."""
+
+
+class GroupedLayout(Layout):
+    """A format with one scale per output and group of inputs.
+
+    Attributes:
+        group_size: inputs that share a scale.
+        outputs_per_word: the number of outputs must be a multiple of it.
+    """
+
+    outputs_per_word: ClassVar[int] = 1
+
+    def __init__(self, experts_only: bool, group_size: int) -> None:
+        super().__init__(experts_only)
+        self.group_size = group_size
+
+    def check(self, name: str, shape: Sizes) -> None:
+        """See :class:`Layout`."""
+        require_multiple(name, "output size", shape[0], self.outputs_per_word)
+        require_multiple(name, "input size", shape[1], self.group_size)
 
 
 def require_multiple(name: str, what: str, size: int, of: int) -> None:
