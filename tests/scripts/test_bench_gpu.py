@@ -393,3 +393,32 @@ def test_prompts_repeat_themselves_only_for_the_same_arguments() -> None:
 def test_counters_are_differences() -> None:
     assert difference({"hits": 1.0}, {"hits": 4.0}) == {"hits": 3.0}
     assert difference(None, {"hits": 4.0}) is None
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("eager", "0"), ("inductor", None)])
+def test_nothing_is_compiled_ahead_of_time_without_inductor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str, expected: str | None
+) -> None:
+    on_cpu(
+        monkeypatch,
+        tmp_path,
+        *("--results", str(tmp_path / "out"), "--contestants", "resident"),
+        *("--backend", backend, "--workloads", "decode-1"),
+    )
+    given: list[dict[str, str]] = []
+
+    class Ended:
+        def __init__(self, _: object, *, env: dict[str, str], **__: object) -> None:
+            given.append(env)
+
+        def wait(self, _: float | None = None) -> int:
+            return 0
+
+        poll = wait
+
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
+    # Of the benchmark alone: others ask git and the CPU.
+    replaced = SimpleNamespace(**(vars(subprocess) | {"Popen": Ended}))
+    monkeypatch.setattr(bench, "subprocess", replaced)
+    assert bench.main() == 1  # nothing was measured
+    assert [env.get("VLLM_USE_AOT_COMPILE") for env in given] == [expected]
