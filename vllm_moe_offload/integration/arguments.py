@@ -14,6 +14,7 @@ from vllm_moe_offload.config import MODES, OffloadConfig, OptionError, options, 
 from vllm_moe_offload.integration import (
     endpoint,
     failures,
+    host_share,
     patching,
     supported,
     supported_gpu,
@@ -41,7 +42,8 @@ def options_of(vllm_config: VllmConfig) -> OffloadConfig:
 #   remove when: a plugin can register arguments.
 # EngineArgs.create_engine_config (engine/arg_utils.py)
 #   why: what cannot work with offload is refused, by name, before a process starts or a model
-#     loads; on a GPU the MoE kernel and the splitting of CUDA graphs are set.
+#     loads; on a GPU the MoE kernel and the splitting of CUDA graphs are set, on a CPU the share
+#     of RAM that vLLM asks for.
 #   upstream: no plugin hook receives the VllmConfig before it is used.
 #   remove when: one does.
 def install() -> None:
@@ -127,6 +129,8 @@ def _create_engine_config(
         supported.check(vllm_config, options, requested_graphs)
         if current_platform.is_cuda():
             supported_gpu.prepare(vllm_config)
+        else:
+            host_share.fit(vllm_config)
         from vllm_moe_offload.integration import (
             preflight,
         )  # and the C++ core, which off needs not
