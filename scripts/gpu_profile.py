@@ -69,7 +69,7 @@ class Ranges:
 
     def install(self) -> None:
         """Wraps the parts of a layer call in ranges, on a GPU and on a CPU."""
-        from vllm_moe_offload.integration import triton_slots
+        from vllm_moe_offload.integration import block_slots
         from vllm_moe_offload.integration.device_calls import DeviceCalls
         from vllm_moe_offload.integration.experts import OffloadedExperts
         from vllm_moe_offload.runtime import OffloadRuntime
@@ -80,7 +80,7 @@ class Ranges:
             (DeviceCalls, "_bring", "ids to the host"),
             (OffloadRuntime, "begin_layer", "plan, begin copies, look ahead"),
             (DeviceCalls, "_upload_plan", "slot map to the device"),
-            (triton_slots, "apply", "experts"),
+            (block_slots, "apply", "experts"),
             (OffloadedExperts, "_apply", "experts"),
             (OffloadRuntime, "end_layer", "finish"),
         ):

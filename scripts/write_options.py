@@ -47,7 +47,7 @@ TAIL = """
 | option | why it matters here |
 |---|---|
 | `--kv-cache-memory-bytes` | fixes the KV cache; `cache_gb` `auto` then gives experts all the rest |
-| `--gpu-memory-utilization` | share of memory that `auto` divides (vLLM's default: 0.92; on a CPU server, of RAM, and if it is left out the plugin takes what is available) |
+| `--gpu-memory-utilization` | what `auto` divides; on a CPU, of RAM: by default what is free |
 | `--max-model-len` | a long default may ask for more KV cache than is left |
 | `--shutdown-timeout` | time to write `record_trace` at exit; set to 60 s with it, if it was 0 |
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scripts.quantize.e2m1 import nearest
 from scripts.quantize.layout import Config, Layout, Sizes, require_multiple
 
 BLOCK = 32
 """Inputs that share a scale, a power of two."""
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What three bits of e2m1 stand for; the fourth, the highest, is the sign."""
 SCALE_BIAS = 127
 
 
@@ -32,10 +31,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     _, above = torch.frexp(blocks.abs().amax(dim=-1) * (8 / 7))
     exponent = (above - 3).clamp(-SCALE_BIAS, SCALE_BIAS)
     scaled = torch.ldexp(blocks, -exponent[..., None])
-    known = torch.tensor(MAGNITUDES)
-    code = torch.bucketize(scaled.abs(), (known[1:] + known[:-1]) / 2)
-    code = (code + 8 * (scaled < 0)).to(torch.uint8)
-    return code[..., 0::2] | (code[..., 1::2] << 4), (exponent + SCALE_BIAS).to(torch.uint8)
+    return nearest(scaled), (exponent + SCALE_BIAS).to(torch.uint8)
 
 
 class Mxfp4(Layout):

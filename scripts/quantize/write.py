@@ -15,9 +15,10 @@ from scripts.quantize.fp8 import Fp8
 from scripts.quantize.gptq import Gptq
 from scripts.quantize.layout import SUFFIX, Layout, QuantizeError, Sizes, is_linear
 from scripts.quantize.mxfp4 import Mxfp4
+from scripts.quantize.nvfp4 import Nvfp4
 from scripts.quantize.shards import Shards, Source
 
-FORMATS = ("int4", "int8", "gptq", "awq", "fp8", "mxfp4")
+FORMATS = ("int4", "int8", "gptq", "awq", "fp8", "mxfp4", "nvfp4")
 GROUP_SIZES = (32, 64, 128)
 FUSED_MODEL = "gpt_oss"
 """The one type of model whose experts lie in one tensor a layer."""
@@ -36,15 +37,16 @@ def layout_of(format: str, group_size: int, experts_only: bool | None) -> Layout
             f"group-size is {group_size}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
         )
     only = format != "fp8" if experts_only is None else experts_only
-    if format == "int4":
-        return PackQuantized(only, group_size)
-    if format == "gptq":
-        return Gptq(only, group_size)
-    if format == "awq":
-        return Awq(only, group_size)
-    if format == "int8":
-        return IntQuantized(only)
-    return Fp8(only) if format == "fp8" else Mxfp4(only)
+    grouped = {"int4": PackQuantized, "gptq": Gptq, "awq": Awq}
+    if format in grouped:
+        return grouped[format](only, group_size)
+    plain: dict[str, type[Layout]] = {
+        "int8": IntQuantized,
+        "fp8": Fp8,
+        "mxfp4": Mxfp4,
+        "nvfp4": Nvfp4,
+    }
+    return plain[format](only)
 
 
 def quantize(

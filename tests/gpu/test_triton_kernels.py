@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("vllm", exc_type=ModuleNotFoundError)
 
-from vllm_moe_offload.integration import patching, triton_slots
+from vllm_moe_offload.integration import block_slots, patching, triton_slots
+from vllm_moe_offload.integration.block_slots import SlotMap
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.experts import OffloadedExperts
 
@@ -132,9 +133,9 @@ def a_call(tokens, dtype):
 def test_bit_equal_to_the_models_own_weights(tokens, dtype):
     plain, pooled, slot_map = layers(dtype)
     x, weights, ids = a_call(tokens, dtype)
-    expected = triton_slots.apply(plain, x, weights, ids)
+    expected = block_slots.apply(plain, x, weights, ids)
     assert bool(torch.isfinite(expected).all())
-    found = triton_slots.apply_on_slots(pooled, x, weights, ids, slot_map)
+    found = triton_slots.apply_on_slots(pooled, x, weights, ids, SlotMap(EXPERTS, slot_map))
     assert torch.equal(found, expected)
 
 
@@ -146,8 +147,9 @@ def test_absent_experts_are_zeros_and_are_not_read(tokens):
     for wave in range(4):
         absent = slot_map.clone()
         absent[:-1][torch.arange(EXPERTS, device="cuda") % 4 != wave] = -1
-        total += triton_slots.apply_on_slots(pooled, x, weights, ids, absent)
-    expected = triton_slots.apply(plain, x, weights, ids).float()
+        wave_map = SlotMap(EXPERTS, absent, is_wave=True)
+        total += triton_slots.apply_on_slots(pooled, x, weights, ids, wave_map)
+    expected = block_slots.apply(plain, x, weights, ids).float()
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=2e-2)
 
 
@@ -160,7 +162,7 @@ def test_padding_reads_no_record(tokens):
     ids[:real] = torch.where(ids[:real] == EXPERTS - 1, 0, ids[:real])
     ids[real:] = -1
     slot_map[EXPERTS - 1] = int(torch.randint(ROWS, ()))  # NaN, or another expert
-    found = triton_slots.apply_on_slots(pooled, x, weights, ids, slot_map)
+    found = triton_slots.apply_on_slots(pooled, x, weights, ids, SlotMap(EXPERTS, slot_map))
     assert bool(torch.isfinite(found[:real]).all())
     if tokens * TOP_K * 4 <= EXPERTS:  # not aligned: every row is written
         assert not bool(found[real:].any())
@@ -170,11 +172,11 @@ def test_rows_that_change_later_do_not_reach_a_queued_kernel():
     """A slot map is uploaded in stream order: maps of later calls overtake nothing."""
     plain, pooled, slot_map = layers(torch.bfloat16)
     x, weights, ids = a_call(33, torch.bfloat16)
-    expected = triton_slots.apply(plain, x, weights, ids)
+    expected = block_slots.apply(plain, x, weights, ids)
     slots = slot_map[:-1].cpu().numpy()
     cache = SimpleNamespace(experts=torch.arange(EXPERTS).numpy(), slots=slots)
     runtime = SimpleNamespace(cache=cache)
-    calls = DeviceCalls(runtime, torch.device("cuda", 0), EXPERTS)
+    calls = DeviceCalls(runtime, torch.device("cuda", 0), EXPERTS, triton_slots.apply_on_slots)
     results = []
     for _ in range(50):
         results.append(

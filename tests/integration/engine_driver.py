@@ -102,15 +102,24 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _machine(job: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """What the engine believes to run on; ``"simulated_gpu"``: host memory's share of experts."""
-    share = job.get("simulated_gpu")
-    if share is None:
-        return contextlib.nullcontext()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from tests.integration.simulated_gpu import simulated_gpu
+@contextlib.contextmanager
+def _machine(job: dict[str, Any]) -> Iterator[None]:
+    """What the engine believes to run on.
 
-    return simulated_gpu(share)
+    ``"simulated_gpu"``: host memory's share of experts; ``"simulated_marlin"``: doubles of the
+    operators of Marlin's experts, for a plain engine too.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    with contextlib.ExitStack() as stack:
+        if "simulated_gpu" in job:
+            from tests.integration.simulated_gpu import simulated_gpu
+
+            stack.enter_context(simulated_gpu(job["simulated_gpu"]))
+        if job.get("simulated_marlin"):
+            from tests.integration.simulated_marlin import simulated_marlin
+
+            stack.enter_context(simulated_marlin())
+        yield
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ map; only the last step, a kernel that takes one, is vLLM's CPU kernel with the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from tests.device_double import SimulatedDevice
 from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.config import OffloadConfig
-from vllm_moe_offload.integration import startup, triton_slots
+from vllm_moe_offload.integration import block_slots, formats, marlin_slots, startup
+from vllm_moe_offload.integration.block_slots import SlotMap
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.fast_memory import HostMemory
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -48,7 +49,7 @@ class SimulatedGpu(HostMemory):
         return pool, DeviceTransfer(host, self.device)
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
-        calls = DeviceCalls(runtime, CPU, layers[0].local_num_experts)
+        calls = DeviceCalls(runtime, CPU, layers[0].local_num_experts, self.apply_on_slots)
         for layer in layers:
             layer.calls = calls
 
@@ -64,15 +65,21 @@ class SimulatedGpu(HostMemory):
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        slot_map: torch.Tensor,
+        slot_map: SlotMap,
     ) -> torch.Tensor:
-        """In place of the Triton experts."""
-        rows = slot_map[topk_ids.long()].to(topk_ids.dtype)
+        """In place of a kernel with blocks; Marlin's is simulated (``simulated_marlin.py``)."""
+        if formats.format_of(layer).moe_backend == "marlin":
+            return self._run(
+                lambda: marlin_slots.apply_on_slots(layer, x, topk_weights, topk_ids, slot_map)
+            )
+        rows = slot_map.slot_of[topk_ids.long()].to(topk_ids.dtype)
         weights = torch.where(rows >= 0, topk_weights, torch.zeros_like(topk_weights))
+        return self._run(lambda: block_slots.apply(layer, x, weights, rows.clamp(min=0)))
+
+    def _run(self, kernel: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Queues a kernel, and lets the device go on until it has run."""
         results: list[torch.Tensor] = []
-        self.device.launch(
-            lambda: results.append(triton_slots.apply(layer, x, weights, rows.clamp(min=0)))
-        )
+        self.device.launch(lambda: results.append(kernel()))
         while not results:
             assert self.device.step(), "the kernel waits for a copy that never comes"
         return results[0]
@@ -81,18 +88,13 @@ class SimulatedGpu(HostMemory):
 @contextlib.contextmanager
 def simulated_gpu(host_share: float) -> Iterator[None]:
     """While open, engines that start in this process serve as on a GPU."""
-    made: list[SimulatedGpu] = []
 
     def fast_memory(vllm_config: Any) -> SimulatedGpu:
-        made.append(SimulatedGpu(vllm_config, host_share))
-        return made[-1]
+        return SimulatedGpu(vllm_config, host_share)
 
-    def apply_on_slots(*call: Any) -> torch.Tensor:
-        return made[-1].apply_on_slots(*call)
-
-    before = startup.fast_memory, triton_slots.apply_on_slots
-    startup.fast_memory, triton_slots.apply_on_slots = fast_memory, apply_on_slots
+    before = startup.fast_memory
+    startup.fast_memory = fast_memory
     try:
         yield
     finally:
-        startup.fast_memory, triton_slots.apply_on_slots = before
+        startup.fast_memory = before

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import get_config
 from tests.runtimes import EXPERTS, LAYERS, TOP_K, assert_slots_hold, decode_tokens, runtime_of
 from tests.stores import MIXED, build
 from vllm_moe_offload.forecast.lookahead import sampled_tokens
-from vllm_moe_offload.integration import device_calls, triton_slots
+from vllm_moe_offload.integration import block_slots, device_calls, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
@@ -30,19 +30,21 @@ class Experts:
         self.moe_layer = index
         self.local_num_experts = EXPERTS
         self.maps = []
+        self.waves = []
         self.check = lambda: None
         self.quant_method = SimpleNamespace(apply=self.apply)
 
     def apply(self, *, layer, x, topk_weights, topk_ids, **_):
-        slots = triton_slots._slots
-        self.maps.append(None if slots is None else slots[1].clone())
-        if slots is not None:
-            assert slots[1].shape == (EXPERTS + 1,)
-            assert slots[1][-1] == -1, "the index -1 is no expert's"
+        slot_map = block_slots.slot_map_in_force()
+        self.maps.append(None if slot_map is None else slot_map.slot_of.clone())
+        self.waves.append(slot_map is not None and slot_map.is_wave)
+        if slot_map is not None:
+            assert slot_map.slot_of.shape == (EXPERTS + 1,)
+            assert slot_map.slot_of[-1] == -1, "the index -1 is no expert's"
         self.check()
-        if slots is None:
+        if slot_map is None:
             return x * topk_weights.sum(1, keepdim=True)
-        present = slots[1][topk_ids.long()] >= 0
+        present = slot_map.slot_of[topk_ids.long()] >= 0
         return x * (topk_weights * present).sum(1, keepdim=True)
 
 
@@ -60,7 +62,9 @@ class Model:
         for name, part in parts.items():
             setattr(self.runtime, name, part)
         self.layers = [Experts(index) for index in range(LAYERS)]
-        self.calls = DeviceCalls(self.runtime, torch.device("cpu"), EXPERTS)
+        self.calls = DeviceCalls(
+            self.runtime, torch.device("cpu"), EXPERTS, triton_slots.apply_on_slots
+        )
 
     def step(self, ids, rows=None):
         """One step in which every layer routes alike; checks results and rows."""
@@ -86,7 +90,7 @@ def test_the_map_names_rows_with_the_experts_bytes(store, dtype):
     for layer in model.layers:
 
         def check(layer=layer):
-            slot_map = triton_slots._slots[1]
+            slot_map = block_slots.slot_map_in_force().slot_of
             used = ids.unique()
             assert slot_map.dtype == torch.int32
             assert (slot_map >= 0).nonzero().reshape(-1).tolist() == used.tolist()

@@ -160,8 +160,17 @@ def test_what_is_in_the_table_is_found(known):
 def test_the_table_names_classes_that_vllm_has():
     """A renamed class would be refused by a message that lists the old name."""
     import vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method as unquantized
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-    from vllm.model_executor.layers.quantization import auto_awq, auto_gptq, fp8, mxfp4
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe, marlin_moe, triton_moe
+    from vllm.model_executor.layers.quantization import (
+        auto_awq,
+        auto_gptq,
+        fp8,
+        modelopt,
+        mxfp4,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as nvfp4,
+    )
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_int8 as int8,
     )
@@ -171,12 +180,47 @@ def test_the_table_names_classes_that_vllm_has():
 
     methods = {
         name
-        for module in (unquantized, auto_awq, auto_gptq, fp8, mxfp4, int8, wna16)
+        for module in (
+            unquantized,
+            auto_awq,
+            auto_gptq,
+            fp8,
+            modelopt,
+            mxfp4,
+            int8,
+            nvfp4,
+            wna16,
+        )
         for name in vars(module)
     }
-    on_cpu = [known for known in formats.FORMATS if known.platform == "cpu"]
-    assert {known.method for known in on_cpu} <= methods
-    assert {name for known in on_cpu for name in known.experts} <= set(vars(cpu_moe))
+    experts = {*vars(cpu_moe), *vars(marlin_moe), *vars(triton_moe)}
+    assert {known.method for known in formats.FORMATS} <= methods
+    assert {name for known in formats.FORMATS for name in known.experts} <= experts
+
+
+def test_every_format_can_be_asked_for():
+    """A quantisation that vLLM does not know would never be refused, nor served."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    names = {name for known in formats.FORMATS for name in known.quantizations}
+    assert names - {None} <= set(QUANTIZATION_METHODS)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "capability", "backends"),
+    [
+        (None, (8, 0), ["triton"]),
+        ("fp8", (9, 0), ["triton", "marlin"]),
+        ("fp8", (8, 6), ["marlin"]),
+        ("compressed-tensors", (12, 0), ["marlin"]),
+        ("awq", (8, 6), ["marlin"]),
+        ("gpt_oss_mxfp4", (9, 0), ["marlin"]),
+        ("modelopt_fp4", (8, 9), ["marlin"]),
+        ("bitsandbytes", (9, 0), []),
+    ],
+)
+def test_the_kernel_that_a_gpu_is_asked_for(quantization, capability, backends):
+    assert formats.moe_backends(quantization, capability) == backends
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.config.kernel import KernelConfig
-from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -19,13 +19,13 @@ def environment(monkeypatch):
     monkeypatch.delenv(graphs.BREAKABLE, raising=False)
 
 
-def config(dtype=torch.bfloat16, moe_backend="auto"):
+def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
     compilation = CompilationConfig(
         mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
     )
     compilation.set_splitting_ops_for_v1("allgather_reducescatter", 1)
     return SimpleNamespace(
-        model_config=SimpleNamespace(dtype=dtype, quantization=None),
+        model_config=SimpleNamespace(dtype=dtype, quantization=quantization),
         kernel_config=KernelConfig(moe_backend=moe_backend),
         compilation_config=compilation,
     )
@@ -49,6 +49,10 @@ def test_ampere_and_later_are_allowed(capability):
         ({"dtype": torch.float32}, ["dtype=torch.float32", "torch.bfloat16"]),
         ({"moe_backend": "flashinfer_trtllm"}, ["moe_backend='flashinfer_trtllm'", "triton"]),
         ({"moe_backend": "batched_triton"}, ["moe_backend='batched_triton'"]),
+        (
+            {"moe_backend": "triton", "quantization": "awq"},
+            ["moe_backend='triton'", "quantization='awq'", "allowed: auto, marlin"],
+        ),
     ],
     ids=str,
 )
@@ -57,10 +61,31 @@ def test_refused_by_name(fields, fragments):
     assert all(fragment in problem for fragment in fragments)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "capability", "chosen"),
+    [
+        (None, (9, 0), "triton"),
+        ("fp8", (9, 0), "triton"),
+        ("fp8", (8, 6), "marlin"),
+        ("gpt_oss_mxfp4", (9, 0), "marlin"),
+    ],
+)
+def test_the_kernel_is_chosen_by_format_and_device(quantization, capability, chosen):
+    allowed = config(quantization=quantization)
+    supported_gpu.prepare(allowed, capability)
+    assert allowed.kernel_config.moe_backend == chosen
+
+
+def test_a_kernel_that_the_user_chose_stays():
+    allowed = config(quantization="fp8", moe_backend="marlin")
+    assert not list(supported_gpu.problems(allowed, None, (9, 0)))
+    supported_gpu.prepare(allowed, (9, 0))
+    assert allowed.kernel_config.moe_backend == "marlin"
+
+
 def test_what_is_allowed_is_set_up():
     allowed = config()
-    supported_gpu.prepare(allowed)
-    assert allowed.kernel_config.moe_backend == "triton"
+    supported_gpu.prepare(allowed, (9, 0))
     assert set(graphs.MOE_OPS) < set(allowed.compilation_config.splitting_ops)
     assert problems() == list(supported_gpu.problems(allowed, None, (9, 0)))
 
@@ -133,7 +158,7 @@ class TritonExperts:
     """Known."""
 
 
-def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
+def test_kernels_that_are_not_known_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(formats, "current_platform", Platform(kind="cuda"))
 
     def layer(kernel, is_monolithic=False):
@@ -141,29 +166,36 @@ def test_kernels_other_than_triton_are_refused_by_name(monkeypatch):
         method = type("UnquantizedFusedMoEMethod", (), fields)()
         return SimpleNamespace(layer_name="layers.0", quant_method=method)
 
-    assert formats.format_of(layer(TritonExperts)).ids == "blocks"
-    with pytest.raises(OptionError, match=r"FlashInferExperts.*allowed: TritonExperts"):
+    assert formats.format_of(layer(TritonExperts)).moe_backend == "triton"
+    with pytest.raises(
+        OptionError, match=r"FlashInferExperts.*allowed: MarlinExperts, TritonExperts"
+    ):
         formats.format_of(layer(FlashInferExperts))
     with pytest.raises(OptionError, match="monolithic"):
         formats.format_of(layer(FlashInferExperts, is_monolithic=True))
 
 
-def test_quantised_checkpoints_are_refused_on_a_gpu(monkeypatch):
+def test_quantisations_without_a_kernel_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(formats, "current_platform", Platform(kind="cuda"))
-    assert list(formats.problems("fp8")) == ["quantization='fp8': allowed here: none"]
-    assert list(formats.problems(None)) == []
+    assert list(formats.problems("fp8")) == list(formats.problems(None)) == []
+    (problem,) = formats.problems("bitsandbytes")
+    assert problem.startswith("quantization='bitsandbytes': allowed here: none, auto_awq")
 
 
 def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):
     owners = (
         (triton_moe, "_prepare_expert_assignment"),
+        (marlin_moe, "fused_marlin_moe"),
+        (marlin_moe, "moe_align_block_size"),
         (MoERunner, "_forward_impl"),
         (Worker, "determine_available_memory"),
         (Worker, "compile_or_warm_up_model"),
     )
     for owner, name in owners:  # vLLM's own again afterwards
         monkeypatch.setattr(owner, name, vars(owner)[name])
-    before = [(vars(owner).copy(), owner) for owner in (triton_moe, MoERunner, Worker)]
+    before = [
+        (vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, MoERunner, Worker)
+    ]
     patches.install_cuda_patches()
     patches.install_cuda_patches()  # once, even if called again
     for owner, name in owners:

@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe import fused_moe, get_config
 from vllm.model_executor.layers.fused_moe import moe_align_block_size as align_module
 
 from vllm_moe_offload.integration import triton_slots
+from vllm_moe_offload.integration.block_slots import SlotMap, on_slots
 
 EXPERTS, TOP_K, HIDDEN, BLOCK, ROWS = 16, 2, 4, 8, 50
 
@@ -95,7 +96,7 @@ def test_the_same_blocks_with_rows_for_experts(tokens):
     weight = torch.rand(EXPERTS, HIDDEN)
     pool, slot_map = in_a_pool(weight)
     plain = assign(ids, EXPERTS)
-    with triton_slots.slots(EXPERTS, slot_map):
+    with on_slots(SlotMap(EXPERTS, slot_map)):
         ours = assign(ids, ROWS)
     assert (plain[0] is None) == (ours[0] is None) == (tokens * TOP_K * 4 <= EXPERTS)
     if plain[0] is not None:
@@ -114,7 +115,7 @@ def test_waves_add_up_and_read_nothing_that_is_absent(tokens):
     for wave in range(3):
         absent = slot_map.clone()
         absent[:-1][torch.arange(EXPERTS) % 3 != wave] = -1
-        with triton_slots.slots(EXPERTS, absent):
+        with on_slots(SlotMap(EXPERTS, absent)):
             total += kernel(x, pool, assign(ids, ROWS), ids)
     expected = kernel(x, weight, assign(ids, EXPERTS), ids)
     torch.testing.assert_close(total, expected)
@@ -128,14 +129,14 @@ def test_padding_reads_no_record(tokens):
     ids[real:] = -1
     pool, slot_map = in_a_pool(torch.rand(EXPERTS, HIDDEN))
     used = set(slot_map[ids[:real].unique().long()].tolist())
-    with triton_slots.slots(EXPERTS, slot_map):
+    with on_slots(SlotMap(EXPERTS, slot_map)):
         ours = assign(ids, ROWS)
     assert (ours[0] is None) == (tokens == 2)
     assert set(ours[1].tolist()) <= used | {-1, int(slot_map[0])}  # 0: of unused blocks
     blocks = ours[1][: int(ours[2]) // BLOCK]
     assert set(blocks.tolist()) <= used | {-1}
     out = kernel(x, pool, ours, ids)
-    with triton_slots.slots(EXPERTS, slot_map):
+    with on_slots(SlotMap(EXPERTS, slot_map)):
         alone = kernel(x[:real], pool, assign(ids[:real].contiguous(), ROWS), ids[:real])
     torch.testing.assert_close(out[:real], alone)
     if ours[0] is None:
@@ -154,7 +155,7 @@ def test_outside_of_a_call_vllm_is_left_alone():
 def test_a_second_renaming_is_refused():
     _, ids = a_call(4)
     slot_map = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-    with triton_slots.slots(EXPERTS, slot_map), pytest.raises(RuntimeError, match="both"):
+    with on_slots(SlotMap(EXPERTS, slot_map)), pytest.raises(RuntimeError, match="both"):
         triton_slots.prepare_expert_assignment(
             fused_moe._prepare_expert_assignment, ids, {}, 4, TOP_K, EXPERTS, slot_map
         )
@@ -186,7 +187,9 @@ def choose(rows, tokens):
     layer = Layer(rows)
     x, ids = a_call(tokens)
     slot_map = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-    triton_slots.apply_on_slots(layer, x, torch.ones(tokens, TOP_K), ids, slot_map)
+    triton_slots.apply_on_slots(
+        layer, x, torch.ones(tokens, TOP_K), ids, SlotMap(EXPERTS, slot_map)
+    )
     return layer.chosen
 
 

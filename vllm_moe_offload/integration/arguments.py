@@ -128,7 +128,7 @@ def _create_engine_config(
     if options.enabled:
         supported.check(vllm_config, options, requested_graphs)
         if current_platform.is_cuda():
-            supported_gpu.prepare(vllm_config)
+            supported_gpu.prepare(vllm_config, current_platform.get_device_capability())
         else:
             host_share.fit(vllm_config)
         from vllm_moe_offload.integration import (

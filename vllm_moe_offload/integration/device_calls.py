@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from vllm_moe_offload.forecast.lookahead import sampled_tokens
-from vllm_moe_offload.integration import triton_slots
+from vllm_moe_offload.integration import block_slots
+from vllm_moe_offload.integration.block_slots import ApplyOnSlots, SlotMap
 from vllm_moe_offload.runtime import OffloadRuntime
 
 UPLOADS = 8
@@ -25,8 +26,17 @@ waves several."""
 class DeviceCalls:
     """Serves the layer calls of one worker's model. Also runs on the CPU device, for tests."""
 
-    def __init__(self, runtime: OffloadRuntime, device: torch.device, num_experts: int) -> None:
+    def __init__(
+        self,
+        runtime: OffloadRuntime,
+        device: torch.device,
+        num_experts: int,
+        apply_on_slots: ApplyOnSlots,
+    ) -> None:
+        """Serves calls of layers of ``num_experts``; ``apply_on_slots``: their kernel."""
         self._runtime = runtime
+        self._apply_on_slots = apply_on_slots
+        self._num_experts = num_experts
         self._device = device
         self._pins = device.type == "cuda"
         self._event = torch.cuda.Event() if self._pins else None
@@ -37,10 +47,11 @@ class DeviceCalls:
         )
         self._map_arrays: npt.NDArray[np.int32] = self._maps.numpy()
         self._num_uploads = 0
-        self._slot_map = torch.full((num_experts + 1,), -1, dtype=torch.int32, device=device)
-        # Dummy runs: any row is within bounds, and there is always one.
-        self._first_row = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
-        self._first_row[-1] = -1
+        self._slot_of = torch.full((num_experts + 1,), -1, dtype=torch.int32, device=device)
+        # Dummy runs: any slot is within bounds, and there is always one.
+        first = torch.zeros(num_experts + 1, dtype=torch.int32, device=device)
+        first[-1] = -1
+        self._first_slot = SlotMap(num_experts, first)
 
     def forward(
         self,
@@ -63,11 +74,9 @@ class DeviceCalls:
         runtime = self._runtime
         shows_all = runtime.cache.shape.holds_everything
         if runtime.is_dummy and not shows_all:
-            return triton_slots.apply_on_slots(
-                layer, x, topk_weights, topk_ids, self._first_row
-            )
+            return self._apply_on_slots(layer, x, topk_weights, topk_ids, self._first_slot)
         if runtime.is_dummy or not runtime.needs_routing:
-            out = triton_slots.apply(layer, x, topk_weights, topk_ids)
+            out = block_slots.apply(layer, x, topk_weights, topk_ids)
             runtime.pass_layer(layer.moe_layer)
             return out
         ids, hidden = self._bring(topk_ids, x)
@@ -75,10 +84,8 @@ class DeviceCalls:
             return self._in_waves(layer, x, topk_weights, topk_ids, ids)
         try:
             if shows_all:
-                return triton_slots.apply(layer, x, topk_weights, topk_ids)
-            return triton_slots.apply_on_slots(
-                layer, x, topk_weights, topk_ids, self._upload_plan()
-            )
+                return block_slots.apply(layer, x, topk_weights, topk_ids)
+            return self._apply_on_slots(layer, x, topk_weights, topk_ids, self._upload_plan())
         finally:
             runtime.end_layer(layer.moe_layer)
 
@@ -90,11 +97,11 @@ class DeviceCalls:
         topk_ids: torch.Tensor,
         ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum over subsets of the experts, in float32; experts outside a wave yield zeros."""
+        """Sum over subsets of the experts, in float32; experts outside a wave add nothing."""
         total = torch.zeros_like(x, dtype=torch.float32)
         for _ in self._runtime.waves(layer.moe_layer, ids):
-            total += triton_slots.apply_on_slots(
-                layer, x, topk_weights, topk_ids, self._upload_plan()
+            total += self._apply_on_slots(
+                layer, x, topk_weights, topk_ids, self._upload_plan(is_wave=True)
             )
         return total.to(x.dtype)
 
@@ -153,8 +160,8 @@ class DeviceCalls:
             self._event.synchronize()
         self._num_uploads = 0
 
-    def _upload_plan(self) -> torch.Tensor:
-        """The open plan's experts and their slots as a slot map (:func:`triton_slots.slots`).
+    def _upload_plan(self, *, is_wave: bool = False) -> SlotMap:
+        """The open plan's experts and their slots.
 
         Only theirs: other residents are not pinned and may be overwritten while the kernel
         runs. One device tensor is enough, because kernels run in order.
@@ -165,6 +172,6 @@ class DeviceCalls:
         on_host = self._map_arrays[self._num_uploads]
         on_host.fill(-1)
         on_host[cache.experts] = cache.slots
-        self._slot_map.copy_(self._maps[self._num_uploads], non_blocking=True)
+        self._slot_of.copy_(self._maps[self._num_uploads], non_blocking=True)
         self._num_uploads += 1
-        return self._slot_map
+        return SlotMap(self._num_experts, self._slot_of, is_wave)

@@ -25,9 +25,9 @@ from vllm.utils.torch_utils import (
 
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.arguments import options_of
+from vllm_moe_offload.integration.block_slots import apply
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.graphs import StableOutputs
-from vllm_moe_offload.integration.triton_slots import apply
 from vllm_moe_offload.runtime import OffloadRuntime
 
 _library = Library("vllm_moe_offload", "FRAGMENT")

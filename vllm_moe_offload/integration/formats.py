@@ -17,6 +17,8 @@ from vllm.platforms import current_platform
 
 from vllm_moe_offload.cache.layout import ExpertLayout
 from vllm_moe_offload.config import OptionError
+from vllm_moe_offload.integration import marlin_slots, triton_slots
+from vllm_moe_offload.integration.block_slots import ApplyOnSlots
 from vllm_moe_offload.integration.patching import require
 
 
@@ -57,6 +59,25 @@ def _rebuild_mxfp4(method: Any, layer: Any) -> None:
     )
 
 
+def _rebuild_nvfp4(method: Any, layer: Any) -> None:
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import make_nvfp4_moe_kernel
+
+    # Weight-only: what activations are scaled by is not there, and asked for all the same.
+    layer.w13_input_scale = layer.w2_input_scale = None
+    method.moe_quant_config = method.get_fused_moe_quant_config(layer)
+    method.moe_kernel = make_nvfp4_moe_kernel(
+        moe_quant_config=method.moe_quant_config,
+        moe_config=method.moe,
+        experts_cls=method.experts_cls,
+        backend=method.nvfp4_backend,
+        routing_tables=layer._expert_routing_tables(),
+    )
+
+
+Capability = tuple[int, int]
+"""Compute capability of a CUDA device, major and minor."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertFormat:
     """One way in which vLLM computes routed experts.
@@ -64,21 +85,26 @@ class ExpertFormat:
     Attributes:
         method: class of the layer's ``quant_method``.
         experts: classes of the method's ``experts_cls``, any of them.
-        quantizations: ``ModelConfig.quantization`` of its checkpoints; none: not quantised.
+        quantizations: ``ModelConfig.quantization`` of its checkpoints; None: not quantised.
         platform: where they run.
-        ids: how the kernel is told where experts lie: ``slots``, the ids themselves are slots;
-            ``blocks``, the experts of its blocks of tokens are renamed (``triton_slots.py``).
         rebuild: sets the method's kernel up on the layer's parameters as they are, in kernel form;
             called with method and layer.
+        apply_on_slots: how the kernel is told where experts lie; None: ids are slots.
+        moe_backend: vLLM's name of the kernel, where that has to be asked for.
+        least_capability: of a CUDA device.
+        packs_on_device: whether weights are put into kernel form by operators of the device.
         aliases: parameters that the kernel finds under a second name, by that name.
     """
 
     method: str
     experts: tuple[str, ...]
-    quantizations: tuple[str, ...]
+    quantizations: tuple[str | None, ...]
     platform: Literal["cpu", "cuda"]
-    ids: Literal["slots", "blocks"]
     rebuild: Callable[[Any, Any], None]
+    apply_on_slots: ApplyOnSlots | None = None
+    moe_backend: str = "auto"
+    least_capability: Capability = (8, 0)
+    packs_on_device: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -92,60 +118,85 @@ _CPU_UNQUANTIZED = (
 )
 
 
+_WNA16 = (
+    ("CompressedTensorsWNA16MoEMethod", ("compressed-tensors",), _PACKED),
+    ("AutoGPTQMoEMethod", ("auto_gptq", "gptq"), _QWEIGHT),
+    ("AutoAWQMoEMethod", ("auto_awq", "awq"), _QWEIGHT),
+)
+"""int4 in groups: method, checkpoints, second names."""
+
+
 def _on_cpu(
     method: str,
-    experts: str,
-    quantizations: tuple[str, ...],
+    experts: tuple[str, ...],
+    quantizations: tuple[str | None, ...],
+    rebuild: Callable[[Any, Any], None],
+    aliases: Mapping[str, str] | None = None,
+) -> ExpertFormat:
+    return ExpertFormat(method, experts, quantizations, "cpu", rebuild, aliases=aliases or {})
+
+
+def _triton(
+    method: str, quantizations: tuple[str | None, ...], least_capability: Capability = (8, 0)
+) -> ExpertFormat:
+    return ExpertFormat(
+        method,
+        ("TritonExperts",),
+        quantizations,
+        "cuda",
+        _rebuild_processed,
+        triton_slots.apply_on_slots,
+        "triton",
+        least_capability,
+    )
+
+
+def _marlin(
+    method: str,
+    quantizations: tuple[str | None, ...],
     rebuild: Callable[[Any, Any], None],
     aliases: Mapping[str, str] | None = None,
 ) -> ExpertFormat:
     return ExpertFormat(
-        method, (experts,), quantizations, "cpu", "slots", rebuild, aliases or {}
+        method,
+        ("MarlinExperts",),
+        quantizations,
+        "cuda",
+        rebuild,
+        marlin_slots.apply_on_slots,
+        "marlin",
+        packs_on_device=True,
+        aliases=aliases or {},
     )
 
 
 FORMATS = (
     # bf16, fp16, fp32
-    ExpertFormat(
-        "UnquantizedFusedMoEMethod", _CPU_UNQUANTIZED, (), "cpu", "slots", _rebuild_processed
-    ),
-    ExpertFormat(
-        "UnquantizedFusedMoEMethod",
-        ("TritonExperts",),
-        (),
-        "cuda",
-        "blocks",
-        _rebuild_processed,
-    ),
+    _on_cpu("UnquantizedFusedMoEMethod", _CPU_UNQUANTIZED, (None,), _rebuild_processed),
+    _triton("UnquantizedFusedMoEMethod", (None,)),
     # int8 per channel
     _on_cpu(
         "CompressedTensorsW8A8Int8MoEMethod",
-        "CPUExpertsInt8",
+        ("CPUExpertsInt8",),
         ("compressed-tensors",),
         _rebuild_int8,
     ),
     # int4 in groups
-    _on_cpu(
-        "CompressedTensorsWNA16MoEMethod",
-        "CPUExpertsInt4",
-        ("compressed-tensors",),
-        _rebuild_wna16,
-        _PACKED,
+    *(
+        _on_cpu(method, ("CPUExpertsInt4",), names, _rebuild_wna16, aliases)
+        for method, names, aliases in _WNA16
     ),
-    _on_cpu(
-        "AutoGPTQMoEMethod",
-        "CPUExpertsInt4",
-        ("auto_gptq", "gptq"),
-        _rebuild_wna16,
-        _QWEIGHT,
-    ),
-    _on_cpu(
-        "AutoAWQMoEMethod", "CPUExpertsInt4", ("auto_awq", "awq"), _rebuild_wna16, _QWEIGHT
-    ),
+    *(_marlin(method, names, _rebuild_wna16, aliases) for method, names, aliases in _WNA16),
     # fp8 in blocks of 128 x 128
-    _on_cpu("Fp8MoEMethod", "CPUExpertsFp8", ("fp8",), _rebuild_processed),
+    _on_cpu("Fp8MoEMethod", ("CPUExpertsFp8",), ("fp8",), _rebuild_processed),
+    _triton("Fp8MoEMethod", ("fp8",), least_capability=(8, 9)),
+    _marlin("Fp8MoEMethod", ("fp8",), _rebuild_processed),
     # MXFP4
-    _on_cpu("GptOssMxfp4MoEMethod", "CPUExpertsMxfp4", ("gpt_oss_mxfp4",), _rebuild_mxfp4),
+    _on_cpu("GptOssMxfp4MoEMethod", ("CPUExpertsMxfp4",), ("gpt_oss_mxfp4",), _rebuild_mxfp4),
+    _marlin("GptOssMxfp4MoEMethod", ("gpt_oss_mxfp4",), _rebuild_mxfp4),
+    # NVFP4, weights only
+    _marlin("ModelOptNvFp4FusedMoE", ("modelopt_fp4",), _rebuild_nvfp4),
+    _marlin("CompressedTensorsW4A4Nvfp4MoEMethod", ("compressed-tensors",), _rebuild_nvfp4),
 )
 
 
@@ -157,9 +208,23 @@ def formats_here() -> list[ExpertFormat]:
 
 def problems(quantization: str | None) -> Iterator[str]:
     """What about ``ModelConfig.quantization`` cannot be served here, before layers are built."""
-    allowed = sorted({name for known in formats_here() for name in known.quantizations})
-    if quantization is not None and quantization not in allowed:
-        yield f"quantization={quantization!r}: allowed here: {', '.join(('none', *allowed))}"
+    allowed = {name for known in formats_here() for name in known.quantizations}
+    if quantization not in allowed:
+        names = sorted(name for name in allowed if name is not None)
+        yield f"quantization={quantization!r}: allowed here: {', '.join(('none', *names))}"
+
+
+def moe_backends(quantization: str | None, capability: Capability) -> list[str]:
+    """vLLM's names of the kernels that serve such a checkpoint on a CUDA device, best first."""
+    return list(
+        dict.fromkeys(
+            known.moe_backend
+            for known in FORMATS
+            if known.platform == "cuda"
+            and quantization in known.quantizations
+            and capability >= known.least_capability
+        )
+    )
 
 
 def format_of(layer: Any) -> ExpertFormat:

@@ -22,6 +22,7 @@ from vllm_moe_offload.cache.sizing import (
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.integration.formats import format_of
 from vllm_moe_offload.integration.graphs import StableOutputs
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
@@ -116,7 +117,10 @@ class GpuMemory:
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
         """Layer calls go through one :class:`DeviceCalls`; graphs find results where they were."""
-        calls = DeviceCalls(runtime, self._device, layers[0].local_num_experts)
+        kernel = format_of(layers[0]).apply_on_slots
+        if kernel is None:
+            raise RuntimeError(f"{layers[0].layer_name} has experts of another platform")
+        calls = DeviceCalls(runtime, self._device, layers[0].local_num_experts, kernel)
         for layer in layers:
             layer.calls = calls
             layer.outputs = StableOutputs.of(self._vllm_config.compilation_config)

@@ -30,6 +30,7 @@ from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.formats import (
+    ExpertFormat,
     expert_parameters,
     format_of,
     take_stored_form,
@@ -254,7 +255,7 @@ class ExpertLoad:
         layer = self.layers[index]
         if self._landing is None or self._landing.nbytes > OVERLAPPED_LAYER_BYTES:
             writer.wait()
-        layer.quant_method.process_weights_after_loading(layer)
+        _pack(layer, self._formats[index])
         tensors = _expert_tensors(layer)
         _check_on_host(layer, tensors)
         layout = _layout_of(tensors)
@@ -275,6 +276,8 @@ class ExpertLoad:
     def commit(self, builder: StoreBuilder) -> None:
         """Makes the store the one that later starts open."""
         self._landing = None
+        if any(known.packs_on_device for known in self._formats):
+            torch.cuda.empty_cache()  # what is left of packing is no model's memory
         self._store = builder.commit()
         gib = self._store.path.stat().st_size / GIB
         seconds = time.perf_counter() - self._build_began
@@ -309,8 +312,31 @@ def _already_processed(layer: torch.nn.Module) -> None:
     del layer
 
 
+def _pack(layer: Any, known: ExpertFormat) -> None:
+    """Puts a loaded layer into kernel form; through the device where vLLM packs it there."""
+    if not known.packs_on_device:
+        layer.quant_method.process_weights_after_loading(layer)
+        return
+    try:
+        _move(layer, current_platform.device_type)
+        layer.quant_method.process_weights_after_loading(layer)
+        _move(layer, "cpu")
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f"--moe-offload: the GPU has too little memory to pack the experts of "
+            f"{layer.layer_name} in, one layer at a time, which the first start with a checkpoint "
+            f"does: {error}"
+        ) from error
+
+
+def _move(layer: Any, device: str) -> None:
+    for name in expert_parameters(layer):
+        parameter = getattr(layer, name)
+        parameter.data = parameter.data.to(device)
+
+
 def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Experts are put into kernel form in RAM; vLLM's Triton experts and CPU kernels can be."""
+    """What is written to the store must lie in RAM."""
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
             raise OptionError(

@@ -170,9 +170,10 @@ def install_cuda_patches() -> None:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.v1.worker.gpu_worker import Worker
 
-    from vllm_moe_offload.integration import graphs, requests, triton_slots
+    from vllm_moe_offload.integration import graphs, marlin_slots, requests, triton_slots
 
     wrap(triton_moe, "_prepare_expert_assignment", triton_slots.prepare_expert_assignment)
+    marlin_slots.install()
     wrap(MoERunner, "_forward_impl", graphs.keep_outputs)
     wrap(Worker, "determine_available_memory", requests.warm_up)
     wrap(Worker, "compile_or_warm_up_model", requests.warm_up)

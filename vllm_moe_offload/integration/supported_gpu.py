@@ -6,14 +6,13 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_moe_offload.integration import graphs
+from vllm_moe_offload.integration import formats, graphs
 from vllm_moe_offload.transfer.cuda_library import cuda_library
 
 logger = logging.getLogger("vllm.moe_offload")
 
 MIN_CAPABILITY = (8, 0)
 DTYPES = ("torch.bfloat16", "torch.float16")
-MOE_BACKENDS = ("auto", "triton")
 
 
 def problems(
@@ -29,14 +28,18 @@ def problems(
     if capability is None or tuple(capability) < MIN_CAPABILITY:
         found = "unknown" if capability is None else ".".join(map(str, capability))
         yield f"compute capability {found}: allowed: {'.'.join(map(str, MIN_CAPABILITY))} and later"
+        return
     dtype = str(config.model_config.dtype)
     if dtype not in DTYPES:
         yield f"dtype={dtype}: on a GPU allowed: {', '.join(DTYPES)}"
     backend = config.kernel_config.moe_backend
-    if backend not in MOE_BACKENDS:
+    quantization = config.model_config.quantization
+    backends = formats.moe_backends(quantization, tuple(capability))
+    if backends and backend not in ("auto", *backends):
         yield (
-            f"moe_backend={backend!r}: only vLLM's Triton experts can compute on cache slots; "
-            f"allowed: {', '.join(MOE_BACKENDS)}"
+            f"moe_backend={backend!r}: of vLLM's kernels for quantization={quantization!r} these "
+            f"can compute on cache slots: {', '.join(backends)}; allowed: "
+            f"{', '.join(('auto', *backends))}"
         )
     yield from graphs.problems(config.compilation_config, requested_graphs)
 
@@ -49,13 +52,14 @@ def library_problems() -> Iterator[str]:
         yield str(error)
 
 
-def prepare(config: Any) -> None:
+def prepare(config: Any, capability: tuple[int, int]) -> None:
     """Sets a VllmConfig without :func:`problems` up for offload on a GPU.
 
     The kernel: ``auto`` is FlashInfer's on most devices, which routes by itself or takes
     weights in an order of its own.
     """
-    if config.kernel_config.moe_backend != "triton":
-        config.kernel_config.moe_backend = "triton"
-        logger.info("MoE offload: moe_backend auto -> triton")
+    if config.kernel_config.moe_backend == "auto":
+        chosen = formats.moe_backends(config.model_config.quantization, tuple(capability))[0]
+        config.kernel_config.moe_backend = chosen
+        logger.info("MoE offload: moe_backend auto -> %s", chosen)
     graphs.split_at_experts(config.compilation_config)

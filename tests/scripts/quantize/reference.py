@@ -70,6 +70,15 @@ def mxfp4(stored: Mapping[str, Tensor], module: str) -> Array:
     return values.reshape(*blocks.shape[:2], -1).swapaxes(1, 2)
 
 
+def nvfp4(stored: Mapping[str, Tensor], module: str) -> Array:
+    """ModelOpt: two scales, of 16 inputs and of the tensor."""
+    blocks = stored[f"{module}.weight"].numpy()
+    code = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(blocks.shape[0], -1, 16)
+    scale = numbers(stored[f"{module}.weight_scale"].float())
+    scale = scale * numbers(stored[f"{module}.weight_scale_2"])
+    return (np.array(E2M1)[code] * scale[..., None]).reshape(blocks.shape[0], -1)
+
+
 DEQUANTISERS: dict[str, Callable[[Mapping[str, Tensor], str], Array]] = {
     "int4": int4,
     "int8": int8,
@@ -77,6 +86,7 @@ DEQUANTISERS: dict[str, Callable[[Mapping[str, Tensor], str], Array]] = {
     "awq": awq,
     "fp8": fp8,
     "mxfp4": mxfp4,
+    "nvfp4": nvfp4,
 }
 MARKS = {
     "int4": ".weight_packed",
@@ -85,6 +95,7 @@ MARKS = {
     "awq": ".qzeros",
     "fp8": ".weight_scale_inv",
     "mxfp4": "_blocks",
+    "nvfp4": ".weight_scale_2",
 }
 """End of the name of a tensor that only quantised modules have."""
 

@@ -82,13 +82,22 @@ def kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, list[int]]
                 ".weight_scale_inv": (torch.float32, [1, 1]),
             },
         ),
+        (
+            "nvfp4",
+            {
+                ".weight": (torch.uint8, [ROWS, COLUMNS // 2]),
+                ".weight_scale": (torch.float8_e4m3fn, [ROWS, COLUMNS // 16]),
+                ".weight_scale_2": (torch.float32, []),
+                ".input_scale": (torch.float32, []),
+            },
+        ),
     ],
 )
 def test_names_types_and_sizes(
     format: str, expected: dict[str, tuple[torch.dtype, list[int]]]
 ) -> None:
     layout = layout_of(format, GROUP, None)
-    tensors = layout.tensors(f"{MODULE}.weight", drawn(0, ROWS, COLUMNS))
+    tensors = layout.tensors(f"{MODULE}.weight", drawn(0, ROWS, COLUMNS, -2.0))
     assert kinds(tensors) == expected
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
@@ -161,6 +170,25 @@ def test_known_values_of_mxfp4() -> None:
     assert stored[f"{FUSED}_blocks"][0, 0, 0, :3].tolist() == [0x97, 0x25, 0x00]
 
 
+@settings(max_examples=examples(30), deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 9), st.floats(-3, -2))
+def test_nvfp4_is_within_half_a_step(
+    seed: int, rows: int, blocks: int, exponent: float
+) -> None:
+    weight = drawn(seed, rows, 16 * blocks, exponent)
+    stored = layout_of("nvfp4", GROUP, None).tensors(f"{MODULE}.weight", weight)
+    exact = weight.double().numpy().reshape(rows, blocks, 16)
+    error = np.abs(DEQUANTISERS["nvfp4"](stored, MODULE).reshape(exact.shape) - exact)
+    # The largest step of e2m1 is a third of its largest value; scales have three bits of mantissa.
+    most = np.abs(exact).max(-1, keepdims=True)
+    assert (error <= most * (1 / 6 + 2**-4) + 2.0**-19).all()
+
+
+def test_nvfp4_refuses_what_its_scale_cannot_hold() -> None:
+    with pytest.raises(QuantizeError, match=r"up_proj.weight has a value of 5; .* allows 2.62"):
+        layout_of("nvfp4", GROUP, None).tensors(f"{MODULE}.weight", torch.full((1, 16), 5.0))
+
+
 @pytest.mark.parametrize(
     ("format", "shape", "says"),
     [
@@ -168,6 +196,7 @@ def test_known_values_of_mxfp4() -> None:
         ("gptq", (60, 128), "its output size is 60; it must be a multiple of 8"),
         ("awq", (64, 100), "its input size is 100; it must be a multiple of 64"),
         ("mxfp4", (2, 48, 64), "its input size is 48; it must be a multiple of 32"),
+        ("nvfp4", (64, 24), "its input size is 24; it must be a multiple of 16"),
         ("fp8", (64, 128), "its output size is 64; it must be a multiple of 128"),
     ],
 )

@@ -72,7 +72,8 @@ def test_what_is_not_quantised_stays(
         assert (after[name].float() - before[name].float()).norm() < 0.2 * rms
     settings = config.pop("quantization_config")
     assert config == json.loads((model / "config.json").read_text())
-    assert settings["quant_method"] in ("compressed-tensors", "gptq", "awq", "fp8", "mxfp4")
+    methods = ("compressed-tensors", "gptq", "awq", "fp8", "mxfp4", "modelopt")
+    assert settings["quant_method"] in methods
     kept = {path.name for path in model.iterdir()} - {"config.json"}
     for name in kept:
         if not name.startswith("model"):
@@ -108,7 +109,7 @@ def test_int8_quantises_activations_per_token(models: dict[str, Path], tmp_path:
 def test_others_say_what_vllm_reads(models: dict[str, Path], tmp_path: Path) -> None:
     settings = {
         format: written(models, tmp_path / format, format)[1]["quantization_config"]
-        for format in ("gptq", "awq", "fp8", "mxfp4")
+        for format in ("gptq", "awq", "fp8", "mxfp4", "nvfp4")
     }
     assert settings["gptq"]["dynamic"].keys() == {
         *(rf"-:.*\.self_attn\.{part}_proj$" for part in "qkvo"),
@@ -147,6 +148,9 @@ def test_others_say_what_vllm_reads(models: dict[str, Path], tmp_path: Path) -> 
         "weight_block_size": [128, 128],
     }
     assert settings["mxfp4"]["quant_method"] == "mxfp4"
+    assert settings["nvfp4"]["quant_method"] == "modelopt"
+    assert settings["nvfp4"]["quant_algo"] == "NVFP4"
+    assert sorted(settings["nvfp4"]["ignore"]) == sorted(["lm_head", *ignored])
 
 
 @pytest.mark.slow

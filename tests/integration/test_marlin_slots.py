@@ -1,0 +1,253 @@
+"""Marlin experts on slots: tokens are put in blocks by logical ids, -1 never reaches the kernel.
+
+vLLM's Python is the real one; its CUDA operators are doubles (``simulated_marlin.py``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe
+from vllm.scalar_type import scalar_types
+
+from scripts.demo_model import write_demo_model
+from scripts.quantize import quantize
+from tests.integration.conftest import engine
+from tests.integration.simulated_marlin import align, marlin_operators, simulated_marlin
+from tests.integration.test_formats import ALL_EXPERTS, ARCHS, EXPERTS, SHAPE, kernels, ours
+from tests.integration.test_identity import assert_identical, offload
+from vllm_moe_offload.integration import marlin_slots, patching
+from vllm_moe_offload.integration.block_slots import SlotMap, on_slots
+
+NUM_EXPERTS, SLOTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 8, 30, 2, 64, 128, 32
+
+
+@pytest.fixture
+def marlin():
+    with simulated_marlin():
+        yield
+
+
+def weights_of(seed: int = 0) -> dict[str, torch.Tensor]:
+    """``fused_marlin_moe``'s tensors with a row per expert, int4 with zero points and biases."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(
+            -(2**31), 2**31, (NUM_EXPERTS, *shape), dtype=torch.int32, generator=generator
+        )
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.rand(NUM_EXPERTS, *shape, generator=generator).bfloat16()
+
+    both = 2 * INTERMEDIATE
+    return {
+        "w1": words(HIDDEN // 16, both * 2),
+        "w2": words(INTERMEDIATE // 16, HIDDEN * 2),
+        "w1_scale": numbers(HIDDEN // GROUP, both),
+        "w2_scale": numbers(INTERMEDIATE // GROUP, HIDDEN),
+        "w1_zeros": words(HIDDEN // GROUP, both // 8),
+        "w2_zeros": words(INTERMEDIATE // GROUP, HIDDEN // 8),
+        "bias1": numbers(both),
+        "bias2": numbers(HIDDEN),
+    }
+
+
+def in_a_pool(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The same experts anywhere in a pool of others' bytes; the slot of each."""
+    places = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(1))[:NUM_EXPERTS]
+    pool = {}
+    for name, tensor in weights.items():
+        rows = torch.randint(0, 99, (SLOTS, *tensor.shape[1:])).to(tensor.dtype)
+        rows[places] = tensor
+        pool[name] = rows
+    return pool, torch.cat([places, torch.tensor([-1])]).int()
+
+
+def call_of(tokens: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(tokens)
+    order = torch.rand(tokens, NUM_EXPERTS, generator=generator).argsort(1)
+    return {
+        "hidden_states": torch.rand(tokens, HIDDEN, generator=generator).bfloat16(),
+        "topk_weights": torch.rand(tokens, TOP_K, generator=generator),
+        "topk_ids": order[:, :TOP_K].int().contiguous(),
+    }
+
+
+def run(weights: dict[str, torch.Tensor], call: dict[str, Any]) -> torch.Tensor:
+    """As MarlinExperts.apply calls it."""
+    tokens = call["hidden_states"].shape[0]
+    out = torch.full((tokens, HIDDEN), float("nan")).bfloat16()
+    experts = object.__new__(marlin_moe.MarlinExperts)
+    marlin_moe.fused_marlin_moe(
+        **weights,
+        **call,
+        quant_type_id=scalar_types.uint4.id,
+        global_num_experts=NUM_EXPERTS,
+        moe_sum=experts.moe_sum,
+        output=out,
+    )
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+def test_the_same_bits_from_slots(marlin, tokens):
+    weights = weights_of()
+    pool, slot_of = in_a_pool(weights)
+    expected = run(weights, call_of(tokens))
+    assert bool(torch.isfinite(expected).all())
+    with on_slots(SlotMap(NUM_EXPERTS, slot_of)):
+        assert torch.equal(run(pool, call_of(tokens)), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_waves_add_up_and_read_nothing_that_is_absent(marlin, tokens):
+    weights = weights_of()
+    pool, slot_of = in_a_pool(weights)
+    total = torch.zeros(tokens, HIDDEN)
+    for wave in range(3):
+        present = slot_of.clone()
+        present[:-1][torch.arange(NUM_EXPERTS) % 3 != wave] = -1
+        with on_slots(SlotMap(NUM_EXPERTS, present, is_wave=True)):
+            part = run(pool, call_of(tokens)).float()
+        assert bool(torch.isfinite(part).all()), "a row was summed that no block wrote"
+        total += part
+    torch.testing.assert_close(
+        total, run(weights, call_of(tokens)).float(), rtol=2e-2, atol=2e-2
+    )
+
+
+def test_a_wave_works_with_fewer_slots_than_experts(marlin):
+    weights = weights_of()
+    few = {name: tensor[:3] for name, tensor in weights.items()}
+    slot_of = torch.tensor([0, 1, 2, *[-1] * (NUM_EXPERTS - 2)], dtype=torch.int32)
+    call = call_of(9)
+    with on_slots(SlotMap(NUM_EXPERTS, slot_of, is_wave=True)):
+        out = run(few, call)
+    used = (call["topk_ids"] < 3).any(1)
+    assert bool(used.any())
+    assert not bool(out[~used].any())
+    assert bool(torch.isfinite(out).all())
+
+
+def test_padding_of_a_graph_changes_no_other_token(marlin):
+    """Its experts are absent and its blocks stay, so that the kernel divides its work alike."""
+    weights = weights_of()
+    pool, slot_of = in_a_pool(weights)
+    call = call_of(6)
+    call["topk_ids"] = torch.tensor([[0, 1], [2, 1], [0, 2], [0, 1], [7, 6], [5, 7]]).int()
+    expected = run(weights, call)
+    slot_of[3:] = -1
+    with on_slots(SlotMap(NUM_EXPERTS, slot_of)):
+        assert torch.equal(run(pool, call)[:4], expected[:4])
+
+
+def test_padding_without_an_expert_is_in_no_block(marlin):
+    weights = weights_of()
+    pool, slot_of = in_a_pool(weights)
+    call = call_of(6)
+    call["topk_ids"][4:] = -1
+    expected = run(weights, call)[:4]
+    with on_slots(SlotMap(NUM_EXPERTS, slot_of)):
+        assert torch.equal(run(pool, call)[:4], expected)
+
+
+@pytest.mark.parametrize("unused", [-1, 0])
+def test_block_experts_are_slots_and_never_negative(monkeypatch, unused):
+    """Whatever vLLM's version leaves behind the last block that is used."""
+    slot_of = torch.tensor([4, -1, 2, -1], dtype=torch.int32)
+
+    def original(ids, block, experts, expert_map=None, *, ignore_invalid_experts=False):
+        del expert_map, ignore_invalid_experts
+        token_ids, expert_ids, num = (torch.empty(n, dtype=torch.int32) for n in (24, 6, 1))
+        align(ids, experts, block, token_ids, expert_ids, num)
+        expert_ids[int(num) // block :] = unused
+        return token_ids, expert_ids, num
+
+    ids = torch.tensor([[0, 2], [1, 2]], dtype=torch.int32)
+    with on_slots(SlotMap(3, slot_of)):
+        token_ids, expert_ids, _ = marlin_slots.moe_align_block_size(
+            original, ids, 4, 3, None, ignore_invalid_experts=True
+        )
+    plain = original(ids, 4, 3)
+    assert torch.equal(token_ids, plain[0])
+    assert expert_ids[:3].tolist() == [4, 0, 2]
+    assert int(expert_ids.min()) >= 0
+
+
+def test_without_a_slot_map_calls_pass_unchanged(marlin):
+    weights = weights_of()
+    with marlin_operators():
+        assert bool(torch.isfinite(run(weights, call_of(3))).all())
+
+
+def test_an_expert_map_of_vllms_is_refused(marlin):
+    pool, slot_of = in_a_pool(weights_of())
+    with on_slots(SlotMap(NUM_EXPERTS, slot_of)), pytest.raises(RuntimeError, match="both"):
+        marlin_moe.fused_marlin_moe(**pool, expert_map=torch.arange(NUM_EXPERTS))
+
+
+def test_a_vllm_with_other_arguments_is_refused(monkeypatch):
+    monkeypatch.setattr(marlin_moe, "fused_marlin_moe", lambda w1, w2, expert_map: None)
+    with pytest.raises(patching.UnsupportedVLLM, match="takes no bias1, bias2, w1_scale"):
+        marlin_slots.install()
+
+
+# ---- engines ---------------------------------------------------------------------------
+
+FORMATS = ARCHS | {"nvfp4": "qwen3_moe"}
+FAST = ("int4", "mxfp4")
+
+
+@pytest.fixture(scope="session")
+def model_in(tmp_path_factory: pytest.TempPathFactory):
+    """Directory of a tiny model in a format, written once per session."""
+    root = tmp_path_factory.mktemp("marlin")
+
+    def path(name: str) -> Path:
+        arch, directory = FORMATS[name], root / name
+        if not (root / arch).exists():
+            write_demo_model(root / arch, arch, **SHAPE)
+        if not directory.exists():
+            quantize(root / arch, directory, name)
+        return directory
+
+    return path
+
+
+@kernels
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMATS
+        if name != "int8"
+    ],
+)
+def test_packed_stored_and_served(name, model_in, store_dir, share_engines):
+    """Features: Marlin's formats, packed by vLLM's own code, on the simulated GPU: half of the
+    experts, one layer, and all; first and second start."""
+    model = model_in(name)
+    simulated = {"simulated_marlin": True, "cpu_kernels": ours()["cpu_kernels"]}
+    plain = engine(model, eager=True, moe_backend="marlin") | simulated
+    offloaded = [
+        engine(
+            model,
+            eager=True,
+            moe_backend="marlin",
+            offload=offload(store_dir, share, **ours()),
+        )
+        | simulated
+        | {"simulated_gpu": 0.75}
+        for share in ("50%", "25%", "100%")
+    ]
+    results = share_engines([plain, *offloaded])
+    assert_identical(results[:3], [ALL_EXPERTS // 2, EXPERTS])
+    assert all(result["facts"]["misses"] for result in results[1:3])
+    assert results[3].get("batches") == results[0]["batches"], results[3].get("trace")
+    first = results[0]["batches"][0][0]["logprobs"][0]
+    assert all(torch.isfinite(torch.tensor(float.fromhex(x))) for x in first.values())
