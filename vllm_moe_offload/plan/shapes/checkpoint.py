@@ -172,14 +172,14 @@ def _recount(
     return replace(
         shape,
         dense_parameters=parameters,
-        dense_bytes=sum(map(_served_bytes, dense)),
+        dense_bytes=sum(_served_bytes(where, shape.is_quantized) for where in dense),
         extra_expert_layers=tuple(sorted(layers.keys() - served.keys())),
     )
 
 
-def _served_bytes(where: TensorRange) -> int:
-    """Of a dense tensor: vLLM casts float32 down, and takes what is quantised as it is."""
-    if where.dtype in _UNQUANTISED:
+def _served_bytes(where: TensorRange, is_quantized: bool) -> int:
+    """Of a dense tensor. vLLM casts weights in float32 down; scales stay what they are."""
+    if where.dtype in _UNQUANTISED and not is_quantized:
         return math.prod(where.shape) * SERVED_BYTES
     return where.nbytes
 

@@ -220,6 +220,7 @@ def _int8_cpu(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
         ("w2_weight", "int8", (hidden, width + total)),
         ("w13_weight_scale", "float32", (2 * width, 1)),
         ("w2_weight_scale", "float32", (hidden, 1)),
+        *_biases(shape, "bfloat16", hidden, width),
     ]
 
 
@@ -236,7 +237,13 @@ def _int4_cpu(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
         weights.append((f"{matrix}_{names.weight}", "uint8", (*blocks, block)))
         scales.append((f"{matrix}_{names.scale}", "float32", (*blocks, outputs)))
         zeros.append((f"{matrix}_{names.zeros}", "int8", (*blocks, outputs)))
-    return [*weights, *scales, *zeros, *_weight_shapes(known)]
+    return [
+        *weights,
+        *scales,
+        *zeros,
+        *_weight_shapes(known),
+        *_biases(shape, "float32", shape.hidden, shape.width),
+    ]
 
 
 def _mxfp4_cpu(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
