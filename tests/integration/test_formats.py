@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration import cpu_kernels, formats, loading
+from vllm_moe_offload.plan.shapes import kernel_form
+from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
 
 ARCHS = {
     "int8": "qwen3_moe",
@@ -89,6 +92,17 @@ def test_first_and_second_start(name, quantised, store_dir, share_engines):
     results = share_engines(jobs)
     assert_identical(results, [ALL_EXPERTS // 2, EXPERTS])
     assert all(result["facts"]["misses"] for result in results[1:])
+    assert_as_planned(quantised(name), store_dir)
+
+
+def assert_as_planned(model: Path, store_dir: Path) -> None:
+    """The store's records hold the tensors that `plan` counts, by name, type and shape."""
+    (manifest,) = store_dir.glob(f"{model.name}-*/rank0of1/manifest.json")
+    stored = ExpertLayout.from_json(json.loads(manifest.read_text())["layout"])
+    shape = read_checkpoint(model).shape
+    planned = kernel_form(shape.format, "cpu", shape.expert)
+    assert sorted(planned.tensors, key=str) == sorted(stored.tensors, key=str)
+    assert planned.record_bytes == stored.record_bytes
 
 
 @kernels

@@ -53,8 +53,12 @@ def test_a_model_that_sees_is_more_than_its_language_model():
     more = shape_of_config(config | {"vision_config": deeper}, "c").dense_parameters
     block = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
     assert more == whole.dense_parameters + block
-    with pytest.raises(ShapeError, match="vision_config=None, must be an object"):
-        shape_of_config(config | {"vision_config": None}, "c")
+    for name, value in (("vision_config", None), ("text_config", "qwen")):
+        with pytest.raises(ShapeError, match=f"c: {name}={value!r}, must be an object"):
+            shape_of_config(config | {name: value}, "c")
+    text = config["text_config"] | {"num_experts": 0}
+    with pytest.raises(ShapeError, match="c: num_experts=0, must be an integer of 1"):
+        shape_of_config(config | {"text_config": text}, "c")
 
 
 def test_other_names_of_the_same_fields():

@@ -29,7 +29,7 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     """
     model_type = config.get("model_type")
     # Models that see have their language model's fields in an object of their own.
-    fields = ConfigFields({**config, **(config.get("text_config") or {})}, source)
+    fields = ConfigFields(config, source).joined("text_config")
     if model_type not in MODEL_TYPES:
         raise ShapeError(
             f"{source}: model_type={model_type!r} is not known; known are "
