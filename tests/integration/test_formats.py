@@ -19,7 +19,7 @@ from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration import cpu_kernels, formats, loading
-from vllm_moe_offload.plan.shapes import kernel_form
+from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
 
 ARCHS = {
@@ -191,6 +191,32 @@ def test_the_table_names_classes_that_vllm_has():
     on_cpu = [known for known in formats.FORMATS if known.platform == "cpu"]
     assert {known.method for known in on_cpu} <= methods
     assert {name for known in on_cpu for name in known.experts} <= set(vars(cpu_moe))
+
+
+KINDS = {
+    "UnquantizedFusedMoEMethod": "bf16",
+    "CompressedTensorsW8A8Int8MoEMethod": "int8",
+    "CompressedTensorsWNA16MoEMethod": "int4",
+    "AutoGPTQMoEMethod": "int4",
+    "AutoAWQMoEMethod": "int4",
+    "Fp8MoEMethod": "fp8",
+    "GptOssMxfp4MoEMethod": "mxfp4",
+}
+"""What `plan` calls the experts of each method."""
+
+
+def test_plan_serves_what_the_table_has():
+    shapes = (ExpertShape(256, 128), ExpertShape(256, 128, True, "swigluoai"))
+    for platform in ("cpu", "cuda"):
+        table = {KINDS[f.method] for f in formats.FORMATS if f.platform == platform}
+        planned = {
+            known.kind
+            for known in FORMATS
+            if not all(any(refusals(known, platform, shape)) for shape in shapes)
+        }
+        assert table <= planned
+        if platform == "cpu":
+            assert planned == table
 
 
 @pytest.mark.parametrize(
