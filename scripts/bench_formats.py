@@ -40,6 +40,7 @@ from scripts.harness.serving import (  # noqa: E402
 from scripts.quantize import quantize  # noqa: E402
 from vllm_moe_offload.config import GIB  # noqa: E402
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint  # noqa: E402
+from vllm_moe_offload.plan.shapes.kernel_form import BF16, kernel_form  # noqa: E402
 
 GROUP_SIZE = 64
 """576 inputs divide by it."""
@@ -198,7 +199,8 @@ def main() -> int:
     models = models_of(args)
     shape = read_checkpoint(args.model).shape
     total = shape.total_experts
-    bf16_bytes = total * shape.expert_bytes
+    expert_bytes = kernel_form(BF16, "cpu", shape.expert).expert_bytes
+    bf16_bytes = total * expert_bytes
     cases: list[Case] = []
     for order in orders(list(models), args.rounds):
         for share in args.shares:
@@ -213,7 +215,7 @@ def main() -> int:
         {
             "parameters": vars(args) | {"group_size": GROUP_SIZE, "environment": ENVIRONMENT},
             "experts": total,
-            "bf16_expert_bytes": shape.expert_bytes,
+            "bf16_expert_bytes": expert_bytes,
             "summary": rows,
             "cases": cases,
         },

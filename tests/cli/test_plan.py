@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.demo_model import write_demo_model
+from scripts.quantize import quantize
 from vllm_moe_offload import cli
 from vllm_moe_offload.cli.command import UsageError
 from vllm_moe_offload.cli.sizes import parse_memory
@@ -66,29 +67,77 @@ def test_mixtral_has_256_experts_of_352_321_536_bytes(capsys):
     assert "assumed to be an NVMe drive, 7 GB/s" in text
 
 
+REFUSED = {
+    "DeepSeek-V3": ("cpu", "cuda"),
+    "DeepSeek-R1": ("cpu", "cuda"),
+    "GLM-4.5-Air": ("cpu", "cuda"),
+    "MiniMax-M2.5": ("cpu",),
+    "MiniMax-M2.7": ("cpu",),
+}
+"""Models with a layer that is not served, or a router that a kernel is not made for."""
+
+
 @pytest.mark.parametrize("name", known_models())
 def test_every_name_in_the_table_gets_a_plan_or_a_reason(name, capsys):
-    quantised = "quantization_config" in known_models()[name].config
-    for machine in (["--device-memory=24GiB", "--host-memory=2000GiB"], ["--host-memory=900"]):
+    for machine in (["--device-memory=40GiB", "--host-memory=2000GiB"], ["--host-memory=900"]):
         status, document = figures(capsys, name, *machine)
-        assert document["works"] is (not quantised)
-        assert status == (1 if quantised else 0)
-        assert bool(document["commands"]) is not quantised
-        assert bool(document["problems"]) is quantised
-        assert document["model"]["expert_bytes"]["4-bit"] > 0
+        refused = document["machine"]["platform"] in REFUSED.get(name, ())
+        assert document["works"] is not refused
+        assert status == (1 if refused else 0)
+        assert bool(document["commands"]) is not refused
+        assert bool(document["problems"]) is refused
+        here = document["machine"]["platform"]
+        served = {row["experts_in"]: row["platform"] for row in document["model"]["formats"]}
+        assert served["bf16"] == here
+        if not refused:
+            assert served[document["model"]["experts_in"]] == here
 
 
-def test_a_quantised_model_is_planned_as_a_bf16_copy_if_asked(capsys):
-    status, text = plan(capsys, "gpt-oss-20b", "--host-memory=64")
-    assert status == 1
-    assert "It cannot work: the checkpoint is quantised (mxfp4)" in text
-    assert "vllm serve" not in text
-    assert "13,236,480" in text
-    status, text = plan(capsys, "gpt-oss-20b", "--host-memory=64", "--unquantized")
+def test_gpt_oss_120b_is_served_from_slots_of_a_24_gib_gpu(capsys):
+    arguments = ["gpt-oss-120b", "--device-memory", "24GiB", "--host-memory", "96GiB"]
+    status, text = plan(capsys, *arguments)
     assert status == 0
-    assert serve_line(text)[2] == "./gpt-oss-20b-bf16"
-    assert "hf download" not in text
-    assert "The weights must be in ./gpt-oss-20b-bf16" in text
+    assert (
+        "4,608 experts of 14,431,744 bytes (MXFP4, as vLLM's kernel on a GPU has them)" in text
+    )
+    assert "MXFP4 experts: not run on a GPU yet" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("│ MXFP4"))
+    assert row.rstrip(" │").endswith("yes")
+    assert text.splitlines()[-1].startswith("    vllm serve ./gpt-oss-120b --moe-offload=trace")
+    assert "estimated" not in text  # its dense weights are bf16
+    _, document = figures(capsys, *arguments)
+    assert document["model"]["record_bytes"] == 14_434_304
+    assert document["fit"]["has_run"] is False
+
+
+def test_a_cpu_plan_of_quantised_experts_says_how_to_do_without_amx(capsys):
+    status, text = plan(capsys, "Qwen3-30B-A3B-FP8", "--host-memory=32")
+    assert status == 0
+    assert "add --moe-offload-config.cpu_kernels avx512" in text
+    assert "Dense weights are estimated" in text
+    assert "not run" not in text
+    _, text = plan(capsys, "Qwen3-30B-A3B", "--host-memory=32")
+    assert "cpu_kernels" not in text
+
+
+def test_fp8_on_older_gpus_takes_a_little_more(capsys):
+    arguments = ["Qwen3-30B-A3B-FP8", "--host-memory=64", "--device-memory=16"]
+    status, text = plan(capsys, *arguments)
+    assert status == 0
+    assert "scales add 1.5 % to an expert" in text
+    assert "fp8 experts: not run on a GPU yet" in text
+
+
+def test_what_is_not_served_gets_its_reason_and_no_line(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    nvfp4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    config = known_models()["Qwen3-30B-A3B"].config | {"quantization_config": nvfp4}
+    path.write_text(json.dumps(config))
+    status, text = plan(capsys, path, "--device-memory=24", "--host-memory=64")
+    assert status == 1
+    assert "It cannot work: the experts are quantised to what is not served" in text
+    assert "vllm serve" not in text
+    assert "9,437,184" in text  # what bf16 would take
 
 
 def test_too_little_memory_says_what_would_do(capsys):
@@ -107,7 +156,29 @@ def test_a_checkpoint_is_counted_from_its_files(checkpoint, capsys):
     status, document = figures(capsys, checkpoint, "--host-memory=8GiB")
     assert document["model"]["counted_from_files"] is True
     assert document["model"]["experts"] == 12
-    assert document["model"]["expert_bytes"]["bf16"] == 3 * 64 * 32 * 2
+    assert document["model"]["expert_bytes"] == 3 * 64 * 32 * 2
+
+
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_quantised_files_are_counted(format, tmp_path, capsys):
+    write_demo_model(
+        tmp_path / "plain", "qwen3_moe", **SIZES | {"hidden": 512, "intermediate": 256}
+    )
+    quantize(tmp_path / "plain", tmp_path / "quantised", format)
+    status, text = plan(capsys, tmp_path / "quantised", "--host-memory=8GiB")
+    assert status == 0
+    assert "headers of the safetensors files" in text
+    assert "estimated" not in text
+    assert f"12 experts of {kernel_bytes(format):,} bytes ({format}" in text
+
+
+def kernel_bytes(format: str) -> int:
+    """Of an expert of 512 x 256 on a CPU, by hand."""
+    weights = 3 * 512 * 256
+    if format == "fp8":
+        return weights + weights // 128**2 * 4
+    blocks = weights // (32 * 128)  # a sum, a scale and a zero point for each of 32 outputs
+    return weights // 2 + blocks * 32 * (4 + 4 + 1) + 2 * 4
 
 
 def test_a_config_json_is_enough(config_file, capsys):
@@ -140,7 +211,7 @@ def test_json_has_all_figures_and_is_written_beside_the_tables(tmp_path, capsys)
     ]
     for bound in fitted["bounds"]:
         assert bound["read_bytes_per_token"] == pytest.approx(
-            bound["misses_per_token"] * document["model"]["expert_bytes"]["bf16"]
+            bound["misses_per_token"] * document["model"]["record_bytes"]
         )
         assert bound["tokens_per_s"] == pytest.approx(3.5e9 / bound["read_bytes_per_token"])
 
@@ -173,10 +244,6 @@ def test_notes_say_what_is_not_certain(capsys):
             "--disk-gbps goes with --device-memory",
         ),
         (["Mixtral-8x7B", "--host-memory=8", "--kv-tokens=0"], "--kv-tokens=0: must be 1"),
-        (
-            ["Mixtral-8x7B", "--host-memory=8", "--unquantized"],
-            "--unquantized: Mixtral-8x7B is not quantised",
-        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):

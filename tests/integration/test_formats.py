@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration import cpu_kernels, formats, loading
+from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
+from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
 
 ARCHS = {
     "int8": "qwen3_moe",
@@ -89,6 +92,17 @@ def test_first_and_second_start(name, quantised, store_dir, share_engines):
     results = share_engines(jobs)
     assert_identical(results, [ALL_EXPERTS // 2, EXPERTS])
     assert all(result["facts"]["misses"] for result in results[1:])
+    assert_as_planned(quantised(name), store_dir)
+
+
+def assert_as_planned(model: Path, store_dir: Path) -> None:
+    """The store's records hold the tensors that `plan` counts, by name, type and shape."""
+    (manifest,) = store_dir.glob(f"{model.name}-*/rank0of1/manifest.json")
+    stored = ExpertLayout.from_json(json.loads(manifest.read_text())["layout"])
+    shape = read_checkpoint(model).shape
+    planned = kernel_form(shape.format, "cpu", shape.expert)
+    assert sorted(planned.tensors, key=str) == sorted(stored.tensors, key=str)
+    assert planned.record_bytes == stored.record_bytes
 
 
 @kernels
@@ -221,6 +235,32 @@ def test_every_format_can_be_asked_for():
 )
 def test_the_kernel_that_a_gpu_is_asked_for(quantization, capability, backends):
     assert formats.moe_backends(quantization, capability) == backends
+
+
+KINDS = {
+    "UnquantizedFusedMoEMethod": "bf16",
+    "CompressedTensorsW8A8Int8MoEMethod": "int8",
+    "CompressedTensorsWNA16MoEMethod": "int4",
+    "AutoGPTQMoEMethod": "int4",
+    "AutoAWQMoEMethod": "int4",
+    "Fp8MoEMethod": "fp8",
+    "GptOssMxfp4MoEMethod": "mxfp4",
+}
+"""What `plan` calls the experts of each method."""
+
+
+def test_plan_serves_what_the_table_has():
+    shapes = (ExpertShape(256, 128), ExpertShape(256, 128, True, "swigluoai"))
+    for platform in ("cpu", "cuda"):
+        table = {KINDS[f.method] for f in formats.FORMATS if f.platform == platform}
+        planned = {
+            known.kind
+            for known in FORMATS
+            if not all(any(refusals(known, platform, shape)) for shape in shapes)
+        }
+        assert table <= planned
+        if platform == "cpu":
+            assert planned == table
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,6 @@ PROGRAM: dict[str, CommandLine] = {
         "nothing",
         MACHINE,
     ],
-    "--unquantized: ... is not quantised; leave the option out": plan("--unquantized"),
     "--disk-gbps goes with --device-memory; on a CPU server the disk is the link: use "
     "--link-gbps": plan("--disk-gbps=7"),
     "--kv-tokens=...: must be 1 or more": plan("--kv-tokens=0"),
@@ -128,6 +127,7 @@ PROGRAM: dict[str, CommandLine] = {
     ),
     "...: ... experts per token, but a layer has ...": planned(num_experts_per_tok=9),
     "...: quantization_config=..., must be an object": planned(quantization_config="fp8"),
+    "...: ...=..., must be an object": planned("Qwen3.5-35B-A3B", vision_config="none"),
     "...: ... is missing": planned(hidden_size=None),
     "...: ...=..., must be true or false": planned(tie_word_embeddings="yes"),
     "...: ...=..., must be a list of integers": planned(

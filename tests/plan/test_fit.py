@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -15,13 +18,28 @@ from vllm_moe_offload.plan.fit import (
     fit,
 )
 from vllm_moe_offload.plan.machine import UTILIZATION, Machine
-from vllm_moe_offload.plan.shapes import known_models, shape_of_config
+from vllm_moe_offload.plan.shapes import (
+    FORMATS,
+    ExpertFormat,
+    ExpertShape,
+    ModelShape,
+    kernel_form,
+    known_models,
+    refusals,
+    shape_of_config,
+)
+from vllm_moe_offload.plan.shapes.kernel_form import GROUP_SIZES
 from vllm_moe_offload.policy import make_policy
 
+
+def known(name: str, **changes: Any) -> ModelShape:
+    model = known_models()[name]
+    return shape_of_config(model.config | changes, model.source)
+
+
 SHAPES = {
-    name: shape_of_config(model.config | {"quantization_config": None}, model.source)
-    for name, model in known_models().items()
-    if name != "DeepSeek-V3"  # refused for its extra layer
+    name: replace(known(name), extra_expert_layers=())  # which are refused
+    for name in known_models()
 }
 MIXTRAL = SHAPES["Mixtral-8x7B"]
 
@@ -53,6 +71,7 @@ def test_a_plan_that_works_is_within_its_memory_and_is_what_the_server_makes(
     machine = gpu(fast_gib, host_gib) if has_gpu else cpu(fast_gib)
     result = fit(shape, machine, kv_tokens)
     assume(not result.problems)
+    expert_bytes = result.layout.expert_bytes
     used = shape.dense_bytes + machine.runtime_bytes + result.kv_bytes + result.cache_bytes
     assert used <= machine.fast_bytes + (1 << 21)  # cache_gb has three decimals
     # The server, given the options that the plan prints:
@@ -63,7 +82,7 @@ def test_a_plan_that_works_is_within_its_memory_and_is_what_the_server_makes(
         "num_experts": shape.num_experts,
         "top_k": shape.top_k,
     }
-    rows = cache_slots(options.cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+    rows = cache_slots(options.cache_gb, expert_bytes=expert_bytes, auto_bytes=0, **sizes)
     rules = make_policy(options.mode, 1, 1).rules
     assert result.cache == cache_shape(rows, rules=rules, **sizes)
     # The KV cache holds what it must, and a request no longer than allowed.
@@ -79,6 +98,7 @@ def test_a_plan_that_works_is_within_its_memory_and_is_what_the_server_makes(
 @given(name=st.sampled_from(sorted(SHAPES)), has_gpu=st.booleans())
 def test_with_the_least_memory_that_is_named_it_works_and_with_less_it_does_not(name, has_gpu):
     shape = SHAPES[name]
+    assume(not any(refusals(shape.format, "cuda" if has_gpu else "cpu", shape.expert)))
     if has_gpu:
         least_gib = fit(shape, gpu(1, 2000)).least_fast_bytes / GIB
         assert not fit(shape, gpu(least_gib, 2000)).problems
@@ -109,19 +129,72 @@ def test_problems_name_the_option_and_what_would_do():
     assert "build the store" in problems[0].text
 
 
-def test_quantised_experts_are_refused_and_shown():
-    model = known_models()["gpt-oss-20b"]
-    result = fit(shape_of_config(model.config, model.source), cpu(500))
+@given(
+    known_format=st.sampled_from(
+        [*FORMATS, *(ExpertFormat("int4", "awq", size, True) for size in GROUP_SIZES)]
+    ),
+    has_gpu=st.booleans(),
+    blocks=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_slots_and_store_are_counted_in_the_kernels_form(known_format, has_gpu, blocks):
+    """Whatever tensors an expert has: two, or ten; whole pages, or scales of a few bytes."""
+    is_gpt_oss = known_format.kind == "mxfp4"
+    expert = ExpertShape(
+        128 * blocks[0], 128 * blocks[1], is_gpt_oss, "swigluoai" if is_gpt_oss else "silu"
+    )
+    shape = replace(MIXTRAL, expert=expert, format=known_format)
+    machine = gpu(24, 200) if has_gpu else cpu(64)
+    assume(not any(refusals(known_format, machine.platform, expert)))
+    layout = kernel_form(known_format, machine.platform, expert)
+    result = fit(shape, machine)
+    assume(not result.problems)
+    assert result.layout == layout
+    assert result.store_bytes == 32 * 8 * layout.record_bytes
+    assert result.cache_bytes == result.cache.num_pool_slots * layout.expert_bytes
+    assert result.bound(0.5).read_bytes_per_token == 32 * layout.record_bytes
+    assert result.has_run is (known_format.kind == "bf16" or not has_gpu)
+
+
+def test_gpt_oss_120b_on_24_gib():
+    result = fit(known("gpt-oss-120b"), gpu(24, 96))
+    assert not result.problems
+    # Marlin pads 2880 to 3072 inputs and 2944 outputs; 4 bits, a scale for 32, biases.
+    weights = 3 * 3072 * 2944
+    assert result.expert_bytes == weights // 2 + weights // 32 + 2 * (2 * 2944 + 3072)
+    assert result.layout.record_bytes == 14_434_304  # whole pages
+    assert result.host_share == 1
+    assert not result.has_run
+
+
+def test_formats_that_are_not_served_are_refused_by_name():
+    nvfp4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    result = fit(known("Qwen3-30B-A3B", quantization_config=nvfp4), gpu(24, 64))
     assert result.cache is None
     (problem,) = result.problems
-    assert "quantised (mxfp4)" in problem.text
-    assert "bf16 copy" in problem.remedy
+    assert "quant_method='modelopt', must be fp8 or compressed-tensors" in problem.text
+    assert problem.remedy == "a checkpoint of the same model in a format of the table"
 
 
-def test_experts_of_layers_that_are_not_served_are_refused():
-    config = known_models()["DeepSeek-V3"].config | {"quantization_config": None}
-    (problem,) = fit(shape_of_config(config, "c"), cpu(4000)).problems
-    assert "layer 61" in problem.text
+def test_what_is_served_elsewhere_says_where():
+    int8 = replace(SHAPES["Qwen3-30B-A3B"], format=ExpertFormat("int8"))
+    (problem,) = fit(int8, gpu(24, 64)).problems
+    assert problem.text == (
+        "not served: int8 experts on a GPU; served there are bf16, fp8, int4, mxfp4"
+    )
+    assert problem.remedy.startswith("a CPU, or a checkpoint")
+    minimax = SHAPES["MiniMax-M2.7"]
+    (problem,) = fit(minimax, cpu(400)).problems
+    assert "chosen by a router of its own, must be by softmax or DeepSeek-V3's" in problem.text
+    assert problem.remedy.startswith("a GPU, or a checkpoint")
+    assert not fit(minimax, gpu(24, 400)).problems
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("DeepSeek-V3", 61), ("DeepSeek-R1", 61), ("GLM-4.5-Air", 46)]
+)
+def test_experts_of_layers_that_are_not_served_are_refused(name, layer):
+    (problem,) = fit(known(name), cpu(4000)).problems
+    assert f"layer {layer}" in problem.text
 
 
 def test_everything_fits():

@@ -57,7 +57,7 @@ def mode_of(path: Path) -> int:
 )
 @given(
     sizes=st.lists(
-        st.one_of(st.integers(1, 9000), st.sampled_from([4096, 12288])), min_size=1, max_size=5
+        st.one_of(st.integers(1, 9000), st.sampled_from([4096, 12288])), min_size=1, max_size=12
     ),
     num_layers=st.integers(1, 3),
     num_experts=st.integers(1, 5),

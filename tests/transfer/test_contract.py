@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.stores import MIXED, build, layout_of
 from tests.transfers import HOST_SLOTS, NUM_SLOTS, Interrupted, rig_of, wait_for_prefetches
+from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.store import DamagedStore, open_store
 from vllm_moe_offload.transfer import State, TransferError
 
@@ -59,6 +63,39 @@ def test_slots_hold_what_was_asked_for(store, rig_over, verify):
     rig.assert_untouched(1, 3, 4, 6)
     assert MIXED.expert_bytes <= rig.transfer.read_bytes / 4 <= MIXED.record_bytes
     rig.assert_nothing_is_under_way()
+
+
+row_bytes = st.one_of(st.integers(1, 9000), st.sampled_from([4, 4096, 12288]))
+KERNEL_FORMS = [
+    kernel_form(known, platform, expert)
+    for expert in (ExpertShape(256, 128), ExpertShape(256, 128, True, "swigluoai"))
+    for known in FORMATS
+    for platform in ("cpu", "cuda")
+    if not any(refusals(known, platform, expert))
+]
+layouts = st.one_of(
+    st.lists(row_bytes, min_size=1, max_size=12).map(lambda sizes: layout_of(*sizes)),
+    st.sampled_from(KERNEL_FORMS),
+)
+
+
+@pytest.mark.parametrize("kind", HOST_SLOTS)
+@settings(max_examples=15, deadline=None)
+@given(layout=layouts, data=st.data())
+def test_an_expert_may_have_any_tensors(tmp_path_factory, kind, layout, data):
+    """One or a dozen, whole pages or four bytes, and every form of vLLM's kernels."""
+    store = build(tmp_path_factory.mktemp("layouts"), layout, num_layers=2, num_experts=4)
+    experts = st.tuples(st.integers(0, 1), st.integers(0, 3))
+    wanted = data.draw(st.lists(experts, min_size=1, max_size=NUM_SLOTS, unique=True))
+    requests = [(layer, expert, slot) for slot, (layer, expert) in enumerate(wanted)]
+    rig = rig_of(kind, store, verify=True)
+    try:
+        rig.transfer.read(requests)
+        rig.assert_kernels_find(*requests)
+        rig.assert_untouched(*range(len(requests), NUM_SLOTS))
+    finally:
+        rig.transfer.close()
+        shutil.rmtree(store.path.parent)
 
 
 def test_slots_can_be_used_again(store, rig_over):

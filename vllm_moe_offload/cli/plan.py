@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cli.command import Command, UsageError
 from vllm_moe_offload.cli.plan_report import Report
 from vllm_moe_offload.cli.sizes import parse_bandwidth, parse_memory
 from vllm_moe_offload.plan.fit import RUN_MODEL_TYPES, Fit, fit
 from vllm_moe_offload.plan.machine import NVME_GBPS, PCIE_GBPS, Machine
 from vllm_moe_offload.plan.shapes import ModelShape, known_models, shape_of_config
+from vllm_moe_offload.plan.shapes.kernel_form import place
 from vllm_moe_offload.plan.shapes.known import find_known
 
 
@@ -85,19 +88,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that the KV cache is to hold (default: a quarter of what weights leave, "
         "and what the experts leave)",
     )
-    parser.add_argument(
-        "--unquantized",
-        action="store_true",
-        help="plan for a bf16 copy of a quantised checkpoint",
-    )
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON; - is stdout")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     machine = _machine(arguments)
     model = _find_model(arguments.model)
-    if arguments.unquantized:
-        model = _unquantized(model)
     if arguments.kv_tokens is not None and arguments.kv_tokens < 1:
         raise UsageError(f"--kv-tokens={arguments.kv_tokens}: must be 1 or more")
     result = fit(model.shape, machine, arguments.kv_tokens)
@@ -174,20 +170,6 @@ def _local_checkpoint(path: Path) -> Model:
     return Model(str(path), source, found.shape, found.is_counted, str(path), None, has_weights)
 
 
-def _unquantized(model: Model) -> Model:
-    if model.shape.quantization is None:
-        raise UsageError(f"--unquantized: {model.name} is not quantised; leave the option out")
-    return replace(
-        model,
-        shape=replace(model.shape, quantization=None),
-        source=f"{model.source}, as a bf16 copy",
-        is_counted=False,
-        path=f"{model.path.rstrip('/')}-bf16",
-        download=None,
-        has_weights=False,
-    )
-
-
 def _commands(model: Model, result: Fit) -> list[str]:
     if result.problems:
         return []
@@ -197,34 +179,69 @@ def _commands(model: Model, result: Fit) -> list[str]:
 
 def _notes(model: Model, result: Fit, arguments: argparse.Namespace) -> list[str]:
     """What the figures assume, and what they do not say."""
-    machine, shape = result.machine, model.shape
-    notes: list[str] = []
     if result.cache is None:
-        return notes
-    if arguments.link_gbps is None and not result.cache.holds_everything:
+        return []
+    return [
+        *_assumptions(model, result, arguments, result.cache),
+        *_about_formats(model, result),
+        *_what_has_not_run(model, result),
+    ]
+
+
+def _assumptions(
+    model: Model, result: Fit, arguments: argparse.Namespace, cache: CacheShape
+) -> Iterator[str]:
+    machine, shape = result.machine, model.shape
+    if arguments.link_gbps is None and not cache.holds_everything:
         kind = "PCIe 4 x16" if machine.has_gpu else "an NVMe drive"
-        notes.append(f"The link is assumed to be {kind}, {machine.link_gbps:g} GB/s.")
+        yield f"The link is assumed to be {kind}, {machine.link_gbps:g} GB/s."
     if result.host_share < 1 and machine.has_gpu:
-        notes.append(
+        yield (
             f"Host memory holds {result.host_share:.0%} of the experts; the others are read from "
             f"the store on disk, at {machine.disk_gbps:g} GB/s."
         )
     has_spare_kv = arguments.kv_tokens is None and result.kv_tokens > shape.max_tokens
-    if has_spare_kv and not result.cache.holds_everything:
-        notes.append(
+    if has_spare_kv and not cache.holds_everything:
+        yield (
             f"The KV cache holds more than one request of {shape.max_tokens:,} tokens; a "
             "smaller --kv-tokens leaves more for experts."
         )
     if not result.is_exact:
-        notes.append(
+        yield (
             f"Less than one layer's {shape.num_experts} experts fit: layers run in waves, and "
             "output equals plain vLLM's up to the rounding of a split sum."
         )
-    if shape.model_type not in RUN_MODEL_TYPES:
-        notes.append(f"The plugin has not been run with {shape.model_type} models yet.")
     if not model.has_weights and model.download is None:
-        notes.append(f"The weights must be in {model.path}, as safetensors files.")
-    return notes
+        yield f"The weights must be in {model.path}, as safetensors files."
+
+
+def _about_formats(model: Model, result: Fit) -> Iterator[str]:
+    if not model.shape.is_quantized:
+        return
+    if not model.is_counted and result.format.kind != "mxfp4":  # which is for experts alone
+        yield (
+            "Dense weights are estimated: which of them are quantised is taken from config.json; "
+            "a directory with the files is counted."
+        )
+    if not result.machine.has_gpu:
+        yield (
+            "vLLM's kernels for quantised experts ask for AMX. On a CPU without it, add "
+            "--moe-offload-config.cpu_kernels avx512 (AVX-512 with BF16 and VNNI)."
+        )
+    elif result.format.kind == "fp8":
+        yield (
+            "On a GPU before compute capability 8.9 fp8 experts run on Marlin's kernel, whose "
+            "scales add 1.5 % to an expert."
+        )
+
+
+def _what_has_not_run(model: Model, result: Fit) -> Iterator[str]:
+    shape = model.shape
+    if shape.model_type not in RUN_MODEL_TYPES:
+        yield f"The plugin has not been run with {shape.model_type} models yet."
+    if not result.has_run:
+        where = place(result.machine.platform)
+        yield f"{result.format.name} experts: not run on a {where} yet; bf16 ones were."
 
 
 COMMAND = Command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,14 @@ from vllm_moe_offload.plan.fit import (
     amount,
 )
 from vllm_moe_offload.plan.machine import UTILIZATION, Machine
-from vllm_moe_offload.plan.shapes import FORMATS, ModelShape
+from vllm_moe_offload.plan.shapes.kernel_form import (
+    FORMATS,
+    ExpertFormat,
+    Platform,
+    kernel_form,
+    place,
+    refusals,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,10 @@ class Report:
             f"{shape.top_k} per token"
         )
         say(f"Sizes from: {self.source}")
-        say(f"{shape.total_experts:,} experts of {shape.expert_bytes:,} bytes (bf16)")
+        known = result.format.name
+        if result.format.kind != "bf16":
+            known += f", as vLLM's kernel on a {place(result.machine.platform)} has them"
+        say(f"{shape.total_experts:,} experts of {result.expert_bytes:,} bytes ({known})")
         console.print(_experts_table(result))
         if result.cache is not None:
             console.print(_memory_table(result))
@@ -90,7 +100,7 @@ class Report:
                 "name": self.name,
                 "source": self.source,
                 "counted_from_files": self.is_counted,
-                **_model_figures(self.result.shape),
+                **_model_figures(self.result),
             },
             "machine": _machine_figures(self.result.machine),
             **_memory_figures(self.result),
@@ -104,11 +114,35 @@ def _experts_table(result: Fit) -> Table:
     for heading in ("one expert, bytes", f"all {shape.total_experts:,}"):
         table.add_column(heading, justify="right")
     table.add_column("served")
-    for kind in FORMATS:
-        one = kind.expert_bytes(shape)
-        served = "yes" if kind is FORMATS[0] else "on a CPU"
-        table.add_row(kind.name, f"{one:,}", amount(one * shape.total_experts), served)
+    for row in _expert_rows(result):
+        served = (
+            "yes" if row.platform == result.machine.platform else f"on a {place(row.platform)}"
+        )
+        total = amount(row.expert_bytes * shape.total_experts)
+        table.add_row(row.format.name, f"{row.expert_bytes:,}", total, served)
     return table
+
+
+@dataclass(frozen=True, slots=True)
+class _ExpertRow:
+    """A format in which such experts can be served, and where: as planned for, or elsewhere."""
+
+    format: ExpertFormat
+    platform: Platform
+    expert_bytes: int
+
+
+def _expert_rows(result: Fit) -> Iterator[_ExpertRow]:
+    here = result.machine.platform
+    elsewhere: Platform = "cpu" if here == "cuda" else "cuda"
+    expert = result.shape.expert
+    for usual in FORMATS:
+        known = result.format if result.format.kind == usual.kind else usual
+        for platform in (here, elsewhere):
+            if not any(refusals(known, platform, expert)):
+                nbytes = kernel_form(known, platform, expert).expert_bytes
+                yield _ExpertRow(known, platform, nbytes)
+                break
 
 
 def _memory_table(result: Fit) -> Table:
@@ -135,11 +169,11 @@ def _memory_table(result: Fit) -> Table:
     )
     table.add_row(
         f"minimum cache: one token's {shape.top_k} experts of a layer",
-        amount(shape.top_k * shape.expert_bytes),
+        amount(shape.top_k * result.expert_bytes),
     )
     table.add_row(
         f"for exact output: all {shape.num_experts} of a layer",
-        amount(shape.num_experts * shape.expert_bytes),
+        amount(shape.num_experts * result.expert_bytes),
     )
     if machine.has_gpu:
         table.add_row(
@@ -147,7 +181,7 @@ def _memory_table(result: Fit) -> Table:
             amount(result.host_expert_bytes),
         )
     table.add_row("host memory while the store is built", amount(result.build_bytes))
-    table.add_row("store on disk (store_dir)", amount(result.all_experts_bytes))
+    table.add_row("store on disk (store_dir)", amount(result.store_bytes))
     return table
 
 
@@ -174,18 +208,27 @@ def _share(result: Fit) -> float:
     return result.cache.num_slots / result.shape.total_experts
 
 
-def _model_figures(shape: ModelShape) -> dict[str, Any]:
-    one = {kind.name: kind.expert_bytes(shape) for kind in FORMATS}
+def _model_figures(result: Fit) -> dict[str, Any]:
+    shape = result.shape
     return {
         "model_type": shape.model_type,
-        "quantization": shape.quantization,
+        "experts_in": None if shape.format is None else shape.format.name,
         "parameters": shape.parameters,
         "moe_layers": len(shape.moe_layers),
         "experts_per_layer": shape.num_experts,
         "experts": shape.total_experts,
         "experts_per_token": shape.top_k,
-        "expert_bytes": one,
-        "all_experts_bytes": {name: size * shape.total_experts for name, size in one.items()},
+        "expert_bytes": result.expert_bytes,
+        "record_bytes": result.layout.record_bytes,
+        "formats": [
+            {
+                "experts_in": row.format.name,
+                "platform": row.platform,
+                "expert_bytes": row.expert_bytes,
+                "all_experts_bytes": row.expert_bytes * shape.total_experts,
+            }
+            for row in _expert_rows(result)
+        ],
         "dense_bytes": shape.dense_bytes,
         "kv_bytes_per_token": shape.kv.bytes_per_token,
         "kv_bytes_per_request": shape.kv.bytes_per_request(BATCH_TOKENS),
@@ -212,9 +255,9 @@ def _memory_figures(result: Fit) -> dict[str, Any]:
         "least_fast_memory_bytes": result.least_fast_bytes,
         "exact_fast_memory_bytes": result.exact_fast_bytes,
         "build_bytes": result.build_bytes,
-        "store_bytes": result.all_experts_bytes,
-        "minimum_cache_bytes": shape.top_k * shape.expert_bytes,
-        "exact_cache_bytes": shape.num_experts * shape.expert_bytes,
+        "store_bytes": result.store_bytes,
+        "minimum_cache_bytes": shape.top_k * result.expert_bytes,
+        "exact_cache_bytes": shape.num_experts * result.expert_bytes,
         "fit": None if result.cache is None else _fit_figures(result, result.cache),
     }
 
@@ -228,6 +271,7 @@ def _fit_figures(result: Fit, cache: CacheShape) -> dict[str, Any]:
         "cached_share": _share(result),
         "holds_everything": cache.holds_everything,
         "exact": result.is_exact,
+        "has_run": result.has_run,
         "kv_bytes": result.kv_bytes,
         "kv_tokens": result.kv_tokens,
         "host_expert_bytes": result.host_expert_bytes,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from vllm_moe_offload.integration.model_files import (
 )
 from vllm_moe_offload.plan.fit import model_problems
 from vllm_moe_offload.plan.shapes import ModelShape, ShapeError, shape_of_config
-from vllm_moe_offload.plan.shapes.base import SERVED_BYTES
 from vllm_moe_offload.plan.shapes.checkpoint import (
     checkpoint_tensors,
     count_checkpoint,
@@ -106,7 +104,7 @@ def _tensors(vllm_config: Any, directory: Path) -> Tensors:
 
 
 def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | None:
-    """The model's sizes, experts as one rank has them.
+    """The model's sizes.
 
     None for an unknown architecture, and for quantised experts: what their kernel form takes is
     known once a layer has it.
@@ -117,18 +115,19 @@ def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | 
         shape = count_checkpoint(directory, shape, tensors).shape
     except (OSError, ShapeError):
         return None  # what `plan` cannot count may be served all the same
-    if shape.quantization is not None:
+    if shape.is_quantized:
         return None
     if tensors:
         for problem in model_problems(shape):
             raise OptionError(f"{problem.text}: {problem.remedy}")
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    element_bytes = vllm_config.model_config.dtype.itemsize
-    return replace(
-        shape,
-        expert_weights=shape.expert_weights * element_bytes // SERVED_BYTES // ranks,
-        expert_biases=shape.expert_biases * element_bytes // SERVED_BYTES // ranks,
-    )
+    return shape
+
+
+def _expert_bytes(vllm_config: Any, shape: ModelShape) -> int:
+    """Of one expert, as one rank has it."""
+    element_bytes: int = vllm_config.model_config.dtype.itemsize
+    ranks: int = vllm_config.parallel_config.tensor_parallel_size
+    return shape.expert.parameters * element_bytes // ranks
 
 
 def _check_sizes(vllm_config: Any, options: OffloadConfig, shape: ModelShape) -> None:
@@ -136,16 +135,17 @@ def _check_sizes(vllm_config: Any, options: OffloadConfig, shape: ModelShape) ->
     from vllm.platforms import current_platform
 
     sizes = {"num_layers": len(shape.moe_layers), "num_experts": shape.num_experts}
+    expert_bytes = _expert_bytes(vllm_config, shape)
     if parse_cache_size(options.cache_gb)[0] != "auto":
         cache_slots(
             options.cache_gb,
-            expert_bytes=shape.expert_bytes,
+            expert_bytes=expert_bytes,
             top_k=shape.top_k,
             auto_bytes=0,
             **sizes,
         )
     if current_platform.is_cuda() and parse_cache_size(options.host_gb)[0] != "auto":
-        host_slots(options.host_gb, record_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+        host_slots(options.host_gb, record_bytes=expert_bytes, auto_bytes=0, **sizes)
 
 
 def _check_room(
@@ -154,7 +154,7 @@ def _check_room(
     """Raises OptionError if the disk has no room for a store that is to be built."""
     parallel = vllm_config.parallel_config
     ranks_here = parallel.tensor_parallel_size // parallel.nnodes
-    store_bytes = ranks_here * shape.total_experts * shape.expert_bytes
+    store_bytes = ranks_here * shape.total_experts * _expert_bytes(vllm_config, shape)
     store_dir = Path(options.store_dir)
     place = store_dir / model_name(str(vllm_config.model_config.model))
     try:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vllm_moe_offload.cache.layout import ExpertLayout
 from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cache.sizing import (
     auto_cache_bytes,
@@ -24,7 +25,16 @@ from vllm_moe_offload.plan.machine import (
     UTILIZATION,
     Machine,
 )
-from vllm_moe_offload.plan.shapes.base import FORMATS, ModelShape
+from vllm_moe_offload.plan.shapes.base import ModelShape
+from vllm_moe_offload.plan.shapes.kernel_form import (
+    BF16,
+    ExpertFormat,
+    Kind,
+    Platform,
+    kernel_form,
+    place,
+    refusals,
+)
 from vllm_moe_offload.policy import TracePolicy
 
 KV_BLOCK_TOKENS = 128
@@ -39,6 +49,11 @@ MOST_KV_REQUESTS = 32
 HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 RUN_MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss"})
 """Architectures with which the plugin has been run."""
+RUN_FORMATS: dict[Platform, frozenset[Kind]] = {
+    "cpu": frozenset({"bf16", "fp8", "int8", "int4", "mxfp4"}),
+    "cuda": frozenset({"bf16"}),
+}
+"""Kinds of experts with which it has been run on each platform."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,8 @@ class Fit:
 
     Attributes:
         shape, machine: of what.
+        format: of the experts planned for: the model's; bf16 where that is not served there.
+        layout: one of them, as its slot and its record hold it.
         kv_bytes: KV cache.
         kv_tokens: tokens of one request that it holds.
         cache_gb: the option that makes the cache.
@@ -85,6 +102,8 @@ class Fit:
 
     shape: ModelShape
     machine: Machine
+    format: ExpertFormat
+    layout: ExpertLayout
     kv_bytes: int
     kv_tokens: int
     cache_gb: str
@@ -96,14 +115,24 @@ class Fit:
     problems: tuple[Problem, ...]
 
     @property
-    def all_experts_bytes(self) -> int:
-        """Of the model; also what the store takes on disk."""
-        return self.shape.total_experts * self.shape.expert_bytes
+    def expert_bytes(self) -> int:
+        """Of one expert in a slot."""
+        return self.layout.expert_bytes
+
+    @property
+    def store_bytes(self) -> int:
+        """Records of all experts: on disk, and in host memory below a GPU."""
+        return self.shape.total_experts * self.layout.record_bytes
 
     @property
     def cache_bytes(self) -> int:
         """Of all slots, staging included."""
-        return 0 if self.cache is None else self.cache.num_pool_slots * self.shape.expert_bytes
+        return 0 if self.cache is None else self.cache.num_pool_slots * self.expert_bytes
+
+    @property
+    def has_run(self) -> bool:
+        """Whether such experts were ever served on such a machine."""
+        return self.format.kind in RUN_FORMATS[self.machine.platform]
 
     @property
     def is_exact(self) -> bool:
@@ -113,7 +142,7 @@ class Fit:
     @property
     def host_share(self) -> float:
         """With a GPU, the share of all experts that host memory holds."""
-        return self.host_expert_bytes / self.all_experts_bytes
+        return self.host_expert_bytes / self.store_bytes
 
     def bound(self, hit_rate: float) -> Bound:
         """What the link allows: a token takes its misses' bytes / bandwidth at least.
@@ -124,13 +153,12 @@ class Fit:
         shape, machine = self.shape, self.machine
         used = len(shape.moe_layers) * shape.top_k
         misses = (1 - hit_rate) * used
-        read_bytes = misses * shape.expert_bytes
+        read_bytes = misses * self.layout.record_bytes  # a slot takes up to 4 KiB less
         seconds = read_bytes / (machine.link_gbps * 1e9)
         if machine.has_gpu:
             seconds += read_bytes * (1 - self.host_share) / (machine.disk_gbps * 1e9)
         if machine.memory_gbps is not None:
-            lookups = shape.lookup_parameters * shape.dense_bytes // shape.dense_parameters
-            active = shape.dense_bytes - lookups + used * shape.expert_bytes
+            active = shape.dense_bytes - shape.lookup_bytes + used * self.expert_bytes
             seconds += active / (machine.memory_gbps * 1e9)
         return Bound(hit_rate, misses, read_bytes, 1 / seconds if seconds else None)
 
@@ -169,9 +197,11 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
         kv_tokens: tokens that the KV cache must hold; by default it gets a quarter of what
             experts and KV cache share, and all that the experts leave.
     """
+    known = _format_served(shape, machine)
+    layout = kernel_form(known, machine.platform, shape.expert)
     available = machine.fast_bytes - shape.dense_bytes - machine.runtime_bytes
-    layer_bytes = shape.num_experts * shape.expert_bytes
-    all_bytes = shape.total_experts * shape.expert_bytes
+    layer_bytes = shape.num_experts * layout.expert_bytes
+    all_bytes = shape.total_experts * layout.expert_bytes
     least_kv_tokens = kv_tokens or min(LEAST_KV_TOKENS, shape.max_tokens)
     least_kv_bytes = _kv_bytes(shape, least_kv_tokens)
     kv_bytes = least_kv_bytes
@@ -181,29 +211,32 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
         kv_bytes = max(least_kv_bytes, quarter)
     room = auto_cache_bytes(all_bytes, available, kv_bytes)
     fixed = shape.dense_bytes + machine.runtime_bytes + least_kv_bytes
-    least = fixed + shape.top_k * shape.expert_bytes
+    least = fixed + shape.top_k * layout.expert_bytes
     exact = fixed + layer_bytes
     build = build_peak_bytes(layer_bytes)
     build += HOST_RUNTIME_BYTES if machine.has_gpu else shape.dense_bytes + CPU_RUNTIME_BYTES
-    problems = [
-        *model_problems(shape),
-        *_memory_problems(shape, machine, least, exact, build),
-    ]
+    problems = [*model_problems(shape), *_platform_problems(shape, machine)]
+    if not problems:
+        problems += _memory_problems(machine, least, exact, build)
     cache, cache_gb = None, ""
     if not problems:
-        cache_gb, cache = _cache(shape, room, all_bytes)
-        used = cache.num_pool_slots * shape.expert_bytes
+        cache_gb, cache = _cache(shape, layout.expert_bytes, room, all_bytes)
+        used = cache.num_pool_slots * layout.expert_bytes
         if kv_tokens is None:
             spare = min(available - used, _most_kv_bytes(shape))
             kv_bytes = max(least_kv_bytes, spare - spare % (1 << 20))
     return Fit(
         shape=shape,
         machine=machine,
+        format=known,
+        layout=layout,
         kv_bytes=kv_bytes,
         kv_tokens=_kv_tokens(shape, kv_bytes),
         cache_gb=cache_gb,
         cache=cache,
-        host_expert_bytes=min(all_bytes, machine.host_expert_bytes),
+        host_expert_bytes=min(
+            shape.total_experts * layout.record_bytes, machine.host_expert_bytes
+        ),
         build_bytes=build,
         least_fast_bytes=_round_up_memory(least),
         exact_fast_bytes=_round_up_memory(exact),
@@ -211,7 +244,16 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
     )
 
 
-def _cache(shape: ModelShape, room_bytes: int, all_bytes: int) -> tuple[str, CacheShape]:
+def _format_served(shape: ModelShape, machine: Machine) -> ExpertFormat:
+    """The model's format, or bf16 where it is not served."""
+    if shape.format is None or any(refusals(shape.format, machine.platform, shape.expert)):
+        return BF16
+    return shape.format
+
+
+def _cache(
+    shape: ModelShape, expert_bytes: int, room_bytes: int, all_bytes: int
+) -> tuple[str, CacheShape]:
     """The ``cache_gb`` that fills ``room_bytes``, and what the server makes of it."""
     sizes = {
         "num_layers": len(shape.moe_layers),
@@ -221,12 +263,12 @@ def _cache(shape: ModelShape, room_bytes: int, all_bytes: int) -> tuple[str, Cac
     if room_bytes >= all_bytes:
         cache_gb = "100%"
     else:
-        slots = max(room_bytes // shape.expert_bytes, shape.top_k)
+        slots = max(room_bytes // expert_bytes, shape.top_k)
         # Up, or the last slot would be lost; by less than one expert.
-        digits = 3 if shape.expert_bytes > GIB / 10**3 else 6
-        gib = math.ceil(slots * shape.expert_bytes / GIB * 10**digits) / 10**digits
+        digits = 3 if expert_bytes > GIB / 10**3 else 6
+        gib = math.ceil(slots * expert_bytes / GIB * 10**digits) / 10**digits
         cache_gb = f"{gib:.{digits}f}"
-    slots = cache_slots(cache_gb, expert_bytes=shape.expert_bytes, auto_bytes=0, **sizes)
+    slots = cache_slots(cache_gb, expert_bytes=expert_bytes, auto_bytes=0, **sizes)
     return cache_gb, cache_shape(slots, rules=TracePolicy.rules, **sizes)
 
 
@@ -253,15 +295,12 @@ def _round_up_memory(served_bytes: int) -> int:
 
 def model_problems(shape: ModelShape) -> Iterator[Problem]:
     """Why a checkpoint is not served on any machine."""
-    if shape.quantization is not None:
-        total = shape.parameters * 2
+    if shape.format is None:
         yield Problem(
-            f"the checkpoint is quantised ({shape.quantization}); plan knows the sizes of bf16, "
-            "fp16 and fp32 experts alone",
-            f"a bf16 copy of the checkpoint, {amount(total)} on disk: see --unquantized; a CPU "
-            "server may serve it as it is (docs/limits.md)",
+            f"the experts are quantised to what is not served: {shape.refusal}",
+            "a checkpoint of the same model in a format of the table",
         )
-    elif shape.extra_expert_layers:
+    if shape.extra_expert_layers:
         layers = ", ".join(map(str, shape.extra_expert_layers))
         yield Problem(
             f"the checkpoint holds experts of layer {layers}, which predicts further tokens and "
@@ -270,22 +309,27 @@ def model_problems(shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _memory_problems(
-    shape: ModelShape, machine: Machine, least: int, exact: int, build: int
-) -> Iterator[Problem]:
+def _platform_problems(shape: ModelShape, machine: Machine) -> Iterator[Problem]:
+    """Why its experts are not served on such a machine."""
+    if shape.format is None:
+        return
+    for refusal in refusals(shape.format, machine.platform, shape.expert):
+        elsewhere: Platform = "cpu" if machine.has_gpu else "cuda"
+        remedy = "a checkpoint of the same model in a format of the table"
+        if not any(refusals(shape.format, elsewhere, shape.expert)):
+            remedy = f"a {place(elsewhere)}, or {remedy}"
+        yield Problem(f"not served: {refusal}", remedy)
+
+
+def _memory_problems(machine: Machine, least: int, exact: int, build: int) -> Iterator[Problem]:
     option = "--device-memory" if machine.has_gpu else "--host-memory"
     if machine.fast_bytes < least:
-        small = FORMATS[-1]
-        saved = shape.top_k * (shape.expert_bytes - small.expert_bytes(shape))
-        hint = ""
-        if machine.fast_bytes >= least - saved:
-            hint = f" ({small.name} experts would fit; this release does not serve them)"
         yield Problem(
             f"{amount(machine.fast_bytes)} of fast memory ({UTILIZATION:.0%} of {option}) do not "
             "hold the dense weights, the KV cache, vLLM itself and the experts of one token in one "
             f"layer: {amount(least)}",
             f"{option} {amount(_round_up_memory(least))} at least; "
-            f"{amount(_round_up_memory(exact))} for exact output (one layer's experts){hint}",
+            f"{amount(_round_up_memory(exact))} for exact output (one layer's experts)",
         )
     if machine.store_memory_bytes < build:
         yield Problem(

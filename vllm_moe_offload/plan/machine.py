@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_moe_offload.config import GIB
+from vllm_moe_offload.plan.shapes.kernel_form import Platform
 
 UTILIZATION = 0.92
 """Share of a memory that a server takes: vLLM's default ``gpu_memory_utilization``."""
@@ -37,6 +38,11 @@ class Machine:
     link_gbps: float
     disk_gbps: float = NVME_GBPS
     memory_gbps: float | None = None
+
+    @property
+    def platform(self) -> Platform:
+        """Where experts are computed."""
+        return "cuda" if self.has_gpu else "cpu"
 
     @property
     def has_gpu(self) -> bool:

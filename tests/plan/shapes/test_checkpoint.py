@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts.demo_model import ARCHS, write_demo_model
-from vllm_moe_offload.plan.shapes import ShapeError, shape_of_config
+from scripts.quantize import quantize
+from vllm_moe_offload.plan.shapes import ExpertFormat, ShapeError, shape_of_config
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
+from vllm_moe_offload.plan.shapes.kernel_form import BF16
 
 SIZES = {"layers": 3, "experts": 4, "top_k": 2, "hidden": 64, "intermediate": 32}
 
@@ -100,13 +102,56 @@ def test_packed_experts_are_quantised_whatever_the_config_says(mixtral):
     rewrite(mixtral, **{name: torch.zeros(32, 32, dtype=torch.uint8)})
     found = read_checkpoint(mixtral)
     assert not found.is_counted
-    assert found.shape.quantization == "experts of BF16, U8"
+    assert found.shape.format is None
+    assert found.shape.refusal == "tensors of BF16, U8, without a quantization_config"
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "gptq", "awq", "fp8"])
+def test_quantised_files_are_counted(format, tmp_path):
+    """Dense weights are what the files hold, packed or not; parameters are the config's."""
+    sizes = {**SIZES, "hidden": 512, "intermediate": 256}
+    write_demo_model(tmp_path / "plain", "qwen3_moe", **sizes)
+    for experts_only in (True, False):
+        quantize(
+            tmp_path / "plain", tmp_path / "q", format, experts_only=experts_only, force=True
+        )
+        found = read_checkpoint(tmp_path / "q")
+        assert found.is_counted
+        config = json.loads((tmp_path / "q" / "config.json").read_text())
+        estimated = shape_of_config(config, "c")
+        assert found.shape.format == estimated.format != BF16
+        dense = [t for name, t in tensors_of(tmp_path / "q").items() if ".experts." not in name]
+        assert found.shape.dense_bytes == sum(tensor.nbytes for tensor in dense)
+        assert found.shape.dense_parameters == estimated.dense_parameters
+        # What is estimated without files is near, and no estimate for what stays as it was.
+        assert estimated.dense_bytes == pytest.approx(found.shape.dense_bytes, rel=0.05)
+        if experts_only:
+            assert estimated.dense_bytes == found.shape.dense_bytes
+
+
+def test_mxfp4_files_are_counted(tmp_path):
+    write_demo_model(tmp_path / "plain", "gpt_oss", **SIZES)
+    quantize(tmp_path / "plain", tmp_path / "q", "mxfp4")
+    found, plain = read_checkpoint(tmp_path / "q"), read_checkpoint(tmp_path / "plain")
+    assert found.is_counted
+    assert found.shape.format == ExpertFormat("mxfp4")
+    assert found.shape.dense_bytes == plain.shape.dense_bytes
+    assert found.shape.parameters == plain.shape.parameters
+
+
+def test_a_config_that_says_quantised_of_files_that_are_not(mixtral):
+    path = mixtral / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ShapeError, match=r"config.json experts are quantised, .* of BF16"):
+        read_checkpoint(mixtral)
 
 
 def test_contradictions_are_errors(mixtral):
     name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
     rewrite(mixtral, **{name: torch.zeros(33, 64, dtype=torch.bfloat16)})
-    with pytest.raises(ShapeError, match="4 equal experts per layer cannot be made"):
+    with pytest.raises(ShapeError, match="4 experts of 6,144 parameters are 24,576 elements"):
         read_checkpoint(mixtral)
     missing = {key: None for key in tensors_of(mixtral) if ".layers.1." in key}
     rewrite(mixtral, **missing)

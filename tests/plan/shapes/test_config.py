@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_moe_offload.plan.shapes import ShapeError, known_models, shape_of_config
+from vllm_moe_offload.plan.shapes import ExpertFormat, ShapeError, known_models, shape_of_config
 
 
 def config_of(name, **changes):
@@ -15,7 +15,7 @@ def test_dense_layers_of_deepseek():
     shape = shape_of_config(config_of("DeepSeek-V3"), "c")
     assert shape.moe_layers == tuple(range(3, 61))
     assert shape.extra_expert_layers == (61,)
-    assert shape.quantization == "fp8"
+    assert shape.format == ExpertFormat("fp8")
     every_second = shape_of_config(config_of("DeepSeek-V2-Lite", moe_layer_freq=2), "c")
     assert every_second.moe_layers == tuple(range(2, 27, 2))
 
@@ -46,6 +46,21 @@ def test_layer_types_are_taken_where_given():
     assert shape.kv.bytes_per_request(1000) == 0
 
 
+def test_a_model_that_sees_is_more_than_its_language_model():
+    config = config_of("Qwen3.5-35B-A3B")
+    whole = shape_of_config(config, "c")
+    deeper = config["vision_config"] | {"depth": 28}
+    more = shape_of_config(config | {"vision_config": deeper}, "c").dense_parameters
+    block = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    assert more == whole.dense_parameters + block
+    for name, value in (("vision_config", None), ("text_config", "qwen")):
+        with pytest.raises(ShapeError, match=f"c: {name}={value!r}, must be an object"):
+            shape_of_config(config | {name: value}, "c")
+    text = config["text_config"] | {"num_experts": 0}
+    with pytest.raises(ShapeError, match="c: num_experts=0, must be an integer of 1"):
+        shape_of_config(config | {"text_config": text}, "c")
+
+
 def test_other_names_of_the_same_fields():
     config = config_of("Qwen3-30B-A3B")
     config["num_local_experts"] = config.pop("num_experts")
@@ -65,6 +80,7 @@ def test_other_names_of_the_same_fields():
         ({"num_experts_per_tok": 9}, "9 experts per token, but a layer has 8"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no', must be true or false"),
         ({"quantization_config": "fp8"}, "quantization_config='fp8', must be an object"),
+        ({"model_type": "qwen3_5_moe"}, "linear_num_key_heads is missing"),
     ],
 )
 def test_wrong_fields_are_named(changes, message):

@@ -6,7 +6,8 @@ Compared with transformers' own models in the tests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from vllm_moe_offload.plan.shapes.base import KvShape
 from vllm_moe_offload.plan.shapes.fields import ConfigFields
@@ -24,9 +25,11 @@ class Parts:
         dense_width: of the MLP of layers without experts.
         shared: parameters per MoE layer of shared experts, their gate included.
         router_biases: per MoE layer.
-        expert_biases: of one expert.
+        has_expert_biases: whether experts have them.
+        activation, routing: see :class:`ExpertShape`.
         norms: parameters of one norm over the hidden state.
         head_biases: of the output layer.
+        vision: parameters of the encoder of images.
     """
 
     attention: int
@@ -36,9 +39,12 @@ class Parts:
     dense_width: int = 0
     shared: int = 0
     router_biases: int = 0
-    expert_biases: int = 0
+    has_expert_biases: bool = False
+    activation: Literal["silu", "swigluoai"] = "silu"
+    routing: Literal["softmax", "grouped_sigmoid", "other"] = "softmax"
     norms: int | None = None
     head_biases: int = 0
+    vision: int = 0
 
 
 def _every_layer(fields: ConfigFields) -> tuple[int, ...]:
@@ -82,6 +88,7 @@ def _phimoe(fields: ConfigFields) -> Parts:
         KvShape(kv * len(layers)),
         layers,
         fields.integer("intermediate_size"),
+        routing="other",
         norms=2 * fields.integer("hidden_size"),  # LayerNorm: weight and bias
         head_biases=fields.integer("vocab_size") if fields.flag("lm_head_bias") else 0,
     )
@@ -146,6 +153,24 @@ def _qwen3_next(fields: ConfigFields) -> Parts:
     )
 
 
+def _qwen3_5_moe(fields: ConfigFields) -> Parts:
+    return replace(_qwen3_next(fields), vision=_vision(fields.nested("vision_config")))
+
+
+def _vision(fields: ConfigFields) -> int:
+    """Parameters of Qwen3.5's encoder of images."""
+    hidden, width = fields.integer("hidden_size"), fields.integer("intermediate_size")
+    pixels = fields.integer("in_channels") * fields.integer("patch_size") ** 2
+    embeddings = pixels * fields.integer("temporal_patch_size") * hidden + hidden
+    embeddings += fields.integer("num_position_embeddings") * hidden
+    attention = 4 * (hidden * hidden + hidden)
+    mlp = 2 * hidden * width + width + hidden
+    blocks = fields.integer("depth") * (attention + mlp + 4 * hidden)
+    merged = hidden * fields.integer("spatial_merge_size") ** 2
+    out = fields.integer("out_hidden_size")
+    return embeddings + blocks + 2 * hidden + merged * merged + merged + merged * out + out
+
+
 def _gated_delta_net(fields: ConfigFields) -> tuple[int, int]:
     """Parameters and state elements of one linear-attention layer of Qwen3-Next."""
     hidden = fields.integer("hidden_size")
@@ -191,22 +216,50 @@ def _deepseek(fields: ConfigFields) -> Parts:
 
 def _deepseek_v3(fields: ConfigFields) -> Parts:
     parts = _deepseek(fields)
-    experts = fields.num_experts()
+    experts = fields.num_experts()  # e_score_correction_bias
+    return replace(parts, router_biases=experts, routing="grouped_sigmoid")
+
+
+def _glm4_moe(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields)
+    heads, kv_heads, head = _heads(fields)
+    if fields.flag("attention_bias"):
+        attention += (heads + 2 * kv_heads) * head  # none of the output
+    if fields.flag("use_qk_norm"):
+        attention += 2 * head
+    layers = _every_layer(fields)
+    first = fields.integer("first_k_dense_replace", default=1, least=0)
+    width = fields.integer("moe_intermediate_size")
+    shared = fields.integer("n_shared_experts", default=1, least=0)
     return Parts(
-        parts.attention,
-        parts.kv,
-        parts.moe_layers,
-        parts.expert_width,
-        parts.dense_width,
-        parts.shared,
-        router_biases=experts,  # e_score_correction_bias
+        attention * len(layers),
+        KvShape(kv * len(layers)),
+        layers[first:],
+        width,
+        dense_width=fields.integer("intermediate_size"),
+        shared=3 * fields.integer("hidden_size") * width * shared,
+        router_biases=fields.num_experts(),
+        routing="grouped_sigmoid",
+    )
+
+
+def _minimax_m2(fields: ConfigFields) -> Parts:
+    attention, kv = _attention(fields)
+    heads, kv_heads, head = _heads(fields)
+    layers = _every_layer(fields)
+    return Parts(
+        (attention + (heads + kv_heads) * head) * len(layers),  # norms of queries and keys
+        KvShape(kv * len(layers)),
+        layers,
+        fields.integer("intermediate_size"),
+        router_biases=fields.num_experts(),
+        routing="other",
     )
 
 
 def _gpt_oss(fields: ConfigFields) -> Parts:
     attention, kv = _attention(fields, bias=fields.flag("attention_bias", default=True))
     heads, _, _ = _heads(fields)
-    hidden, width = fields.integer("hidden_size"), fields.integer("intermediate_size")
     kinds = fields.layer_kinds(
         lambda layer: "full_attention" if layer % 2 else "sliding_attention"
     )
@@ -219,9 +272,10 @@ def _gpt_oss(fields: ConfigFields) -> Parts:
             window_tokens=fields.integer("sliding_window") if num_sliding else 0,
         ),
         tuple(range(len(kinds))),
-        width,
+        fields.integer("intermediate_size"),
         router_biases=fields.num_experts(),
-        expert_biases=2 * width + hidden,
+        has_expert_biases=True,
+        activation="swigluoai",
     )
 
 
@@ -231,8 +285,12 @@ MODEL_TYPES: dict[str, Callable[[ConfigFields], Parts]] = {
     "olmoe": _olmoe,
     "qwen3_moe": _qwen3_moe,
     "qwen3_next": _qwen3_next,
+    "qwen3_5_moe": _qwen3_5_moe,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,
+    "glm4_moe": _glm4_moe,
+    "minimax_m2": _minimax_m2,
     "gpt_oss": _gpt_oss,
 }
 """Architectures whose parameters are counted here."""

@@ -1,8 +1,10 @@
-"""A model's shape: parameters, experts and KV cache; and the formats experts come in."""
+"""A model's shape: parameters, experts and KV cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from vllm_moe_offload.plan.shapes.kernel_form import BF16, ExpertFormat, ExpertShape
 
 SERVED_BYTES = 2
 """Of one parameter or KV element as served: bfloat16 or float16 (vLLM casts float32 down)."""
@@ -50,14 +52,15 @@ class ModelShape:
 
     Attributes:
         model_type: of the config.json, such as ``mixtral``.
-        quantization: quantisation method of the checkpoint; None without.
         num_layers: decoder layers.
         moe_layers: indices of those with routed experts.
         num_experts: routed experts per MoE layer.
         top_k: experts per token.
-        expert_weights: elements of one expert's matrices, which quantisation packs.
-        expert_biases: elements of one expert's biases, which it does not.
+        expert: one of them.
+        format: what they are quantised to; None: to something that is not served.
+        refusal: what that is, and what is served; empty if it is.
         dense_parameters: everything else: attention, embeddings, routers, shared experts.
+        dense_bytes: of these, as served.
         lookup_parameters: of those, input embeddings: one row is read per token.
         kv: KV cache.
         max_tokens: longest request the model is made for.
@@ -66,14 +69,15 @@ class ModelShape:
     """
 
     model_type: str
-    quantization: str | None
     num_layers: int
     moe_layers: tuple[int, ...]
     num_experts: int
     top_k: int
-    expert_weights: int
-    expert_biases: int
+    expert: ExpertShape
+    format: ExpertFormat | None
+    refusal: str
     dense_parameters: int
+    dense_bytes: int
     lookup_parameters: int
     kv: KvShape
     max_tokens: int
@@ -87,48 +91,14 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Parameters as served."""
-        return self.dense_parameters + self.total_experts * (
-            self.expert_weights + self.expert_biases
-        )
+        return self.dense_parameters + self.total_experts * self.expert.parameters
 
     @property
-    def dense_bytes(self) -> int:
-        """Bytes of everything but routed experts, as served."""
-        return self.dense_parameters * SERVED_BYTES
+    def lookup_bytes(self) -> int:
+        """Bytes of the input embeddings, which no format quantises."""
+        return self.lookup_parameters * SERVED_BYTES
 
     @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert, as served."""
-        return (self.expert_weights + self.expert_biases) * SERVED_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertFormat:
-    """How experts may be stored.
-
-    Attributes:
-        name: short.
-        weight_bits: bits of one weight.
-        scale_bytes, weights_per_scale: of the scales beside them; 0 and 1 without.
-        description: says the same in words.
-    """
-
-    name: str
-    weight_bits: int
-    scale_bytes: int
-    weights_per_scale: int
-    description: str
-
-    def expert_bytes(self, shape: ModelShape) -> int:
-        """Bytes of one expert of a model."""
-        scales = -(-shape.expert_weights // self.weights_per_scale)
-        packed = shape.expert_weights * self.weight_bits // 8
-        return packed + scales * self.scale_bytes + shape.expert_biases * SERVED_BYTES
-
-
-FORMATS = (
-    ExpertFormat("bf16", 16, 0, 1, "2 bytes a weight; fp16 alike"),
-    ExpertFormat("fp8", 8, 4, 128 * 128, "1 byte, a float32 scale for 128 x 128"),
-    ExpertFormat("4-bit", 4, 1, 32, "half a byte, a 1-byte scale for 32 (MXFP4)"),
-)
-"""bf16 is served; the others are what a checkpoint may be in."""
+    def is_quantized(self) -> bool:
+        """Whether its experts are not what they were trained as."""
+        return self.format != BF16

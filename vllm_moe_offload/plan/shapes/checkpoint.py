@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_offload.plan.shapes.base import ModelShape, ShapeError
+from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ModelShape, ShapeError
 from vllm_moe_offload.plan.shapes.config import shape_of_config
 from vllm_moe_offload.store.checkpoint_reader import (
     TensorRange,
@@ -30,7 +30,7 @@ class Checkpoint:
     """A directory with a config.json.
 
     Attributes:
-        shape: counted from the files' headers where there are files of unquantised experts,
+        shape: counted from the files' headers where there are files of experts that are served,
             else from config.json.
         is_counted: whether it was counted from the files.
         file_bytes: of all tensors in the files; 0 without files.
@@ -87,7 +87,7 @@ def count_checkpoint(
         return Checkpoint(shape, False, 0, (), ())
     layers: Counter[int] = Counter()
     dtypes = set()
-    dense = 0
+    dense: list[TensorRange] = []
     for name, where in tensors:
         if name.startswith(_NOT_SERVED):
             continue
@@ -96,18 +96,29 @@ def count_checkpoint(
             layers[layer] += math.prod(where.shape)
             dtypes.add(where.dtype)
         elif (layer_number(name) or 0) < shape.num_layers:
-            dense += math.prod(where.shape)
-    counted = dtypes <= _UNQUANTISED and bool(layers)
+            dense.append(where)
+    found = tuple(sorted(dtypes))
+    if layers:
+        shape = _with_dtypes(shape, directory, found)
+    counted = shape.format is not None and bool(layers)
     if counted:
         shape = _recount(shape, directory, layers, dense)
-    elif shape.quantization is None and layers:
-        shape = replace(shape, quantization=f"experts of {', '.join(sorted(dtypes))}")
     return Checkpoint(
-        shape,
-        counted,
-        sum(where.nbytes for _, where in tensors),
-        tuple(sorted(layers)),
-        tuple(sorted(dtypes)),
+        shape, counted, sum(where.nbytes for _, where in tensors), tuple(sorted(layers)), found
+    )
+
+
+def _with_dtypes(shape: ModelShape, directory: Path, dtypes: tuple[str, ...]) -> ModelShape:
+    """The shape, where config.json and the experts' types agree on what they are."""
+    is_packed = not set(dtypes) <= _UNQUANTISED
+    if is_packed == shape.is_quantized:
+        return shape
+    if is_packed:
+        refusal = f"tensors of {', '.join(dtypes)}, without a quantization_config"
+        return replace(shape, format=None, refusal=refusal)
+    raise ShapeError(
+        f"{directory}: by config.json experts are quantised, the files hold experts of "
+        f"{', '.join(dtypes)}"
     )
 
 
@@ -139,7 +150,7 @@ def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, TensorRange]]:
 
 
 def _recount(
-    shape: ModelShape, directory: Path, layers: Counter[int], dense: int
+    shape: ModelShape, directory: Path, layers: Counter[int], dense: Sequence[TensorRange]
 ) -> ModelShape:
     """The shape with what the files hold."""
     served = {layer: count for layer, count in layers.items() if layer < shape.num_layers}
@@ -148,18 +159,29 @@ def _recount(
             f"{directory}: by config.json layers {_listed(shape.moe_layers)} have experts, the "
             f"files hold experts of layers {_listed(sorted(served))}"
         )
-    sizes = {count / shape.num_experts for count in served.values()}
-    if len(sizes) != 1 or not (size := sizes.pop()).is_integer():
-        raise ShapeError(
-            f"{directory}: {shape.num_experts} equal experts per layer cannot be made of what "
-            f"the layers' expert tensors hold: {dict(sorted(served.items()))} elements"
-        )
+    parameters = shape.dense_parameters
+    if not shape.is_quantized:
+        expected = shape.num_experts * shape.expert.parameters
+        if set(served.values()) != {expected}:
+            raise ShapeError(
+                f"{directory}: {shape.num_experts} experts of {shape.expert.parameters:,} "
+                f"parameters are {expected:,} elements a layer, the layers' expert tensors hold "
+                f"{dict(sorted(served.items()))}"
+            )
+        parameters = sum(math.prod(where.shape) for where in dense)
     return replace(
         shape,
-        expert_weights=int(size) - shape.expert_biases,
-        dense_parameters=dense,
+        dense_parameters=parameters,
+        dense_bytes=sum(_served_bytes(where, shape.is_quantized) for where in dense),
         extra_expert_layers=tuple(sorted(layers.keys() - served.keys())),
     )
+
+
+def _served_bytes(where: TensorRange, is_quantized: bool) -> int:
+    """Of a dense tensor. vLLM casts weights in float32 down; scales stay what they are."""
+    if where.dtype in _UNQUANTISED and not is_quantized:
+        return math.prod(where.shape) * SERVED_BYTES
+    return where.nbytes
 
 
 def _listed(layers: Sequence[int]) -> str:

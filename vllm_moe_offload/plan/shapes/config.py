@@ -6,12 +6,15 @@ experts are dense (every token uses them).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from vllm_moe_offload.plan.shapes.architectures import MODEL_TYPES
-from vllm_moe_offload.plan.shapes.base import ModelShape, ShapeError
+from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ModelShape, ShapeError
 from vllm_moe_offload.plan.shapes.fields import ConfigFields
+from vllm_moe_offload.plan.shapes.kernel_form import ExpertShape
+from vllm_moe_offload.plan.shapes.quantization import quantization_of
 
 
 def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
@@ -25,7 +28,8 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
         ShapeError: an unknown architecture, a dense model, or a field missing or wrong.
     """
     model_type = config.get("model_type")
-    fields = ConfigFields(config, source)
+    # Models that see have their language model's fields in an object of their own.
+    fields = ConfigFields(config, source).joined("text_config")
     if model_type not in MODEL_TYPES:
         raise ShapeError(
             f"{source}: model_type={model_type!r} is not known; known are "
@@ -42,33 +46,39 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     norm = hidden if parts.norms is None else parts.norms
     num_moe = len(parts.moe_layers)
     is_tied = fields.flag("tie_word_embeddings")
-    dense = vocabulary * hidden * (1 if is_tied else 2) + parts.head_biases
-    dense += parts.attention + norm * (2 * num_layers + 1)
-    dense += num_moe * (hidden * num_experts + parts.router_biases + parts.shared)
-    dense += (num_layers - num_moe) * 3 * hidden * parts.dense_width
+    rest = vocabulary * hidden * (1 if is_tied else 2) + parts.head_biases
+    rest += norm * (2 * num_layers + 1) + parts.vision
+    rest += num_moe * (hidden * num_experts + parts.router_biases)
+    linear = {
+        r"attn": parts.attention,
+        r"shared_expert": num_moe * parts.shared,
+        r"\bmlp\W.*_proj": (num_layers - num_moe) * 3 * hidden * parts.dense_width,
+    }
+    quantization = quantization_of(config, source)
+    dense_bytes = rest * SERVED_BYTES + sum(
+        math.ceil(count * quantization.dense_bytes_of(module))
+        for module, count in linear.items()
+    )
     extra = fields.integer("num_nextn_predict_layers", default=0, least=0)
     return ModelShape(
         model_type=model_type,
-        quantization=_quantization(config, source),
         num_layers=num_layers,
         moe_layers=parts.moe_layers,
         num_experts=num_experts,
         top_k=top_k,
-        expert_weights=3 * hidden * parts.expert_width,
-        expert_biases=parts.expert_biases,
-        dense_parameters=dense,
+        expert=ExpertShape(
+            hidden,
+            parts.expert_width,
+            has_biases=parts.has_expert_biases,
+            activation=parts.activation,
+            routing=parts.routing,
+        ),
+        format=quantization.experts,
+        refusal=quantization.refusal,
+        dense_parameters=rest + sum(linear.values()),
+        dense_bytes=dense_bytes,
         lookup_parameters=0 if is_tied else vocabulary * hidden,
         kv=parts.kv,
         max_tokens=fields.integer("max_position_embeddings"),
         extra_expert_layers=tuple(range(num_layers, num_layers + extra)),
     )
-
-
-def _quantization(config: Mapping[str, Any], source: str) -> str | None:
-    """Method of ``quantization_config`` (or of ``quantization``, which MLX writes)."""
-    entry = config.get("quantization_config") or config.get("quantization")
-    if not entry:
-        return None
-    if not isinstance(entry, Mapping):
-        raise ShapeError(f"{source}: quantization_config={entry!r}, must be an object")
-    return str(entry.get("quant_method", "unnamed"))

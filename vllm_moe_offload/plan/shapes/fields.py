@@ -65,6 +65,19 @@ class ConfigFields:
             )
         return [str(kind) for kind in kinds]
 
+    def nested(self, name: str) -> ConfigFields:
+        """The fields of an object in it."""
+        value = self._config.get(name)
+        if not isinstance(value, Mapping):
+            raise ShapeError(f"{self._source}: {name}={value!r}, must be an object")
+        return ConfigFields(value, f"{self._source}: {name}")
+
+    def joined(self, name: str) -> ConfigFields:
+        """These fields and those of an object in it, which win; these alone without one."""
+        if not self.has(name):
+            return self
+        return ConfigFields({**self._config, **self.nested(name)._config}, self._source)
+
     def num_experts(self) -> int:
         """Routed experts of a layer, by the architectures' different names."""
         return self.integer(*_EXPERT_COUNTS)
