@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,14 @@ def layout_of(format: str, group_size: int, experts_only: bool | None) -> Layout
             f"group-size is {group_size}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
         )
     only = format != "fp8" if experts_only is None else experts_only
-    grouped = {"int4": PackQuantized, "gptq": Gptq, "awq": Awq}
+    grouped: dict[str, Callable[[bool, int], Layout]] = {
+        "int4": PackQuantized,
+        "gptq": Gptq,
+        "awq": Awq,
+    }
     if format in grouped:
         return grouped[format](only, group_size)
-    plain: dict[str, type[Layout]] = {
+    plain: dict[str, Callable[[bool], Layout]] = {
         "int8": IntQuantized,
         "fp8": Fp8,
         "mxfp4": Mxfp4,

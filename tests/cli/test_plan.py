@@ -130,8 +130,8 @@ def test_fp8_on_older_gpus_takes_a_little_more(capsys):
 
 def test_what_is_not_served_gets_its_reason_and_no_line(tmp_path, capsys):
     path = tmp_path / "config.json"
-    nvfp4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    config = known_models()["Qwen3-30B-A3B"].config | {"quantization_config": nvfp4}
+    other = {"quant_method": "torchao"}
+    config = known_models()["Qwen3-30B-A3B"].config | {"quantization_config": other}
     path.write_text(json.dumps(config))
     status, text = plan(capsys, path, "--device-memory=24", "--host-memory=64")
     assert status == 1

@@ -21,6 +21,7 @@ from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration import cpu_kernels, formats, loading
 from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
+from vllm_moe_offload.plan.shapes.kernel_form import Platform
 
 ARCHS = {
     "int8": "qwen3_moe",
@@ -95,12 +96,12 @@ def test_first_and_second_start(name, quantised, store_dir, share_engines):
     assert_as_planned(quantised(name), store_dir)
 
 
-def assert_as_planned(model: Path, store_dir: Path) -> None:
+def assert_as_planned(model: Path, store_dir: Path, platform: Platform = "cpu") -> None:
     """The store's records hold the tensors that `plan` counts, by name, type and shape."""
     (manifest,) = store_dir.glob(f"{model.name}-*/rank0of1/manifest.json")
     stored = ExpertLayout.from_json(json.loads(manifest.read_text())["layout"])
     shape = read_checkpoint(model).shape
-    planned = kernel_form(shape.format, "cpu", shape.expert)
+    planned = kernel_form(shape.format, platform, shape.expert)
     assert sorted(planned.tensors, key=str) == sorted(stored.tensors, key=str)
     assert planned.record_bytes == stored.record_bytes
 
@@ -245,6 +246,8 @@ KINDS = {
     "AutoAWQMoEMethod": "int4",
     "Fp8MoEMethod": "fp8",
     "GptOssMxfp4MoEMethod": "mxfp4",
+    "ModelOptNvFp4FusedMoE": "nvfp4",
+    "CompressedTensorsW4A4Nvfp4MoEMethod": "nvfp4",
 }
 """What `plan` calls the experts of each method."""
 
@@ -258,9 +261,7 @@ def test_plan_serves_what_the_table_has():
             for known in FORMATS
             if not all(any(refusals(known, platform, shape)) for shape in shapes)
         }
-        assert table <= planned
-        if platform == "cpu":
-            assert planned == table
+        assert planned == table
 
 
 @pytest.mark.parametrize(

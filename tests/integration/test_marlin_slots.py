@@ -17,7 +17,15 @@ from scripts.demo_model import write_demo_model
 from scripts.quantize import quantize
 from tests.integration.conftest import engine
 from tests.integration.simulated_marlin import align, marlin_operators, simulated_marlin
-from tests.integration.test_formats import ALL_EXPERTS, ARCHS, EXPERTS, SHAPE, kernels, ours
+from tests.integration.test_formats import (
+    ALL_EXPERTS,
+    ARCHS,
+    EXPERTS,
+    SHAPE,
+    assert_as_planned,
+    kernels,
+    ours,
+)
 from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.integration import marlin_slots, patching
 from vllm_moe_offload.integration.block_slots import SlotMap, on_slots
@@ -249,5 +257,7 @@ def test_packed_stored_and_served(name, model_in, store_dir, share_engines):
     assert_identical(results[:3], [ALL_EXPERTS // 2, EXPERTS])
     assert all(result["facts"]["misses"] for result in results[1:3])
     assert results[3].get("batches") == results[0]["batches"], results[3].get("trace")
+    if name != "fp8":  # Marlin's form of it is for older GPUs alone; plans are for Triton's
+        assert_as_planned(model, store_dir, "cuda")
     first = results[0]["batches"][0][0]["logprobs"][0]
     assert all(torch.isfinite(torch.tensor(float.fromhex(x))) for x in first.values())

@@ -167,11 +167,11 @@ def test_gpt_oss_120b_on_24_gib():
 
 
 def test_formats_that_are_not_served_are_refused_by_name():
-    nvfp4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    result = fit(known("Qwen3-30B-A3B", quantization_config=nvfp4), gpu(24, 64))
+    other = {"quant_method": "torchao"}
+    result = fit(known("Qwen3-30B-A3B", quantization_config=other), gpu(24, 64))
     assert result.cache is None
     (problem,) = result.problems
-    assert "quant_method='modelopt', must be fp8 or compressed-tensors" in problem.text
+    assert "quant_method='torchao', must be fp8 or compressed-tensors" in problem.text
     assert problem.remedy == "a checkpoint of the same model in a format of the table"
 
 
@@ -179,7 +179,7 @@ def test_what_is_served_elsewhere_says_where():
     int8 = replace(SHAPES["Qwen3-30B-A3B"], format=ExpertFormat("int8"))
     (problem,) = fit(int8, gpu(24, 64)).problems
     assert problem.text == (
-        "not served: int8 experts on a GPU; served there are bf16, fp8, int4, mxfp4"
+        "not served: int8 experts on a GPU; served there are bf16, fp8, int4, mxfp4, nvfp4"
     )
     assert problem.remedy.startswith("a CPU, or a checkpoint")
     minimax = SHAPES["MiniMax-M2.7"]

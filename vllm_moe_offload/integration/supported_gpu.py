@@ -34,7 +34,7 @@ def problems(
         yield f"dtype={dtype}: on a GPU allowed: {', '.join(DTYPES)}"
     backend = config.kernel_config.moe_backend
     quantization = config.model_config.quantization
-    backends = formats.moe_backends(quantization, tuple(capability))
+    backends = formats.moe_backends(quantization, (capability[0], capability[1]))
     if backends and backend not in ("auto", *backends):
         yield (
             f"moe_backend={backend!r}: of vLLM's kernels for quantization={quantization!r} these "
@@ -52,14 +52,14 @@ def library_problems() -> Iterator[str]:
         yield str(error)
 
 
-def prepare(config: Any, capability: tuple[int, int]) -> None:
+def prepare(config: Any, capability: formats.Capability) -> None:
     """Sets a VllmConfig without :func:`problems` up for offload on a GPU.
 
     The kernel: ``auto`` is FlashInfer's on most devices, which routes by itself or takes
     weights in an order of its own.
     """
     if config.kernel_config.moe_backend == "auto":
-        chosen = formats.moe_backends(config.model_config.quantization, tuple(capability))[0]
+        chosen = formats.moe_backends(config.model_config.quantization, capability)[0]
         config.kernel_config.moe_backend = chosen
         logger.info("MoE offload: moe_backend auto -> %s", chosen)
     graphs.split_at_experts(config.compilation_config)

@@ -18,7 +18,7 @@ from vllm_moe_offload.plan.shapes import (
 )
 from vllm_moe_offload.plan.shapes.kernel_form import BF16, GROUP_SIZES, Platform, place
 
-BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "mxfp4": 4}
+BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "mxfp4": 4, "nvfp4": 4}
 INT4 = [
     ExpertFormat("int4", method, group_size, has_zero_points)
     for method, zero_points in (
@@ -29,9 +29,16 @@ INT4 = [
     for has_zero_points in zero_points
     for group_size in GROUP_SIZES
 ]
-EVERY = [known for known in FORMATS if known.kind != "int4"] + INT4
+NVFP4 = [ExpertFormat("nvfp4", method) for method in ("compressed-tensors", "modelopt")]
+EVERY = [known for known in FORMATS if known.kind not in ("int4", "nvfp4")] + INT4 + NVFP4
 
-UNITS = {"bf16": (1, 1), "fp8": (32, 128), "int8": (32, 32), "mxfp4": (32, 32)}
+UNITS = {
+    "bf16": (1, 1),
+    "fp8": (32, 128),
+    "int8": (32, 32),
+    "mxfp4": (32, 32),
+    "nvfp4": (64, 16),
+}
 """What hidden size and width are multiples of where a kind is served; of int4 see below."""
 
 formats = st.sampled_from(EVERY)
@@ -66,7 +73,9 @@ counts = st.integers(1, 100)
 
 def test_every_format_is_served_somewhere_and_most_everywhere():
     assert {known for known, _ in SERVED} == set(EVERY)
-    assert len(SERVED) == 2 * len(EVERY) - 1 - 4  # int8; compressed-tensors: 32, zero points
+    assert (
+        len(SERVED) == 2 * len(EVERY) - 1 - 2 - 4
+    )  # int8; NVFP4; compressed-tensors: 32, zero points
 
 
 def weight_bytes(layout: ExpertLayout) -> int:
@@ -146,7 +155,7 @@ def test_an_expert_may_have_ten_tensors():
             ExpertFormat("int8"),
             "cuda",
             ExpertShape(512, 256),
-            "int8 experts on a GPU; served there are bf16, fp8, int4, mxfp4",
+            "int8 experts on a GPU; served there are bf16, fp8, int4, mxfp4, nvfp4",
         ),
         (
             ExpertFormat("fp8"),

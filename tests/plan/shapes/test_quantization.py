@@ -64,18 +64,30 @@ def test_mxfp4_is_gpt_oss_alone():
     assert "'mxfp4' is served of gpt_oss models alone" in parsed(entry).refusal
 
 
+NVFP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")
+
+
+def test_nvfp4_by_either_name():
+    assert parsed(NVFP4).experts == ExpertFormat("nvfp4", "compressed-tensors")
+    ours = ExpertFormat("nvfp4", "modelopt")
+    assert parsed({"quant_method": "modelopt", "quant_algo": "nvfp4"}).experts == ours
+    older = {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}
+    assert parsed(older).experts == ours
+
+
 def test_the_name_that_mlx_gives_it():
     found = quantization_of({"quantization": {"bits": 4, "group_size": 64}}, "config.json")
     assert found.refusal.startswith("quantization_config: quant_method='unnamed', must be fp8")
 
 
-NVFP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group")
-
-
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"quant_method": "modelopt"}, "quant_method='modelopt', must be fp8 or compressed-"),
+        ({"quant_method": "torchao"}, "quant_method='torchao', must be fp8 or compressed-"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+            "quant_algo='FP8', must be 'NVFP4' or 'W4A16_NVFP4'",
+        ),
         ({"quant_method": "fp8"}, "weight_block_size=None, must be [128, 128]"),
         (
             FP8 | {"weight_block_size": [64, 64]},
@@ -91,7 +103,6 @@ NVFP4 = compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="t
         ),
         (AWQ | {"zero_point": False}, "zero_point=False, must be True"),
         (AWQ | {"bits": 8}, "bits=8, must be 4"),
-        (NVFP4, "format='nvfp4-pack-quantized', must be 'pack-quantized' or 'int-quantized'"),
         (compressed("float-quantized", num_bits=8, type="float"), "format='float-quantized'"),
         (
             compressed("pack-quantized", **(INT4_WEIGHTS | {"num_bits": 8})),
@@ -162,7 +173,8 @@ def test_dense_weights_are_what_their_modules_are():
     assert parsed(INT8).dense_bytes_of("attn") == 1
     assert parsed({"quant_method": "mxfp4"}, model_type="gpt_oss").dense_bytes_of("attn") == 2
     # Nothing is known of formats that are not served.
-    assert parsed({"quant_method": "modelopt"}).dense_bytes_of("attn") == 2
+    assert parsed({"quant_method": "torchao"}).dense_bytes_of("attn") == 2
+    assert parsed(NVFP4).dense_bytes_of("attn") == 0.5 + 1 / 16
     kept = INT4 | {"ignore": ["lm_head", "re:.*self_attn.*"]}
     assert parsed(kept).dense_bytes_of("attn") == 2
     assert parsed(kept).dense_bytes_of("shared_expert") < 1

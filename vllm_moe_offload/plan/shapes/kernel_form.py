@@ -15,7 +15,7 @@ from typing import Literal
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec, round_up
 
 Platform = Literal["cpu", "cuda"]
-Kind = Literal["bf16", "fp8", "int8", "int4", "mxfp4"]
+Kind = Literal["bf16", "fp8", "int8", "int4", "mxfp4", "nvfp4"]
 
 GROUP_SIZES = (32, 64, 128)
 """Inputs that share a scale in int4, as vLLM's kernels for it take them."""
@@ -23,6 +23,8 @@ FP8_BLOCK = 128
 """Rows and columns that share a scale in fp8."""
 MXFP4_BLOCK = 32
 """Inputs that share a scale in MXFP4."""
+NVFP4_BLOCK = 16
+"""Inputs that share a scale in NVFP4."""
 
 _WORD_VALUES = 8
 """Values of 4 bits in an int32."""
@@ -80,7 +82,8 @@ class ExpertFormat:
 
     Attributes:
         kind: ``bf16`` stands for fp16 as well.
-        method: of int4, who packed it: ``compressed-tensors``, ``gptq`` or ``awq``.
+        method: of int4 and NVFP4, who packed it: ``compressed-tensors``, ``gptq``, ``awq`` or
+            ``modelopt``.
         group_size: of int4, inputs that share a scale; one of :data:`GROUP_SIZES`.
         has_zero_points: of int4, whether the checkpoint has them.
     """
@@ -95,7 +98,7 @@ class ExpertFormat:
         """For people."""
         if self.kind == "int4":
             return f"int4, groups of {self.group_size}"
-        return "MXFP4" if self.kind == "mxfp4" else self.kind
+        return self.kind.upper() if self.kind in ("mxfp4", "nvfp4") else self.kind
 
 
 BF16 = ExpertFormat("bf16")
@@ -105,6 +108,7 @@ FORMATS = (
     ExpertFormat("int8"),
     ExpertFormat("int4", "compressed-tensors", 128),
     ExpertFormat("mxfp4"),
+    ExpertFormat("nvfp4", "modelopt"),
 )
 """One of each kind, as most checkpoints of it are."""
 
@@ -293,6 +297,22 @@ def _mxfp4_cuda(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
     return [*tensors, *_biases(shape, "bfloat16", hidden, width)]
 
 
+def _nvfp4_cuda(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
+    """``prepare_nvfp4_moe_layer_for_marlin`` in .../quantization/utils/marlin_utils_fp4.py."""
+    width = round_up(shape.width, 64 if shape.hidden % 128 == 0 else 128)
+    tensors: list[_Tensor] = []
+    for matrix, rows, columns in _matrices(shape.hidden, width):
+        tensors.append((f"{matrix}_weight", "int32", _marlin(rows, columns)))
+        scales = (columns // NVFP4_BLOCK, rows)
+        tensors.append((f"{matrix}_weight_scale", "float8_e4m3fn", scales))
+        tensors.append((f"{matrix}_weight_scale_2", "float32", ()))
+    if known.method == "compressed-tensors":  # read from the checkpoint, and kept by the layer
+        for matrix, shards in (("w13", (2,)), ("w2", ())):
+            tensors.append((f"{matrix}_weight_global_scale", "float32", shards))
+            tensors.append((f"{matrix}_input_global_scale", "float32", shards))
+    return [*tensors, *_biases(shape, "bfloat16", shape.hidden, width)]
+
+
 def _matrices(hidden: int, width: int) -> tuple[tuple[str, int, int], ...]:
     """Name, outputs and inputs of gate and up as one, and of down."""
     return (("w13", 2 * width, hidden), ("w2", hidden, width))
@@ -359,6 +379,7 @@ _KERNELS: dict[tuple[Kind, Platform], _Kernel] = {
     ("fp8", "cuda"): _Kernel(_fp8, 1, FP8_BLOCK),
     ("int4", "cuda"): _Kernel(_int4_cuda, 128, 1),
     ("mxfp4", "cuda"): _Kernel(_mxfp4_cuda, MXFP4_BLOCK, MXFP4_BLOCK, ("swigluoai",)),
+    ("nvfp4", "cuda"): _Kernel(_nvfp4_cuda, 64, NVFP4_BLOCK, _SILU),
 }
 """What is served, as ``integration/formats.py`` lists it. What kernels ask for is from
 ``CPUExperts*`` in .../fused_moe/experts/cpu_moe.py, ``check_moe_marlin_supports_config`` in

@@ -12,6 +12,7 @@ from vllm_moe_offload.plan.shapes.kernel_form import (
     BF16,
     FP8_BLOCK,
     GROUP_SIZES,
+    NVFP4_BLOCK,
     ExpertFormat,
 )
 
@@ -112,7 +113,9 @@ def _compressed_tensors(entry: _Entry) -> ExpertFormat:
     group = _group_of_experts(_mapping(entry.get("config_groups")).values())
     weights, inputs = _mapping(group.get("weights")), group.get("input_activations")
     storage = group.get("format") or entry.get("format")
-    _require("format", storage, ["pack-quantized", "int-quantized"])
+    _require("format", storage, ["pack-quantized", "int-quantized", "nvfp4-pack-quantized"])
+    if storage == "nvfp4-pack-quantized":
+        return ExpertFormat("nvfp4", "compressed-tensors")
     _require("weights.type", weights.get("type", "int"), ["int"])
     if storage == "int-quantized":
         _require("weights.num_bits", weights.get("num_bits"), [8])
@@ -136,6 +139,13 @@ def _compressed_tensors(entry: _Entry) -> ExpertFormat:
     )
 
 
+def _modelopt(entry: _Entry) -> ExpertFormat:
+    described = _mapping(entry.get("quantization")) or entry
+    algorithm = str(described.get("quant_algo", "")).upper()
+    _require("quant_algo", algorithm, ["NVFP4", "W4A16_NVFP4"])
+    return ExpertFormat("nvfp4", "modelopt")
+
+
 def _group_of_experts(groups: Iterable[Any]) -> _Entry:
     """The one of ``config_groups`` that routed experts are in."""
     found = [_mapping(group) for group in groups]
@@ -153,6 +163,7 @@ _METHODS: dict[str, Callable[[_Entry], ExpertFormat]] = {
     "gptq": _gptq,
     "awq": _awq,
     "mxfp4": _mxfp4,
+    "modelopt": _modelopt,
 }
 """By ``quant_method``."""
 
@@ -182,6 +193,8 @@ def _dense_bytes(experts: ExpertFormat | None) -> float:
     if experts.kind == "int4":
         scales = 2 + (0.5 if experts.has_zero_points else 0)
         return 0.5 + scales / experts.group_size
+    if experts.kind == "nvfp4":
+        return 0.5 + 1 / NVFP4_BLOCK
     # MXFP4 is for experts alone.
     return 1 if experts.kind == "int8" else SERVED_BYTES
 
