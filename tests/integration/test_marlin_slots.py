@@ -6,6 +6,7 @@ vLLM's Python is the real one; its CUDA operators are doubles (``simulated_marli
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ from tests.integration.test_formats import (
     ours,
 )
 from tests.integration.test_identity import assert_identical, offload
-from vllm_moe_offload.integration import marlin_slots, patching
+from vllm_moe_offload.config import OptionError
+from vllm_moe_offload.integration import formats, loading, marlin_slots, patching
 from vllm_moe_offload.integration.block_slots import SlotMap, on_slots
 
 NUM_EXPERTS, SLOTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 8, 30, 2, 64, 128, 32
@@ -202,6 +204,20 @@ def test_a_vllm_with_other_arguments_is_refused(monkeypatch):
     monkeypatch.setattr(marlin_moe, "fused_marlin_moe", lambda w1, w2, expert_map: None)
     with pytest.raises(patching.UnsupportedVLLM, match="takes no bias1, bias2, w1_scale"):
         marlin_slots.install()
+
+
+def test_too_little_memory_to_pack_in_is_told_by_name():
+    def process_weights_after_loading(layer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.00 GiB")
+
+    layer = torch.nn.Module()
+    layer.layer_name = "model.layers.3.mlp.experts"
+    layer.quant_method = SimpleNamespace(
+        process_weights_after_loading=process_weights_after_loading
+    )
+    (known, *_) = (row for row in formats.FORMATS if row.packs_on_device)
+    with pytest.raises(OptionError, match=r"to pack the experts of model.layers.3.*11.00 GiB"):
+        loading._pack(layer, known)
 
 
 # ---- engines ---------------------------------------------------------------------------

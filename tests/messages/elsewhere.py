@@ -31,6 +31,7 @@ ELSEWHERE = {
     "vLLM's kernels for it": "needs another CPU: tests/integration/test_cpu_kernels.py",
     # On a GPU
     "GiB of GPU memory": GPU + "tests/integration/test_gpu_memory.py",
+    "the GPU has too little memory to pack": GPU + "tests/integration/test_marlin_slots.py",
     "host_gb=... holds": GPU + "tests/cache/test_sizing.py",
     "bytes of host memory for": GPU + "tests/transfer/test_host_tier.py",
     "cannot load ...: ...; ...": GPU + "tests/transfer/test_cuda_library.py",
