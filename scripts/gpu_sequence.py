@@ -29,6 +29,7 @@ REHEARSAL_PART = "tiny-qwen3-25"
 BENCH_MARGIN_S = 12.0
 """Between the benchmark's own limit and the step's."""
 COPIER_TESTS = "tests/gpu/test_copier.py"
+KERNEL_TESTS = ("tests/gpu/test_triton_kernels.py", "tests/gpu/test_marlin_kernels.py")
 SANITIZED = (
     f"{COPIER_TESTS}::test_every_byte_arrives_and_no_other_changes[23909-memcpy]",
     f"{COPIER_TESTS}::test_more_slots_than_one_launch_takes[gather]",
@@ -184,6 +185,11 @@ def _tokens(run: Run, _: float) -> list[Command]:
     return [Command("tokens", _script("gpu_tokens.py", *arguments))]
 
 
+def _formats(run: Run, _: float) -> list[Command]:
+    arguments = ("--device", run.device, "--work-dir", run.work_dir / "formats")
+    return [Command("tokens", _script("gpu_tokens.py", *arguments, "--cases", "int4", "fp8"))]
+
+
 def no_copies(run: Run) -> str | None:
     """Whether nothing that copies experts can work."""
     return None if run.passed("copies", "tests") else "the copier's tests did not pass"
@@ -207,7 +213,7 @@ def graphs_work(run: Run) -> bool:
 
 def _kernels(run: Run, _: float) -> list[Command]:
     least = 1 if run.device == "cuda" else 0
-    argv, junit = _pytest(run, "kernels", "tests/gpu/test_triton_kernels.py")
+    argv, junit = _pytest(run, "kernels", *KERNEL_TESTS)
     return [Command("tests", argv, junit, least)]
 
 
@@ -257,6 +263,7 @@ STEPS = {
         Step("link", 40, _link),
         Step("tokens", 160, _tokens, no_copies),
         Step("kernels", 60, _kernels),
+        Step("formats", 120, _formats, no_copies),
         Step("bench", 300, _bench, no_tokens),
         Step("profile", 60, _profile, no_tokens),
     )

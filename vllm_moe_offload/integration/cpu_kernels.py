@@ -37,6 +37,8 @@ def missing() -> list[str]:
         return ["an x86-64 CPU"]
     lacking = [name for name, is_there in INSTRUCTIONS.items() if not is_there()]
     if not lacking:
+        import vllm._custom_ops  # noqa: F401 (loads the extension)
+
         lacking = [name for name in OPERATORS if not hasattr(torch.ops._C, name)]
     return lacking
 
