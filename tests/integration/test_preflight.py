@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.demo_model import write_demo_model
+from scripts.quantize import quantize
 from tests.hub import make_hub_cache
 from tests.messages.serve import weights, without_a_file
 from tests.stores import build
@@ -18,6 +20,7 @@ from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import patching, preflight
 from vllm_moe_offload.integration.startup import sizing_line
+from vllm_moe_offload.plan.shapes import ExpertFormat, ExpertShape, kernel_form
 from vllm_moe_offload.store import checkpoint_fingerprint, room
 
 EXPERT_BYTES = 3 * 128 * 128 * 2
@@ -49,6 +52,28 @@ def test_the_least_cache_is_what_one_rank_needs(model, tmp_path, ranks):
     check(config_of(model, ranks=ranks), tmp_path, cache_gb=least / GIB)
     with pytest.raises(OptionError, match=f"of {EXPERT_BYTES // ranks} bytes, but one token"):
         check(config_of(model, ranks=ranks), tmp_path, cache_gb=0.99 * least / GIB)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_quantised_experts_are_those_of_the_kernel(demo_model, tmp_path, ranks):
+    plain = tmp_path / "plain"
+    shape = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 512, "intermediate": 256}
+    write_demo_model(plain, "qwen3_moe", **shape)
+    quantize(plain, tmp_path / "int4", "int4")
+    expert = ExpertShape(512, 256 // ranks)
+    layout = kernel_form(ExpertFormat("int4", "compressed-tensors", 128), "cpu", expert)
+    config = config_of(tmp_path / "int4", ranks=ranks)
+    least = 2 * layout.expert_bytes / GIB
+    check(config, tmp_path, cache_gb=least)
+    with pytest.raises(OptionError, match=f"of {layout.expert_bytes} bytes, but one token"):
+        check(config, tmp_path, cache_gb=0.99 * least)
+
+
+def test_quantised_experts_that_plan_cannot_count_are_left_to_the_worker(model, tmp_path):
+    path = model / "config.json"
+    other = {"quantization_config": {"quant_method": "torchao"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    check(config_of(model), tmp_path, cache_gb=1e-9)
 
 
 def test_dummy_weights_need_no_files(model, tmp_path):

@@ -173,12 +173,12 @@ def test_nothing_is_held_up_by_what_was_left_out(run: Run) -> None:
 
 def test_without_copies_there_are_no_tokens_but_the_rest_goes_on(run: Run) -> None:
     record(run, "copies", "failed", commands=[{"name": "tests", "status": "failed"}])
-    assert obstacles(run) == {"tokens"}
+    assert obstacles(run) == {"tokens", "formats"}
     outcome = run_step(STEPS["tokens"], run, run.results)
     assert outcome["status"] == "not run"
     assert outcome["reason"] == "the copier's tests did not pass"
     # And what was not run holds up what needs its result.
-    assert obstacles(run) == {"tokens", "bench", "profile"}
+    assert obstacles(run) == {"tokens", "formats", "bench", "profile"}
 
 
 def test_a_finding_of_the_sanitizer_holds_nothing_up(run: Run) -> None:
@@ -214,6 +214,7 @@ def test_steps_and_their_limits_are_those_of_the_plan() -> None:
         "link": 40,
         "tokens": 160,
         "kernels": 60,
+        "formats": 120,
         "bench": 300,
         "profile": 60,
     }

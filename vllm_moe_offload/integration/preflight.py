@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,19 @@ from vllm_moe_offload.integration.model_files import (
     no_safetensors,
 )
 from vllm_moe_offload.plan.fit import model_problems
-from vllm_moe_offload.plan.shapes import ModelShape, ShapeError, shape_of_config
+from vllm_moe_offload.plan.shapes import (
+    ModelShape,
+    ShapeError,
+    kernel_form,
+    refusals,
+    shape_of_config,
+)
 from vllm_moe_offload.plan.shapes.checkpoint import (
     checkpoint_tensors,
     count_checkpoint,
     read_config,
 )
+from vllm_moe_offload.plan.shapes.kernel_form import Platform
 from vllm_moe_offload.store.checkpoint_reader import TensorRange, expert_layer
 from vllm_moe_offload.store.directory import prepare_directory
 from vllm_moe_offload.store.errors import StoreError
@@ -104,10 +112,8 @@ def _tensors(vllm_config: Any, directory: Path) -> Tensors:
 
 
 def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | None:
-    """The model's sizes.
-
-    None for an unknown architecture, and for quantised experts: what their kernel form takes is
-    known once a layer has it.
+    """The model's sizes; None for an unknown architecture, and for quantised experts that ``plan``
+    does not know how to serve: vLLM may, and the worker says so if not.
     """
     path = directory / CONFIG
     try:
@@ -115,7 +121,9 @@ def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | 
         shape = count_checkpoint(directory, shape, tensors).shape
     except (OSError, ShapeError):
         return None  # what `plan` cannot count may be served all the same
-    if shape.is_quantized:
+    if shape.is_quantized and (
+        shape.format is None or any(refusals(shape.format, _platform(), shape.expert))
+    ):
         return None
     if tensors:
         for problem in model_problems(shape):
@@ -123,19 +131,28 @@ def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | 
     return shape
 
 
-def _expert_bytes(vllm_config: Any, shape: ModelShape) -> int:
-    """Of one expert, as one rank has it."""
-    element_bytes: int = vllm_config.model_config.dtype.itemsize
+def _platform() -> Platform:
+    from vllm.platforms import current_platform
+
+    return "cuda" if current_platform.is_cuda() else "cpu"
+
+
+def _bytes(vllm_config: Any, shape: ModelShape) -> tuple[int, int]:
+    """Of one expert and of its record, as one rank has it."""
     ranks: int = vllm_config.parallel_config.tensor_parallel_size
-    return shape.expert.parameters * element_bytes // ranks
+    if shape.is_quantized and shape.format is not None:
+        part = replace(shape.expert, width=shape.expert.width // ranks)
+        layout = kernel_form(shape.format, _platform(), part)
+        return layout.expert_bytes, layout.record_bytes
+    element_bytes: int = vllm_config.model_config.dtype.itemsize
+    expert_bytes = shape.expert.parameters * element_bytes // ranks
+    return expert_bytes, expert_bytes
 
 
 def _check_sizes(vllm_config: Any, options: OffloadConfig, shape: ModelShape) -> None:
     """Kernels may pad experts, so what just fits here may still be refused by the worker."""
-    from vllm.platforms import current_platform
-
     sizes = {"num_layers": len(shape.moe_layers), "num_experts": shape.num_experts}
-    expert_bytes = _expert_bytes(vllm_config, shape)
+    expert_bytes, record_bytes = _bytes(vllm_config, shape)
     if parse_cache_size(options.cache_gb)[0] != "auto":
         cache_slots(
             options.cache_gb,
@@ -144,8 +161,8 @@ def _check_sizes(vllm_config: Any, options: OffloadConfig, shape: ModelShape) ->
             auto_bytes=0,
             **sizes,
         )
-    if current_platform.is_cuda() and parse_cache_size(options.host_gb)[0] != "auto":
-        host_slots(options.host_gb, record_bytes=expert_bytes, auto_bytes=0, **sizes)
+    if _platform() == "cuda" and parse_cache_size(options.host_gb)[0] != "auto":
+        host_slots(options.host_gb, record_bytes=record_bytes, auto_bytes=0, **sizes)
 
 
 def _check_room(
@@ -154,7 +171,8 @@ def _check_room(
     """Raises OptionError if the disk has no room for a store that is to be built."""
     parallel = vllm_config.parallel_config
     ranks_here = parallel.tensor_parallel_size // parallel.nnodes
-    store_bytes = ranks_here * shape.total_experts * _expert_bytes(vllm_config, shape)
+    _, record_bytes = _bytes(vllm_config, shape)
+    store_bytes = ranks_here * shape.total_experts * record_bytes
     store_dir = Path(options.store_dir)
     place = store_dir / model_name(str(vllm_config.model_config.model))
     try:
