@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,14 +132,27 @@ def test_compiled(name, quantised, store_dir, share_engines):
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_flipped_byte_costs_a_start(name, quantised, tmp_path, run_engines):
-    """Features: each format, damaged and built again."""
+def test_damage_costs_a_start(name, quantised, tmp_path, run_engines):
+    """Features: each format, with flipped bytes, with a truncated record, and with the store of
+    another quantisation in its place."""
     jobs = jobs_of(quantised(name), ["50%"], store=tmp_path, verify=True)
     run_engines(jobs[1:])
     flip_bytes(experts_of(tmp_path))
     plain, flipped, again = run_engines([*jobs, jobs[1]])
     assert "checksum" in flipped["trace"]
     assert again["batches"] == plain["batches"]
+    size = experts_of(tmp_path).stat().st_size
+    os.truncate(experts_of(tmp_path), size - 1)
+    (truncated,) = run_engines(jobs[1:])
+    assert truncated["batches"] == plain["batches"]
+    assert experts_of(tmp_path).stat().st_size == size
+    other = "int8" if name == "int4" else "int4"
+    run_engines(jobs_of(quantised(other), ["50%"], store=tmp_path / "other")[1:])
+    own = experts_of(tmp_path).parent
+    shutil.rmtree(own)
+    shutil.copytree(experts_of(tmp_path / "other").parent, own)
+    (foreign,) = run_engines(jobs[1:])
+    assert foreign["batches"] == plain["batches"]
 
 
 @kernels
