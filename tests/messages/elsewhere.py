@@ -30,6 +30,7 @@ ELSEWHERE = {
     # Quantised experts
     "vLLM's kernels for it": "needs another CPU: tests/integration/test_cpu_kernels.py",
     # On a GPU
+    "fused_marlin_moe of vLLM": "another vLLM: tests/integration/test_marlin_slots.py",
     "GiB of GPU memory": GPU + "tests/integration/test_gpu_memory.py",
     "the GPU has too little memory to pack": GPU + "tests/integration/test_marlin_slots.py",
     "host_gb=... holds": GPU + "tests/cache/test_sizing.py",

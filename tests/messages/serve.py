@@ -81,19 +81,6 @@ def bytes_for_experts(model: Path) -> None:
     rewrite(model, lambda name, value: value.to(torch.int16) if ".experts." in name else value)
 
 
-def more_layers_with_experts(model: Path) -> None:
-    """Experts behind the last decoder layer."""
-    path = weights(model)
-    tensors = load_file(path)
-    more = {
-        name.replace(".layers.0.", ".layers.3."): value.clone()
-        for name, value in tensors.items()
-        if ".layers.0." in name and ".experts." in name
-    }
-    save_file(tensors | more, path)
-    (model / "model.safetensors.index.json").unlink()
-
-
 def cut(model: Path) -> None:
     """A file that ends early."""
     path = weights(model)
@@ -194,8 +181,6 @@ SERVE: dict[str, Case] = {
     "--moe-offload: ... in ... is ...; experts must be one of ... Use --moe-offload=off": Case(
         change=bytes_for_experts
     ),
-    "the checkpoint holds experts of layer ..., which predicts further tokens and is not served; "
-    "this release refuses such checkpoints": Case(change=more_layers_with_experts),
     "... is no safetensors file: ...": Case(change=no_header),
     "... is damaged: ... ends at byte ..., the file at ...": Case(change=cut),
     "... has no weight_map": Case(change=without_weight_map),

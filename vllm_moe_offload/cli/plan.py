@@ -206,6 +206,9 @@ def _assumptions(
             f"The KV cache holds more than one request of {shape.max_tokens:,} tokens; a "
             "smaller --kv-tokens leaves more for experts."
         )
+    if shape.extra_expert_layers:
+        layers = ", ".join(map(str, shape.extra_expert_layers))
+        yield f"Experts of layer {layers} (multi-token prediction) are left out: not served."
     if not result.is_exact:
         yield (
             f"Less than one layer's {shape.num_experts} experts fit: layers run in waves, and "

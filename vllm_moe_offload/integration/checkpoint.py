@@ -8,7 +8,7 @@ memory as a whole; and later starts skip experts altogether.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.model_files import check_dtype, no_safetensors
 from vllm_moe_offload.store.checkpoint_reader import (
+    DRAFTERS,
     TensorRange,
     TensorStream,
     expert_layer,
@@ -39,6 +40,8 @@ class SortedCheckpoint:
         """
         self.directory: Path | None = None
         """Of the model's own weights."""
+        self.left_out: set[str] = set()
+        """Whose experts are in the checkpoint and not in the model: drafters, as people call them."""
         self._dense: list[tuple[str, str, str]] = []  # name for the model, file, name in file
         self._experts: dict[int, list[tuple[str, TensorRange]]] = {}
         sources = [
@@ -71,7 +74,9 @@ class SortedCheckpoint:
             ranges = tensor_ranges(Path(file))
             for name, where in ranges.items():
                 number = expert_layer(name)
-                if number is not None:
+                if number is not None and name.startswith(DRAFTERS):
+                    self.left_out.add("mtp")
+                elif number is not None:
                     check_dtype(name, where)
                     entry = (source.prefix + name, where)
                     self._experts.setdefault(number, []).append(entry)
@@ -82,6 +87,12 @@ class SortedCheckpoint:
     def expert_layers(self) -> list[int]:
         """Decoder layers that have routed experts, ascending."""
         return sorted(self._experts)
+
+    def leave_out(self, numbers: Collection[int]) -> None:
+        """Forgets the experts of these decoder layers: the model has no such layers."""
+        for number in numbers:
+            del self._experts[number]
+            self.left_out.add(f"layer {number}")
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors that are not routed experts'."""

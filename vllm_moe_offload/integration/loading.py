@@ -67,7 +67,7 @@ def stream_weights(
         return
     checkpoint = SortedCheckpoint(loader, model_config, model)
     load.identify(checkpoint.directory)
-    numbers = load.check_layers(checkpoint.expert_layers)
+    numbers = load.check_layers(checkpoint)
     with store_lock(load.directory):
         store = load.open_store()
         yield from checkpoint.dense()
@@ -168,19 +168,27 @@ class ExpertLoad:
             Path(self.options.store_dir), model_name(str(self._vllm_config.model_config.model))
         )
 
-    def check_layers(self, in_checkpoint: list[int]) -> list[int]:
-        """Decoder layer of every MoE layer.
+    def check_layers(self, checkpoint: SortedCheckpoint) -> list[int]:
+        """Decoder layer of every MoE layer; what other layers' experts there are is left out.
 
         Raises:
-            OptionError: checkpoint and model do not agree on which layers have experts.
+            OptionError: the checkpoint lacks the experts of a layer.
         """
         expected = [number for number in self._numbers if number is not None]
-        if len(expected) != len(self.layers) or sorted(expected) != in_checkpoint:
+        in_checkpoint = checkpoint.expert_layers
+        if len(set(expected)) != len(self.layers) or not set(expected) <= set(in_checkpoint):
             names = [layer.layer_name for layer in self.layers]
             raise OptionError(
                 f"--moe-offload: the model has experts in {names}, but the checkpoint names "
                 f"experts in layers {in_checkpoint}; this checkpoint is not supported, use "
                 "--moe-offload=off"
+            )
+        checkpoint.leave_out(set(in_checkpoint) - set(expected))
+        if checkpoint.left_out:
+            logger.info(
+                "MoE offload: experts of %s are in the checkpoint and not in the model (multi-token "
+                "prediction); they are left out",
+                ", ".join(sorted(checkpoint.left_out)),
             )
         return expected
 

@@ -300,13 +300,6 @@ def model_problems(shape: ModelShape) -> Iterator[Problem]:
             f"the experts are quantised to what is not served: {shape.refusal}",
             "a checkpoint of the same model in a format of the table",
         )
-    if shape.extra_expert_layers:
-        layers = ", ".join(map(str, shape.extra_expert_layers))
-        yield Problem(
-            f"the checkpoint holds experts of layer {layers}, which predicts further tokens and "
-            "is not served; this release refuses such checkpoints",
-            f"a copy of the checkpoint without the tensors of layer {layers}",
-        )
 
 
 def _platform_problems(shape: ModelShape, machine: Machine) -> Iterator[Problem]:

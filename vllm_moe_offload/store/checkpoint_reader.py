@@ -49,6 +49,8 @@ EXTENT_BYTES = 32 << 20
 WINDOW_BYTES = 256 << 20
 """What may be read and not yet taken; an extent at least."""
 _THREADS = 4
+DRAFTERS = ("mtp.",)
+"""How names begin of tensors that a checkpoint has for a drafter alone, beside the model's."""
 _EXPERT_TENSOR = re.compile(r"\.experts\.")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
@@ -60,7 +62,11 @@ def layer_number(name: str) -> int | None:
 
 
 def expert_layer(name: str) -> int | None:
-    """Decoder layer of a routed expert's tensor, None for every other tensor."""
+    """Decoder layer of a routed expert's tensor, None for every other tensor.
+
+    Drafters (multi-token prediction) number their layers behind the model's, or from 0 again in
+    modules of their own (:data:`DRAFTERS`).
+    """
     return layer_number(name) if _EXPERT_TENSOR.search(name) else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ModelShape, ShapeError
 from vllm_moe_offload.plan.shapes.config import shape_of_config
 from vllm_moe_offload.store.checkpoint_reader import (
+    DRAFTERS,
     TensorRange,
     expert_layer,
     layer_number,
@@ -22,7 +23,6 @@ from vllm_moe_offload.store.checkpoint_reader import (
 _INDEX = "model.safetensors.index.json"
 _UNQUANTISED = {"BF16", "F16", "F32"}
 """Element types whose elements are parameters."""
-_NOT_SERVED = "mtp."  # multi-token prediction, beside the decoder layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def count_checkpoint(
     dtypes = set()
     dense: list[TensorRange] = []
     for name, where in tensors:
-        if name.startswith(_NOT_SERVED):
+        if name.startswith(DRAFTERS):
             continue
         layer = expert_layer(name)
         if layer is not None:
