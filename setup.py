@@ -4,15 +4,16 @@ Shared objects come out of ``csrc/``, none of which knows torch or Python:
 
 * ``_core.so``: planner, layer calls, lookahead and file reader behind a plain C ABI, loaded with
   ctypes (``vllm_moe_offload/native.py``).
-* ``_cuda.so``: copies to CUDA devices (``csrc/cuda``), if nvcc is there. Everything but serving on
-  a GPU works without it. ``VMO_CUDA=0`` leaves it out, ``VMO_CUDA=1`` makes it a must.
+* ``_cuda.so``: copies to CUDA devices (``csrc/cuda``), if nvcc is there: in ``NVCC``, on the path, or
+  among NVIDIA's wheels in the environment (``scripts/build_cuda.sh``). Everything but serving on a GPU
+  works without it. ``VMO_CUDA=0`` leaves it out, ``VMO_CUDA=1`` makes it a must.
 
 ``VMO_SANITIZE=1`` builds ``_core.so`` with AddressSanitizer and UBSan (``make sanitize``).
 """
 
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -58,16 +59,16 @@ class BuildLibraries(build_ext):
         wanted = os.environ.get("VMO_CUDA", "auto")
         if wanted not in {"0", "1", "auto"}:
             raise SystemExit(f"VMO_CUDA={wanted!r} is not 0, 1 or auto")
-        found = os.environ.get("NVCC") or shutil.which("nvcc")
-        if SANITIZE or wanted == "0" or (wanted == "auto" and not found):
+        if SANITIZE or wanted == "0":
             return
         target = Path(self.get_ext_fullpath(core.name)).resolve().with_name("_cuda.so")
         script = Path(__file__).resolve().parent / "scripts" / "build_cuda.sh"
-        built = subprocess.run([script, target], check=False)
+        environment = {**os.environ, "PYTHON": sys.executable}
+        built = subprocess.run([script, target], check=False, env=environment)
         if built.returncode and wanted == "1":
             raise SystemExit("VMO_CUDA=1, but the CUDA library could not be built")
         if built.returncode:
-            print("warning: no CUDA library; serving on a GPU will ask for `make cuda`")
+            print("warning: no CUDA library; serving on a GPU will say what to do")
 
 
 class PlatformWheel(bdist_wheel):

@@ -2,23 +2,28 @@
 # Compiles csrc/cuda into one shared object, for all supported GPUs or for one (90: sm_90). No
 # GPU is needed.
 #   scripts/build_cuda.sh [OUT [ARCH]]     default: vllm_moe_offload/_cuda.so, all of them
-# NVCC names the compiler; without it nvcc on the path, or that of the wheels in
-# requirements/cuda-compiler.lock if they are installed for PYTHON (default python3).
+# NVCC names the compiler; without it nvcc on the path, or that of NVIDIA's wheels if they are
+# installed for PYTHON (default python3): stock vLLM brings them, as does
+# requirements/cuda-compiler.lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-vllm_moe_offload/_cuda.so}
 only=${2:-}
 
-wheels=$("${PYTHON:-python3}" -c 'import importlib.util as u; s = u.find_spec("nvidia"); print(next(iter(s.submodule_search_locations)) + "/cu13" if s else "")')
+# Of the environment itself as well: pip builds in one that hides its packages from imports.
+wheels=$("${PYTHON:-python3}" -c '
+import os, sys, sysconfig
+folders = (f"{path}/nvidia/cu13" for path in (*sys.path, sysconfig.get_path("purelib")))
+print(next((folder for folder in folders if os.access(f"{folder}/bin/nvcc", os.X_OK)), ""))')
 nvcc=${NVCC:-$(command -v nvcc || true)}
 flags=()
-if [[ -z $nvcc && -x $wheels/bin/nvcc ]]; then
+if [[ -z $nvcc && -n $wheels ]]; then
   nvcc=$wheels/bin/nvcc
   flags+=(-I "$wheels/include" -L "$wheels/lib")
 fi
 if [[ -z $nvcc ]]; then
-  echo "build_cuda.sh: no nvcc; put CUDA 13's on the path, name it in NVCC, or install" \
-    "requirements/cuda-compiler.lock" >&2
+  echo "build_cuda.sh: no nvcc; put CUDA 13's on the path, name it in NVCC, or" \
+    "pip install --no-deps -r requirements/cuda-compiler.lock" >&2
   exit 1
 fi
 
