@@ -67,6 +67,16 @@ def test_mixtral_has_256_experts_of_352_321_536_bytes(capsys):
     assert "assumed to be an NVMe drive, 7 GB/s" in text
 
 
+@pytest.mark.parametrize(
+    ("model", "copies"), [("gpt-oss-20b", "*/*"), ("Mixtral-8x7B", "*.pt")], ids=str
+)
+def test_copies_of_the_weights_are_not_downloaded(model, copies, capsys):
+    """gpt-oss has them in folders (original, metal), Mixtral beside its safetensors files."""
+    _, text = plan(capsys, model, "--host-memory=64GiB")
+    (line,) = (line for line in text.splitlines() if line.startswith("    hf download "))
+    assert shlex.split(line)[-2:] == ["--exclude", copies]
+
+
 REFUSED = {
     "MiniMax-M2.5": ("cpu",),
     "MiniMax-M2.7": ("cpu",),

@@ -152,7 +152,8 @@ def _find_model(text: str) -> Model:
         )
     shape = shape_of_config(known.config, known.source)
     directory = known.model_id.rpartition("/")[2]
-    download = f"hf download {known.model_id} --local-dir {directory} --exclude '*.pt'"
+    copies = "*/*" if shape.model_type == "gpt_oss" else "*.pt"  # of all weights, for others
+    download = f"hf download {known.model_id} --local-dir {directory} --exclude '{copies}'"
     return Model(known.name, known.source, shape, False, f"./{directory}", download, False)
 
 
