@@ -4,9 +4,9 @@ Shared objects come out of ``csrc/``, none of which knows torch or Python:
 
 * ``_core.so``: planner, layer calls, lookahead and file reader behind a plain C ABI, loaded with
   ctypes (``vllm_moe_offload/native.py``).
-* ``_cuda.so``: copies to CUDA devices (``csrc/cuda``), if nvcc is there: in ``NVCC``, on the path, or
-  among NVIDIA's wheels in the environment (``scripts/build_cuda.sh``). Everything but serving on a GPU
-  works without it. ``VMO_CUDA=0`` leaves it out, ``VMO_CUDA=1`` makes it a must.
+* ``_cuda.so``: copies to CUDA devices (``csrc/cuda``), if nvcc is there: in ``NVCC``, on the path,
+  or among NVIDIA's wheels in the environment (``scripts/build_cuda.sh``). Everything but serving on
+  a GPU works without it. ``VMO_CUDA=0`` leaves it out, ``VMO_CUDA=1`` makes it a must.
 
 ``VMO_SANITIZE=1`` builds ``_core.so`` with AddressSanitizer and UBSan (``make sanitize``).
 """

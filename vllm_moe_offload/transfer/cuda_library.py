@@ -12,8 +12,8 @@ from vllm_moe_offload.native import NativeError
 _API_VERSION = 1
 _PATH = Path(__file__).parent.parent / "_cuda.so"
 _REMEDY = (
-    "build it with `VMO_CUDA=1 pip install .` in the clone, which needs nvcc of CUDA 13 (on the path, "
-    "in NVCC, or of the wheels that vLLM brings); in an editable install: `make cuda`"
+    "build it: `VMO_CUDA=1 pip install .` in the clone, with nvcc of CUDA 13 on the path, in NVCC, "
+    "or of the wheels that vLLM brings; in an editable install `make cuda`"
 )
 
 
