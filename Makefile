@@ -61,7 +61,7 @@ unit: setup
 unit-scripts: setup
 	$(BIN)/python -m pytest $(NO_ENGINE) $(WITH_VLLM)
 
-engines: setup
+engines: setup ## an engine for each feature: what test adds to check
 	$(BIN)/python -m pytest -m "vllm and not slow and not gpu" --durations=20
 
 slow-sample: setup ## the cells of test-all that .ci/slow_cells names

@@ -42,23 +42,30 @@ already are left alone. Files are those of the installed `vllm`, and one of `pro
 
 | installed by | in which processes |
 |---|---|
-| `arguments.py`, `install_worker_hook` | all; without `--moe-offload` only options are added |
+| `arguments.py`, `install_worker_hook`, `install_failure_hooks` | all |
 | `install_model_patches`, `install_runner_patches`, `loading.py` | workers with offload |
-| `install_cuda_patches` | workers with offload, on a GPU |
+| `cpu_kernels.py` | workers with offload and `cpu_kernels=avx512` |
+| `install_cuda_patches`, `marlin_slots.py` | workers with offload, on a GPU |
 | `endpoint.py` | servers with offload |
+
+With `off`, or without `--moe-offload`, only the first row is there: options are added, and each of
+its other replacements looks at the mode and calls the original. Models, kernels, loaders and runners
+are vLLM's own.
 
 A vLLM that lacks one of these functions is refused by name
 ([troubleshooting.md](troubleshooting.md)).
+[CONTRIBUTING.md](../CONTRIBUTING.md#a-new-version-of-vllm) says how a new one is tried.
 
 | what | why | nearest thing in vLLM | no longer needed when | installed by |
 |---|---|---|---|---|
 """
 
 TAIL = """
-Some of vLLM's settings are changed as well. On a GPU `moe_backend` becomes `triton`,
-`cudagraph_mode` becomes `PIECEWISE`, and the MoE operators are added to `splitting_ops`
-([architecture.md](architecture.md#on-a-gpu)). With `record_trace`, `shutdown_timeout` becomes 60 s
-if it was 0.
+Some of vLLM's settings are changed as well. On a GPU `moe_backend` becomes `triton` or `marlin`, by
+the checkpoint's format, `cudagraph_mode` becomes `PIECEWISE`, and the MoE operators are added to
+`splitting_ops` ([architecture.md](architecture.md#on-a-gpu)). On a CPU `gpu_memory_utilization` (of
+RAM) is lowered to what there is, unless it or `--kv-cache-memory-bytes` was given. With
+`record_trace`, `shutdown_timeout` becomes 60 s if it was 0.
 
 The patches of `vllm bench` ([benchmarks.md](benchmarks.md)) are the only ones that change files, and
 only if you apply them.

@@ -1,4 +1,4 @@
-"""Files and functions that docs/architecture.md names are where it says."""
+"""Files and functions that docs/architecture.md names are where it says, and links lead somewhere."""
 
 import ast
 import re
@@ -38,3 +38,28 @@ def test_functions_are_where_the_page_says(path, names):
             assert name in defined, f"{path} has no {name}"
         else:
             assert re.search(rf"\b{name}\(", source), f"{path} has no {name}"
+
+
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+LINKS = [
+    (page, link)
+    for page in PAGES
+    for link in dict.fromkeys(re.findall(r"\]\(([^)\s]+)\)", page.read_text()))
+    if not link.startswith("https://")
+]
+
+
+def anchors(page):
+    """Names of a page's headings in links, as hosts of Markdown make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    ("page", "link"), LINKS, ids=lambda value: getattr(value, "name", value)
+)
+def test_links_lead_somewhere(page, link):
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists(), f"{page.name} links to {path}"
+    assert not anchor or anchor in anchors(target), f"{target.name} has no heading #{anchor}"

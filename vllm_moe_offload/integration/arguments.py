@@ -131,9 +131,7 @@ def _create_engine_config(
             supported_gpu.prepare(vllm_config, current_platform.get_device_capability())
         else:
             host_share.fit(vllm_config)
-        from vllm_moe_offload.integration import (
-            preflight,
-        )  # and the C++ core, which off needs not
+        from vllm_moe_offload.integration import preflight  # reads checkpoints; off does not
 
         preflight.check(vllm_config, options)
         _leave_time_to_close(vllm_config, options)

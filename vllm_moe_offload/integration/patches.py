@@ -130,9 +130,7 @@ def install_model_patches() -> None:
 
     from vllm_moe_offload.integration import experts, loading
 
-    for name in ("forward_modular", "layer_name", "quant_method"):
-        if name == "forward_modular":
-            require(RoutedExperts, name)
+    require(RoutedExperts, "forward_modular")  # which OffloadedRoutedExperts overrides
     if "__new__" not in RoutedExperts.__dict__:
         inherited = RoutedExperts.__new__
 
