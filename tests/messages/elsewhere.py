@@ -77,6 +77,7 @@ ELSEWHERE = {
     + "tests/transfer/test_engine.py::test_refused_o_direct_falls_back_with_a_warning",
     "cannot delete": DISK
     + "tests/store/test_shelf.py::test_what_cannot_be_deleted_is_an_error",
+    "Failed to infer device type": "vLLM's; needs vLLM for CUDA where there is no GPU",
     # While serving, memory
     "cannot open the expert store": "needs a store that changes during the start: "
     "tests/transfer/test_engine.py::test_store_that_vanished_or_changed_size",
