@@ -1,5 +1,6 @@
 """What a GPU cannot do is refused by name; the rest is set up. No GPU is needed to decide."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,13 @@ def test_the_kernel_is_chosen_by_format_and_device(quantization, capability, cho
     allowed = config(quantization=quantization)
     supported_gpu.prepare(allowed, capability)
     assert allowed.kernel_config.moe_backend == chosen
+
+
+@pytest.mark.parametrize(("quantization", "warns"), [(None, False), ("awq", True)])
+def test_what_was_never_run_is_said_at_the_start(quantization, warns, caplog, monkeypatch):
+    monkeypatch.setattr(supported_gpu, "logger", logging.getLogger("seen"))
+    supported_gpu.prepare(config(quantization=quantization), (9, 0))
+    assert ("never run on a GPU" in caplog.text) is warns
 
 
 def test_a_kernel_that_the_user_chose_stays():

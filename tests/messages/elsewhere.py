@@ -32,6 +32,9 @@ ELSEWHERE = {
     # On a GPU
     "fused_marlin_moe of vLLM": "another vLLM: tests/integration/test_marlin_slots.py",
     "GiB of GPU memory": GPU + "tests/integration/test_gpu_memory.py",
+    "MoE offload: quantization=...: quantised experts": "a warning; "
+    + GPU
+    + "tests/integration/test_supported_gpu.py",
     "the GPU has too little memory to pack": GPU + "tests/integration/test_marlin_slots.py",
     "host_gb=... holds": GPU + "tests/cache/test_sizing.py",
     "bytes of host memory for": GPU + "tests/transfer/test_host_tier.py",

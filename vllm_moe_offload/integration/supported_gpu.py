@@ -62,4 +62,10 @@ def prepare(config: Any, capability: formats.Capability) -> None:
         chosen = formats.moe_backends(config.model_config.quantization, capability)[0]
         config.kernel_config.moe_backend = chosen
         logger.info("MoE offload: moe_backend auto -> %s", chosen)
+    if config.model_config.quantization is not None:
+        logger.warning(
+            "MoE offload: quantization=%s: quantised experts were never run on a GPU before this "
+            "release; compare a few answers with those of --moe-offload=off",
+            config.model_config.quantization,
+        )
     graphs.split_at_experts(config.compilation_config)
