@@ -12,6 +12,19 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
+def forget(file: Path) -> None:
+    """Drops a file from the page cache, so that whoever reads it next is charged for it.
+
+    Pages that some process has mapped stay.
+    """
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # pages that are not written yet would stay, too
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def warm_page_cache(directory: Path) -> None:
     """Reads all files once, as a start would find them after another."""
     buffer = bytearray(8 << 20)

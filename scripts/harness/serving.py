@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from scripts.harness.options import log_path
@@ -55,6 +55,14 @@ def offload_options(mode: str, cache: str, store: Path) -> list[str]:
         "--moe-offload-config.store_dir",
         str(store),
     ]
+
+
+def kernel_options(flags: Container[str]) -> list[str]:
+    """What a server of quantised experts needs besides on a CPU with these ``flags``.
+
+    vLLM chooses its kernels for them by itself where there is AMX, and only there.
+    """
+    return [] if "amx_tile" in flags else ["--moe-offload-config.cpu_kernels", "avx512"]
 
 
 def start_server(
