@@ -22,9 +22,12 @@ The same bytes: with a share s, each side holds its dense part in full and s of 
 At s = 1 neither side has a limit. Before llama.cpp starts, the file is dropped from the page
 cache, or pages that somebody else was charged for would come on top of the limit. llama.cpp
 repacks 4-bit weights by default, which copies them into anonymous memory: where there is a limit
-that would only get it killed, so it is off there. Without a limit, and for the number of threads
-everywhere, short trials decide before the first round. llama.cpp of this version has no cache of
-experts on the CPU (``--n-cpu-moe`` and the like place experts beside a GPU).
+that would only get it killed, so it is off there. How far the system reads ahead of a page that is
+missing decides how quick mmap is (8 MiB on some machines, 128 KiB where nobody changed it; the plugin
+reads past the page cache). Short trials before the first round choose llama.cpp's best of these:
+repacked or not without a limit, the disk's read-ahead or 128 KiB with one, one thread or as many as
+cores. llama.cpp of this version has no cache of experts on the CPU (``--n-cpu-moe`` and the like
+place experts beside a GPU).
 
 Turns: one request at a time; both sides get the same token ids and make as many tokens, whatever
 the text. Tokens/s are (tokens - 1) / (time of the last - time of the first), by the clock of the
@@ -41,7 +44,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,7 @@ from scripts.harness.options import (  # noqa: E402
     log_path,
     parser_of,
 )
+from scripts.harness.page_cache import read_ahead_of  # noqa: E402
 from scripts.harness.pairing import orders, spread  # noqa: E402
 from scripts.harness.report import Bar, report_of  # noqa: E402
 from scripts.harness.serving import (  # noqa: E402
@@ -225,28 +229,33 @@ def count_besides(contest: Contest, weights: Weights) -> Case:
 
 
 def choose(contest: Contest, weights: Weights, share: float, limit: int) -> Case:
-    """The quickest setting at a share, and all that were tried."""
-    tried = []
-    for setting in settings_of(share, contest.cores):
-        with in_cgroup(contest, weights, limit, setting) as (_, process):
-            turns = [
-                take_turn_of_llamacpp(
-                    process, prompts[:1], TRIAL_TOKENS, contest.args.temperature
-                )
-                for prompts in contest.turns[:2]
-            ]
-        speed = turns[-1]["decode_tokens_per_s"]
-        console.print(f"  {setting.threads} threads, repack {setting.repack}: {speed:.2f}/s")
-        tried.append(asdict(setting) | {"tokens_per_s": speed})
-    best = max(tried, key=lambda trial: trial["tokens_per_s"])
+    """The quickest setting at a share, and all that were tried: with one thread, then more."""
+    tried = {
+        setting: try_setting(contest, weights, limit, setting) for setting in settings_of(share)
+    }
+    if contest.cores > 1:
+        best = max(tried, key=lambda setting: tried[setting])
+        more = replace(best, threads=contest.cores)
+        tried[more] = try_setting(contest, weights, limit, more)
     return {
         "format": weights.name,
         "share": share,
         "limit_bytes": limit,
-        "threads": best["threads"],
-        "repack": best["repack"],
-        "tried": tried,
+        "setting": asdict(max(tried, key=lambda setting: tried[setting])),
+        "tried": [asdict(setting) | {"tokens_per_s": tried[setting]} for setting in tried],
     }
+
+
+def try_setting(contest: Contest, weights: Weights, limit: int, setting: Setting) -> float:
+    """llama.cpp's tokens/s in a short turn, after one that warms up."""
+    temperature = contest.args.temperature
+    warm, counted, *_ = contest.turns
+    with in_cgroup(contest, weights, limit, setting) as (_, process):
+        take_turn_of_llamacpp(process, warm[:1], 2, temperature)
+        turn = take_turn_of_llamacpp(process, counted[:1], TRIAL_TOKENS, temperature)
+    speed: float = turn["decode_tokens_per_s"]
+    console.print(f"  {setting}: {speed:.2f} tokens/s")
+    return speed
 
 
 # ---- figures -------------------------------------------------------------------------------
@@ -382,7 +391,7 @@ def run(args: argparse.Namespace) -> None:
         for weights, share, name in itertools.product(formats, args.shares, order):
             chosen = settings[weights.name, share]
             if name == LLAMACPP:
-                setting = Setting(chosen["threads"], chosen["repack"])
+                setting = Setting(**chosen["setting"])
                 found = run_llamacpp(contest, weights, chosen["limit_bytes"], setting)
             else:
                 found = run_plugin(contest, weights, share, name)
@@ -393,6 +402,12 @@ def run(args: argparse.Namespace) -> None:
         # After every round, so that a stop loses one at most.
         report(contest, cases, before, quiet=number + 1 < args.rounds)
     show(summary_of(cases))
+
+
+def read_ahead_kib(directory: Path) -> int | None:
+    """Of the disk, as it was found."""
+    setting = read_ahead_of(directory)
+    return None if setting is None else int(setting.read_text())
 
 
 def report(contest: Contest, cases: Sequence[Case], before: Case, *, quiet: bool) -> None:
@@ -407,6 +422,7 @@ def report(contest: Contest, cases: Sequence[Case], before: Case, *, quiet: bool
             "cpu_flags": sorted(flag for flag in cpu_flags() if flag.startswith(CPU_FLAGS)),
             "llamacpp": contest.llamacpp.to_json(),
             "prompts": contest.prompts,
+            "read_ahead_kib": read_ahead_kib(args.work_dir),
             "rounds_done": 1 + max(case["round"] for case in cases),
             **before,
             "summary": rows,

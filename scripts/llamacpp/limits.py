@@ -12,6 +12,9 @@ from scripts.llamacpp.weights import GgufSizes
 
 WHOLE = 0.98
 """Of a file's bytes in a cgroup's page cache: then the whole of it was charged there."""
+USUAL_READ_AHEAD_KIB = 128
+"""What Linux gives a disk where nobody changes it. More is read for every page that is missing, and
+where memory is short most of that is dropped before it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +24,12 @@ class Setting:
     Attributes:
         threads: that compute.
         repack: whether weights may be copied into another layout.
+        read_ahead_kib: of the mapped file, KiB; None: as the disk has it.
     """
 
     threads: int
     repack: bool
+    read_ahead_kib: int | None = None
 
 
 def besides_experts(figures: Mapping[str, Any], sizes: GgufSizes) -> int:
@@ -51,10 +56,17 @@ def limit_of(share: float, besides: int, sizes: GgufSizes, unlimited: int) -> in
     return unlimited if share >= 1 else besides + int(share * sizes.expert_bytes)
 
 
-def settings_of(share: float, cores: int) -> list[Setting]:
-    """What is tried at a share; repacked weights cannot be dropped and read again."""
-    repacks = (True, False) if share >= 1 else (False,)
-    return [Setting(n, repack) for n in sorted({1, cores}) for repack in repacks]
+def settings_of(share: float) -> list[Setting]:
+    """What is tried at a share with one thread.
+
+    Where everything fits, whether to repack. Where not, how much to read ahead (repacked weights
+    could not be dropped and read again).
+    """
+    if share >= 1:
+        return [Setting(1, repack=repack) for repack in (True, False)]
+    return [
+        Setting(1, repack=False, read_ahead_kib=kib) for kib in (None, USUAL_READ_AHEAD_KIB)
+    ]
 
 
 def unlimited_bytes() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.harness.cgroup import MemoryCgroup
 from scripts.harness.engine import EngineProcess
-from scripts.harness.page_cache import forget
+from scripts.harness.page_cache import forget, read_ahead
 from scripts.llamacpp.install import LlamaCpp
 from scripts.llamacpp.limits import Setting
 
@@ -31,15 +31,16 @@ def running(
     """
     forget(gguf)
     arguments = {"gguf": str(gguf), "context": CONTEXT_TOKENS} | asdict(setting)
-    process = EngineProcess(
-        "llama.cpp",
-        CONTESTANT,
-        arguments,
-        log=log,
-        environment={},
-        python=llamacpp.python,
-        prefix=cgroup.prefix,
-    )
+    with read_ahead(gguf, setting.read_ahead_kib):  # it opens the file before it is ready
+        process = EngineProcess(
+            "llama.cpp",
+            CONTESTANT,
+            arguments,
+            log=log,
+            environment={},
+            python=llamacpp.python,
+            prefix=cgroup.prefix,
+        )
     try:
         yield process
     finally:

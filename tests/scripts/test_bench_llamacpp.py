@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 from argparse import Namespace
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -43,12 +44,36 @@ def test_a_file_that_was_charged_elsewhere_is_no_ground_for_a_limit() -> None:
 
 
 def test_weights_are_repacked_only_where_nothing_limits() -> None:
-    assert settings_of(0.55, 2) == [Setting(1, False), Setting(2, False)]
-    assert settings_of(1.0, 2) == [
-        *(Setting(1, True), Setting(1, False)),
-        *(Setting(2, True), Setting(2, False)),
-    ]
-    assert settings_of(0.36, 1) == [Setting(1, False)]
+    assert settings_of(0.55) == [Setting(1, False, None), Setting(1, False, 128)]
+    assert settings_of(1.0) == [Setting(1, True, None), Setting(1, False, None)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "share", "quickest"),
+    [
+        (2, 0.36, Setting(1, False, 128)),
+        (2, 0.36, Setting(2, False, 128)),
+        (1, 0.36, Setting(1, False, None)),
+        (4, 1.0, Setting(4, True)),
+    ],
+)
+def test_trials_choose_what_is_quickest(
+    monkeypatch: pytest.MonkeyPatch, cores: int, share: float, quickest: Setting
+) -> None:
+    """More threads are tried with the best of the rest alone."""
+
+    def speed(contest: Any, weights: Any, limit: int, setting: Setting) -> float:
+        assert limit == 900
+        names = ("threads", "repack", "read_ahead_kib")
+        return sum(getattr(setting, name) == getattr(quickest, name) for name in names)
+
+    monkeypatch.setattr(bench, "try_setting", speed)
+    contest: Any = SimpleNamespace(cores=cores)
+    weights: Any = SimpleNamespace(name="bf16")
+    chosen = bench.choose(contest, weights, share, 900)
+    assert chosen["setting"] == asdict(quickest)
+    assert len(chosen["tried"]) == (2 if cores == 1 else 3)
+    assert {trial["threads"] for trial in chosen["tried"]} == {1, cores}
 
 
 # ---- figures -----------------------------------------------------------------------------

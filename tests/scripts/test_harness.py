@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scripts.harness import page_cache
 from scripts.harness.completions import QUESTIONS, questions
 from scripts.harness.engine import EngineProcess
 from scripts.harness.options import QUICK_RESULTS, RESULTS, results_of
-from scripts.harness.page_cache import forget
 from scripts.harness.pairing import bootstrap_of_median, orders, spread
 from scripts.harness.report import Bar, write_report
 from scripts.harness.serving import kernel_options
@@ -114,8 +115,26 @@ def test_a_file_that_is_forgotten_has_to_be_read_again(tmp_path: Path) -> None:
             return True
 
     assert is_cached()
-    forget(file)
+    page_cache.forget(file)
     assert not is_cached()
+
+
+def test_read_ahead_is_set_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tmp_path / "read_ahead_kb"
+    setting.write_text("8192\n")
+    monkeypatch.setattr(page_cache, "read_ahead_of", lambda path: setting)
+    with contextlib.suppress(KeyError), page_cache.read_ahead(tmp_path, 128):
+        assert setting.read_text() == "128\n"
+        raise KeyError
+    assert setting.read_text() == "8192\n"
+    with page_cache.read_ahead(tmp_path, None):
+        assert setting.read_text() == "8192\n"
+    monkeypatch.setattr(page_cache, "read_ahead_of", lambda path: None)
+    with (
+        pytest.raises(RuntimeError, match="no single disk"),
+        page_cache.read_ahead(tmp_path, 1),
+    ):
+        pass
 
 
 def test_quantised_experts_need_an_option_without_amx() -> None:
