@@ -46,7 +46,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -98,7 +98,7 @@ LLAMACPP = "llama.cpp"
 GGUF_OF = {"bf16": BF16, "int4": Q4_0}
 """llama.cpp's format by ours."""
 TRIAL_TOKENS = 16
-COLUMNS = ("format", "experts", "contestant", "tokens/s", "least", "most", "hits", "MB/token")
+COLUMNS = ("format", "experts", "contestant", "tokens/s", "least to most", "hits", "MB/token")
 CPU_FLAGS = ("avx", "f16c", "fma", "amx")
 """How those flags begin that matter here."""
 
@@ -201,8 +201,10 @@ def run_plugin(contest: Contest, weights: Weights, share: float, mode: str) -> C
         turns = [take_turn(server, turn, args.tokens, args.temperature) for turn in counted]
         after = offload_counters(server)
         change = {key: after[key] - before[key] for key in after}
+        metrics = server.metrics()
         return {
-            "slots": server.metrics()["vllm:moe_offload_slots"],
+            "slots": metrics["vllm:moe_offload_slots"],
+            "cache_bytes": metrics["vllm:moe_offload_cache_bytes"],
             "plan": [x for x in server.log.splitlines() if "MoE offload: cache_gb" in x],
             "samples": [turn.to_json() | {"texts": turn.texts} for turn in turns],
             "cgroup": cgroup.figures(),
@@ -316,14 +318,16 @@ def show(rows: Sequence[Case]) -> None:
     """The table."""
     table = Table(title="Decode tokens/s, one request at a time (median of all turns)")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "contestant" else "right")
+        justify: Literal["left", "right"] = "left" if column == "contestant" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for row in rows:
         speed = row["tokens_per_s"]
         table.add_row(
             row["format"],
             f"{row['share']:.0%}",
             row["contestant"],
-            *(f"{speed[name]:.2f}" for name in ("median", "min", "max")),
+            f"{speed['median']:.2f}",
+            f"{speed['min']:.2f} to {speed['max']:.2f}",
             f"{row['hit_rate']:.1%}" if "hit_rate" in row else "-",
             f"{row['read_mb_per_token']:.1f}",
         )
@@ -331,16 +335,17 @@ def show(rows: Sequence[Case]) -> None:
 
 
 def bars_of(rows: Sequence[Case]) -> list[Bar]:
-    """``trace`` against llama.cpp in bf16 with the least share of the experts."""
+    """``trace`` against llama.cpp with the least share of the experts, in each format."""
     least = min(row["share"] for row in rows)
     return [
         Bar(
-            f"tokens/s with {least:.0%} of the bf16 experts, trace / llama.cpp",
+            f"tokens/s with {least:.0%} of the {row['format']} experts, trace / llama.cpp",
             row["ratio"],
-            5.0,
+            1.0,
+            unit="x",
         )
         for row in rows
-        if (row["format"], row["share"], row["contestant"]) == ("bf16", least, "trace")
+        if (row["share"], row["contestant"]) == (least, "trace")
     ]
 
 
