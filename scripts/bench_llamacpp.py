@@ -20,14 +20,15 @@ The same bytes: with a share s, each side holds its dense part in full and s of 
                 without a limit: the most that it took, less the experts.
 
 At s = 1 neither side has a limit. Before llama.cpp starts, the file is dropped from the page
-cache, or pages that somebody else was charged for would come on top of the limit. llama.cpp
-repacks 4-bit weights by default, which copies them into anonymous memory: where there is a limit
-that would only get it killed, so it is off there. How far the system reads ahead of a page that is
-missing decides how quick mmap is (8 MiB on some machines, 128 KiB where nobody changed it; the plugin
-reads past the page cache). Short trials before the first round choose llama.cpp's best of these:
-repacked or not without a limit, the disk's read-ahead or 128 KiB with one, one thread or as many as
-cores. llama.cpp of this version has no cache of experts on the CPU (``--n-cpu-moe`` and the like
-place experts beside a GPU).
+cache, or pages that somebody else was charged for would come on top of the limit.
+
+Settings: each side's best, by short trials before the first round. Both: one thread that computes,
+or as many as cores. llama.cpp repacks 4-bit weights by default, which copies them into anonymous
+memory: it is tried with and without where nothing limits, and without where that would only get it
+killed. How far the system reads ahead of a page that is missing decides how quick mmap is: under a
+limit, what the disk has (8 MiB on some machines) and Linux's usual 128 KiB are tried. (The plugin
+reads past the page cache.) llama.cpp of this version has no cache of experts on the CPU;
+``--n-cpu-moe`` and the like place experts beside a GPU.
 
 Turns: one request at a time; both sides get the same token ids and make as many tokens, whatever
 the text. Tokens/s are (tokens - 1) / (time of the last - time of the first), by the clock of the
@@ -68,6 +69,7 @@ from scripts.harness.options import (  # noqa: E402
 from scripts.harness.page_cache import read_ahead_of  # noqa: E402
 from scripts.harness.pairing import orders, spread  # noqa: E402
 from scripts.harness.report import Bar, report_of  # noqa: E402
+from scripts.harness.server import Server  # noqa: E402
 from scripts.harness.serving import (  # noqa: E402
     ENVIRONMENT,
     START_SECONDS,
@@ -97,7 +99,8 @@ from scripts.llamacpp.weights import (  # noqa: E402
 LLAMACPP = "llama.cpp"
 GGUF_OF = {"bf16": BF16, "int4": Q4_0}
 """llama.cpp's format by ours."""
-TRIAL_TOKENS = 16
+TRIAL_TOKENS = 8
+"""Some settings make a token in ten seconds."""
 COLUMNS = ("format", "experts", "contestant", "tokens/s", "least to most", "hits", "MB/token")
 CPU_FLAGS = ("avx", "f16c", "fma", "amx")
 """How those flags begin that matter here."""
@@ -183,19 +186,13 @@ def in_cgroup(
         yield cgroup, process
 
 
-def run_plugin(contest: Contest, weights: Weights, share: float, mode: str) -> Case:
+def run_plugin(
+    contest: Contest, weights: Weights, share: float, mode: str, threads: int
+) -> Case:
     """All turns of the plugin with a share of the experts cached."""
     args = contest.args
-    options = offload_options(mode, f"{100 * share:g}%", args.work_dir / "store")
-    if weights.name != "bf16":
-        options += kernel_options(cpu_flags())
-    name = f"llamacpp-{mode}-{weights.name}-{100 * share:.0f}"
-    with (
-        memory_cgroup(unlimited_bytes()) as cgroup,
-        start_server(args, weights.directory, name, options, cgroup.prefix) as server,
-    ):
-        server.wait_healthy(START_SECONDS)
-        warm, *counted = contest.turns
+    warm, *counted = contest.turns
+    with serving(contest, weights, share, mode, threads) as (cgroup, server):
         take_turn(server, warm, args.tokens, args.temperature)
         before = offload_counters(server)
         turns = [take_turn(server, turn, args.tokens, args.temperature) for turn in counted]
@@ -203,6 +200,7 @@ def run_plugin(contest: Contest, weights: Weights, share: float, mode: str) -> C
         change = {key: after[key] - before[key] for key in after}
         metrics = server.metrics()
         return {
+            "setting": {"threads": threads},
             "slots": metrics["vllm:moe_offload_slots"],
             "cache_bytes": metrics["vllm:moe_offload_cache_bytes"],
             "plan": [x for x in server.log.splitlines() if "MoE offload: cache_gb" in x],
@@ -211,6 +209,35 @@ def run_plugin(contest: Contest, weights: Weights, share: float, mode: str) -> C
             "counters": change,
             "read_bytes": change["read_bytes"],
         }
+
+
+@contextmanager
+def serving(
+    contest: Contest, weights: Weights, share: float, mode: str, threads: int
+) -> Iterator[tuple[MemoryCgroup, Server]]:
+    """A server of the plugin that is healthy, in a cgroup that counts what it takes."""
+    args = contest.args
+    options = offload_options(mode, f"{100 * share:g}%", args.work_dir / "store")
+    if weights.name != "bf16":
+        options += kernel_options(cpu_flags())
+    with (
+        memory_cgroup(unlimited_bytes()) as cgroup,
+        start_server(
+            args,
+            weights.directory,
+            f"llamacpp-{mode}-{weights.name}-{100 * share:.0f}",
+            options,
+            cgroup.prefix,
+            environment=computing_on(threads),
+        ) as server,
+    ):
+        server.wait_healthy(START_SECONDS)
+        yield cgroup, server
+
+
+def computing_on(threads: int) -> dict[str, str]:
+    """Environment of a vLLM that computes with so many threads, on the first cores."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": "0" if threads == 1 else f"0-{threads - 1}"}
 
 
 # ---- before the rounds ---------------------------------------------------------------------
@@ -230,8 +257,28 @@ def count_besides(contest: Contest, weights: Weights) -> Case:
     }
 
 
+def choose_threads(contest: Contest, weights: Weights, share: float, mode: str) -> Case:
+    """With how many threads the plugin is quickest at a share, and all that were tried."""
+    args = contest.args
+    warm, counted, *_ = contest.turns
+    tried = {}
+    for threads in sorted({1, contest.cores}):
+        with serving(contest, weights, share, mode, threads) as (_, server):
+            take_turn(server, warm[:1], args.tokens, args.temperature)
+            turn = take_turn(server, counted[:1], args.tokens, args.temperature)
+        tried[threads] = turn.decode_speed
+        console.print(f"  {mode}, {threads} threads: {tried[threads]:.2f} tokens/s")
+    return {
+        "contestant": mode,
+        "format": weights.name,
+        "share": share,
+        "setting": {"threads": max(tried, key=lambda threads: tried[threads])},
+        "tried": [{"threads": n, "tokens_per_s": speed} for n, speed in tried.items()],
+    }
+
+
 def choose(contest: Contest, weights: Weights, share: float, limit: int) -> Case:
-    """The quickest setting at a share, and all that were tried: with one thread, then more."""
+    """llama.cpp's quickest setting at a share, and all that were tried: one thread, then more."""
     tried = {
         setting: try_setting(contest, weights, limit, setting) for setting in settings_of(share)
     }
@@ -240,6 +287,7 @@ def choose(contest: Contest, weights: Weights, share: float, limit: int) -> Case
         more = replace(best, threads=contest.cores)
         tried[more] = try_setting(contest, weights, limit, more)
     return {
+        "contestant": LLAMACPP,
         "format": weights.name,
         "share": share,
         "limit_bytes": limit,
@@ -384,22 +432,26 @@ def run(args: argparse.Namespace) -> None:
     contest = Contest(args, llamacpp, token_ids(args.model), cores)
     formats = [weights_of(llamacpp, args.model, name) for name in args.formats]
     alone = {weights.name: count_besides(contest, weights) for weights in formats}
-    settings: dict[tuple[str, float], Case] = {}
+    settings: dict[tuple[str, float, str], Case] = {}
     for weights, share in itertools.product(formats, args.shares):
-        console.print(f"Trying {LLAMACPP}, {weights.name}, {share:.0%} of the experts")
+        console.print(f"Trying {weights.name}, {share:.0%} of the experts")
         besides = alone[weights.name]["besides_experts_bytes"]
         limit = limit_of(share, besides, weights.sizes, unlimited_bytes())
-        settings[weights.name, share] = choose(contest, weights, share, limit)
+        settings[weights.name, share, LLAMACPP] = choose(contest, weights, share, limit)
+        for mode in args.modes:
+            found = choose_threads(contest, weights, share, mode)
+            settings[weights.name, share, mode] = found
     before = {"without_limit": alone, "settings": list(settings.values())}
     cases: list[Case] = []
     for number, order in enumerate(orders([*args.modes, LLAMACPP], args.rounds)):
         for weights, share, name in itertools.product(formats, args.shares, order):
-            chosen = settings[weights.name, share]
+            chosen = settings[weights.name, share, name]
             if name == LLAMACPP:
                 setting = Setting(**chosen["setting"])
                 found = run_llamacpp(contest, weights, chosen["limit_bytes"], setting)
             else:
-                found = run_plugin(contest, weights, share, name)
+                threads = chosen["setting"]["threads"]
+                found = run_plugin(contest, weights, share, name, threads)
             case = {"round": number, "contestant": name, "format": weights.name}
             cases.append(case | {"share": share} | found)
             speed = statistics.median(speeds_of(cases[-1:]))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from scripts.harness.options import log_path
 from scripts.harness.server import Server
@@ -71,13 +72,24 @@ def start_server(
     log_name: str,
     options: Sequence[str] = (),
     prefix: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
-    """A server of ``model`` that starts; ``options`` come after those of all servers."""
+    """A server of ``model`` that starts.
+
+    Args:
+        args: the command line.
+        model: directory of the checkpoint.
+        log_name: of its log, without suffix.
+        options: come after those of all servers.
+        prefix: goes before the command.
+        environment: in which it differs from that of all servers.
+    """
     return Server(
         model,
         serve_options(args, *options),
         log=log_path(args, log_name),
-        environment=ENVIRONMENT,
+        environment={**ENVIRONMENT, **environment},
         prefix=prefix,
     )
 

@@ -24,7 +24,7 @@ CONTEXT_TOKENS = 1024
 def running(
     cgroup: MemoryCgroup, llamacpp: LlamaCpp, gguf: Path, setting: Setting, log: Path
 ) -> Iterator[EngineProcess]:
-    """llama.cpp in a cgroup with a file mapped, ready for turns.
+    """llama.cpp in a cgroup with a file mapped, ready for turns; the cgroup ends it after an error.
 
     Raises:
         RuntimeError: it ended, such as killed for want of memory; ``log`` says more.
@@ -41,10 +41,8 @@ def running(
             python=llamacpp.python,
             prefix=cgroup.prefix,
         )
-    try:
-        yield process
-    finally:
-        process.close()
+    yield process
+    process.close()  # not after an error: in the middle of a turn it hears nothing for minutes
 
 
 def take_turn(

@@ -76,6 +76,11 @@ def test_trials_choose_what_is_quickest(
     assert {trial["threads"] for trial in chosen["tried"]} == {1, cores}
 
 
+def test_vllm_computes_on_the_first_cores() -> None:
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    assert [bench.computing_on(n)[name] for n in (1, 2, 8)] == ["0", "0-1", "0-7"]
+
+
 # ---- figures -----------------------------------------------------------------------------
 
 
