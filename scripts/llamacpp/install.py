@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 VERSION = "0.3.36"
 CMAKE_ARGS = "-DGGML_NATIVE=ON"
 """For this machine's CPU, with every instruction set that it has."""
@@ -78,6 +80,7 @@ def _build(home: Path, python: Path, source: Path) -> None:
     home.mkdir(parents=True)
     log = home / "log"
     log.mkdir()
+    Console().print(f"Building llama-cpp-python {VERSION} (some minutes; logs in {log})")
     create = [sys.executable, "-m", "venv", str(home / "environment")]
     run_step("making the environment", create, log / "venv.log")
     # Without this, a wheel that was built for some other machine might come.
