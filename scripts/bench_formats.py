@@ -22,7 +22,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.harness.completions import Turn, take_turn  # noqa: E402
+from scripts.harness.completions import Turn, questions, take_turn  # noqa: E402
+from scripts.harness.machine import cpu_flags  # noqa: E402
+from scripts.harness.models import GROUP_SIZE, ensure_quantised  # noqa: E402
 from scripts.harness.options import (  # noqa: E402
     add_server_options,
     end_on_sigterm,
@@ -33,27 +35,15 @@ from scripts.harness.report import Bar, report_of  # noqa: E402
 from scripts.harness.serving import (  # noqa: E402
     ENVIRONMENT,
     START_SECONDS,
+    kernel_options,
     offload_counters,
     offload_options,
     start_server,
 )
-from scripts.quantize import quantize  # noqa: E402
 from vllm_moe_offload.config import GIB  # noqa: E402
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint  # noqa: E402
 from vllm_moe_offload.plan.shapes.kernel_form import BF16, kernel_form  # noqa: E402
 
-GROUP_SIZE = 64
-"""576 inputs divide by it."""
-QUESTIONS = (
-    "Explain how rain forms, step by step.",
-    "Write a short story about a lighthouse keeper.",
-    "What is the difference between a list and a tuple in Python?",
-    "Give me three tips for a good night's sleep.",
-    "Describe the life of a bee.",
-    "How do I make pancakes?",
-    "Write a function that reverses a string.",
-    "Why is the sky blue?",
-)
 COLUMNS = ("format", "budget", "experts cached", "tokens/s", "hits", "MB/token", "stall")
 
 Case = dict[str, Any]
@@ -63,14 +53,10 @@ console = Console()
 
 def models_of(args: argparse.Namespace) -> dict[str, Path]:
     """The model in each format; the quantised ones are written if they are missing."""
-    found = {"bf16": args.model}
-    for name in args.formats:
-        directory = args.model.with_name(f"{args.model.name}-{name}")
-        if not (directory / "config.json").exists():
-            console.print(f"Writing {directory.name}")
-            quantize(args.model, directory, name, group_size=GROUP_SIZE)
-        found[name] = directory
-    return found
+    return {
+        "bf16": args.model,
+        **{name: ensure_quantised(args.model, name) for name in args.formats},
+    }
 
 
 def serve(
@@ -78,6 +64,8 @@ def serve(
 ) -> list[Case]:
     """Figures of one server, a case per repeat."""
     options = offload_options("trace", f"{budget / GIB:.6f}", args.work_dir / "store")
+    if name != "bf16":
+        options += kernel_options(cpu_flags())
     with start_server(args, model, f"formats-{name}-{100 * share:.0f}", options) as server:
         server.wait_healthy(START_SECONDS)
         ask(server, args, args.repeats)  # neither a cold cache nor one that saw the same
@@ -104,8 +92,7 @@ def serve(
 
 def ask(server: Any, args: argparse.Namespace, number: int) -> Turn:
     """Other questions for every ``number``, in turn; sampled at temperature 1."""
-    count = len(QUESTIONS)
-    texts = [QUESTIONS[(number * args.requests + i) % count] for i in range(args.requests)]
+    texts = questions(args.requests, number)
     return take_turn(server, texts, args.tokens, args.temperature)
 
 

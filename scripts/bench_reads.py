@@ -75,7 +75,7 @@ LAYOUTS = {
     "12.6 MB": _weights(1024, 2048),
     "1.6 MB": _weights(512, 512),
 }
-"""Experts of the model that bench_llamacpp_shape.py compares with llama.cpp, and of `make demo`."""
+"""Experts of the demo model that most benchmarks serve, and of `make demo`."""
 
 
 # ---- the store ---------------------------------------------------------------------------

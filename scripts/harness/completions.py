@@ -15,6 +15,26 @@ from scripts.demo_model import TOPICS
 from scripts.harness.server import HOST, Server
 from scripts.harness.serving import SERVED_NAME
 
+QUESTIONS = (
+    "Explain how rain forms, step by step.",
+    "Write a short story about a lighthouse keeper.",
+    "What is the difference between a list and a tuple in Python?",
+    "Give me three tips for a good night's sleep.",
+    "Describe the life of a bee.",
+    "How do I make pancakes?",
+    "Write a function that reverses a string.",
+    "Why is the sky blue?",
+)
+"""What a model that speaks is asked."""
+
+Prompt = str | Sequence[int]
+"""A text, or the ids of its tokens."""
+
+
+def questions(count: int, number: int) -> list[str]:
+    """The questions of turn ``number``: the next ``count`` of them, over and over."""
+    return [QUESTIONS[(number * count + i) % len(QUESTIONS)] for i in range(count)]
+
 
 def prompts(count: int, words: int = 24, seed: int = 0) -> list[str]:
     """Texts that keep to a topic each; the same ones at every call with the same seed."""
@@ -79,7 +99,7 @@ class Turn:
         }
 
 
-def ask(port: int, prompt: str, max_tokens: int, temperature: float = 0.0) -> Answer:
+def ask(port: int, prompt: Prompt, max_tokens: int, temperature: float = 0.0) -> Answer:
     """A completion of exactly ``max_tokens`` tokens; greedy at temperature 0."""
     connection = http.client.HTTPConnection(HOST, port, timeout=900)
     body = {
@@ -108,22 +128,24 @@ def ask(port: int, prompt: str, max_tokens: int, temperature: float = 0.0) -> An
 
 
 def take_turn(
-    server: Server, texts: Sequence[str], max_tokens: int, temperature: float = 0.0
+    server: Server, requests: Sequence[Prompt], max_tokens: int, temperature: float = 0.0
 ) -> Turn:
     """Sends the requests one after the other; nobody else may send any meanwhile."""
     count_before, decode_before = _decode_time(server)
     began = time.perf_counter()
-    answers = [ask(server.port, text, max_tokens, temperature) for text in texts]
+    answers = [ask(server.port, prompt, max_tokens, temperature) for prompt in requests]
     seconds = time.perf_counter() - began
     deadline = time.perf_counter() + 10
     while True:  # a request may be answered a moment before it is counted
         count, decode = _decode_time(server)
-        if count - count_before >= len(texts):
+        if count - count_before >= len(requests):
             break
         if time.perf_counter() > deadline:
-            raise RuntimeError(f"{count - count_before} of {len(texts)} requests were counted")
+            raise RuntimeError(
+                f"{count - count_before} of {len(requests)} requests were counted"
+            )
         time.sleep(0.05)
-    if count - count_before != len(texts):
+    if count - count_before != len(requests):
         raise RuntimeError(f"{server.url} served somebody else, too")
     return Turn(answers, decode - decode_before, seconds)
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +16,9 @@ class EngineProcess:
 
     The script gets its arguments as JSON, answers once when it is ready, then once per line
     on stdin: JSON in one line each, to :func:`take_stdout`.
+
+    Attributes:
+        ready: what it answered when it was ready.
     """
 
     def __init__(
@@ -26,30 +29,44 @@ class EngineProcess:
         *,
         log: Path,
         environment: Mapping[str, str],
+        python: Path = Path(sys.executable),
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Starts it and waits until it is ready. Raises RuntimeError if it ends first."""
+        """Starts it and waits until it is ready.
+
+        Args:
+            name: what messages call it.
+            script: what is run.
+            arguments: its only argument, as JSON.
+            log: file for its stderr.
+            environment: added to this process's.
+            python: the interpreter.
+            prefix: goes before the command (to enter a cgroup, say).
+
+        Raises:
+            RuntimeError: it ended first.
+        """
         self.name = name
         self._log = log
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, script, json.dumps(arguments)],
+                [*prefix, python, script, json.dumps(arguments)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
                 env=os.environ | environment,
             )
-        self._answer()
+        self.ready = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended early; see {self._log}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)
 
-    def ask(self, line: str) -> dict[str, Any]:
+    def ask(self, line: str) -> Any:
         """Sends a line; the answer to it."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n")

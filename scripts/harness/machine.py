@@ -57,6 +57,11 @@ def disk(directory: Path) -> dict[str, Any]:
     return found
 
 
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, by the kernel's names, such as ``avx512f`` and ``amx_tile``."""
+    return frozenset((_field("/proc/cpuinfo", "flags") or "").split())
+
+
 def _content(path: str) -> str | None:
     return Path(path).read_text().strip() if Path(path).exists() else None
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from rich.console import Console
 
 from scripts.demo_model import write_demo_model
+from scripts.quantize import quantize
 
-LLAMACPP_SHAPE = {"layers": 12, "experts": 16, "top_k": 2, "hidden": 1024, "intermediate": 2048}
+MIXTRAL_SHAPE = {"layers": 12, "experts": 16, "top_k": 2, "hidden": 1024, "intermediate": 2048}
+GROUP_SIZE = 64
+"""Of quantised experts: the 576 inputs of the upcycled model's divide by it."""
 QUICK_SHAPE = {"layers": 4, "experts": 8, "top_k": 2, "hidden": 256, "intermediate": 256}
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, int]:
-    """The shape that is measured: that of llama.cpp's figures, 2.4 GB, but for a quick try."""
-    return QUICK_SHAPE if args.quick else LLAMACPP_SHAPE
+    """The shape that is measured, 2.4 GB of experts, but for a quick try."""
+    return QUICK_SHAPE if args.quick else MIXTRAL_SHAPE
 
 
 def ensure_model(directory: Path, shape: Mapping[str, int], arch: str = "mixtral") -> Path:
@@ -38,3 +41,12 @@ def ensure_model(directory: Path, shape: Mapping[str, int], arch: str = "mixtral
             progress=sys.stderr.isatty(),
         )
     return model
+
+
+def ensure_quantised(model: Path, name: str) -> Path:
+    """The copy of a bf16 checkpoint in the format ``name``, beside it, written if missing."""
+    directory = model.with_name(f"{model.name}-{name}")
+    if not (directory / "config.json").exists():
+        Console().print(f"Writing {directory.name}")
+        quantize(model, directory, name, group_size=GROUP_SIZE)
+    return directory

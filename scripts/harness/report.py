@@ -65,10 +65,17 @@ class Bar:
 
 
 def report_of(
-    args: argparse.Namespace, name: str, data: Mapping[str, Any], bars: Sequence[Bar] = ()
+    args: argparse.Namespace,
+    name: str,
+    data: Mapping[str, Any],
+    bars: Sequence[Bar] = (),
+    *,
+    quiet: bool = False,
 ) -> Path:
     """:func:`write_report` to where the command line says, about the disk that it names."""
-    return write_report(name, data, bars=bars, work_dir=args.work_dir, results=results_of(args))
+    return write_report(
+        name, data, bars=bars, work_dir=args.work_dir, results=results_of(args), quiet=quiet
+    )
 
 
 def write_report(

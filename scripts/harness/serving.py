@@ -7,8 +7,9 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from scripts.harness.options import log_path
 from scripts.harness.server import Server
@@ -57,19 +58,38 @@ def offload_options(mode: str, cache: str, store: Path) -> list[str]:
     ]
 
 
+def kernel_options(flags: Container[str]) -> list[str]:
+    """What a server of quantised experts needs besides on a CPU with these ``flags``.
+
+    vLLM chooses its kernels for them by itself where there is AMX, and only there.
+    """
+    return [] if "amx_tile" in flags else ["--moe-offload-config.cpu_kernels", "avx512"]
+
+
 def start_server(
     args: argparse.Namespace,
     model: Path,
     log_name: str,
     options: Sequence[str] = (),
     prefix: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Server:
-    """A server of ``model`` that starts; ``options`` come after those of all servers."""
+    """A server of ``model`` that starts.
+
+    Args:
+        args: the command line.
+        model: directory of the checkpoint.
+        log_name: of its log, without suffix.
+        options: come after those of all servers.
+        prefix: goes before the command.
+        environment: in which it differs from that of all servers.
+    """
     return Server(
         model,
         serve_options(args, *options),
         log=log_path(args, log_name),
-        environment=ENVIRONMENT,
+        environment={**ENVIRONMENT, **environment},
         prefix=prefix,
     )
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from scripts.harness import page_cache
+from scripts.harness.completions import QUESTIONS, questions
 from scripts.harness.engine import EngineProcess
 from scripts.harness.options import QUICK_RESULTS, RESULTS, results_of
 from scripts.harness.pairing import bootstrap_of_median, orders, spread
 from scripts.harness.report import Bar, write_report
+from scripts.harness.serving import kernel_options
 from scripts.raw_reader import Part, split_evenly
 
 ECHO = """
-import json, sys
+import json, os, sys
 sys.path.insert(0, {root!r})
 from scripts.harness.engine import take_stdout
 answers = take_stdout()
 print("what a library prints")
-print(json.dumps({{"ready": json.loads(sys.argv[1])}}), file=answers, flush=True)
+ready = {{"arguments": json.loads(sys.argv[1]), "where": os.environ.get("WHERE")}}
+print(json.dumps(ready), file=answers, flush=True)
 for line in sys.stdin:
     if line.strip() == "die":
         sys.exit("dead")
@@ -50,13 +59,29 @@ def test_interval_holds_the_median_and_narrows_with_samples() -> None:
     assert bootstrap_of_median(few) == bootstrap_of_median(few)
 
 
+def echo_in(directory: Path, **options: Any) -> EngineProcess:
+    """A script that answers what it is asked."""
+    script = directory / "echo.py"
+    script.write_text(ECHO.format(root=str(Path(__file__).resolve().parents[2])))
+    log = directory / "echo.log"
+    return EngineProcess("echo", script, {"a": 1}, log=log, environment={}, **options)
+
+
 @pytest.fixture
 def echo(tmp_path: Path) -> EngineProcess:
-    """A script that answers what it is asked."""
-    script = tmp_path / "echo.py"
-    script.write_text(ECHO.format(root=str(Path(__file__).resolve().parents[2])))
-    log = tmp_path / "echo.log"
-    return EngineProcess("echo", script, {"a": 1}, log=log, environment={"HELLO": "1"})
+    """See :func:`echo_in`."""
+    return echo_in(tmp_path)
+
+
+def test_engine_runs_behind_a_prefix_in_the_python_that_is_named(tmp_path: Path) -> None:
+    python = tmp_path / "another-python"
+    python.symlink_to(sys.executable)
+    echo = echo_in(tmp_path, prefix=["env", "WHERE=inside"], python=python)
+    assert echo.ready == {"arguments": {"a": 1}, "where": "inside"}
+    echo.close()
+    python.unlink()
+    with pytest.raises(RuntimeError, match="ended early"):
+        echo_in(tmp_path, prefix=["env"], python=python)
 
 
 def test_engine_answers_each_line_whatever_libraries_print(
@@ -71,6 +96,57 @@ def test_engine_that_ends_early_is_named_with_its_log(echo: EngineProcess) -> No
     with pytest.raises(RuntimeError, match=r"echo ended early; see .*echo\.log"):
         echo.ask("die")
     echo.close()
+
+
+def test_a_file_that_is_forgotten_has_to_be_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1 << 20))
+
+    def is_cached() -> bool:
+        with file.open("rb", buffering=0) as opened:
+            try:
+                os.preadv(opened.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    pytest.skip(f"the file system of {tmp_path} does not say what is cached")
+                raise
+            return True
+
+    assert is_cached()
+    page_cache.forget(file)
+    assert not is_cached()
+
+
+def test_read_ahead_is_set_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tmp_path / "read_ahead_kb"
+    setting.write_text("8192\n")
+    monkeypatch.setattr(page_cache, "read_ahead_of", lambda path: setting)
+    with contextlib.suppress(KeyError), page_cache.read_ahead(tmp_path, 128):
+        assert setting.read_text() == "128\n"
+        raise KeyError
+    assert setting.read_text() == "8192\n"
+    with page_cache.read_ahead(tmp_path, None):
+        assert setting.read_text() == "8192\n"
+    monkeypatch.setattr(page_cache, "read_ahead_of", lambda path: None)
+    with (
+        pytest.raises(RuntimeError, match="no single disk"),
+        page_cache.read_ahead(tmp_path, 1),
+    ):
+        pass
+
+
+def test_quantised_experts_need_an_option_without_amx() -> None:
+    assert kernel_options({"avx512f", "amx_tile"}) == []
+    assert kernel_options({"avx512f"}) == ["--moe-offload-config.cpu_kernels", "avx512"]
+
+
+def test_turns_ask_all_questions_before_one_comes_again() -> None:
+    asked = [text for number in range(4) for text in questions(2, number)]
+    assert asked == list(QUESTIONS)
+    assert questions(2, 4) == questions(2, 0)
+    assert questions(3, 2) == [*QUESTIONS[6:], QUESTIONS[0]]
 
 
 def test_quick_reports_do_not_replace_measurements(tmp_path: Path) -> None:
