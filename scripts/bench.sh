@@ -5,7 +5,8 @@
 #
 # Each writes its JSON under benchmarks/results/ (--quick: build/bench/results/). Those that
 # drop the page cache or make a memory cgroup need root and are left out without it. Nothing
-# else should run on the machine meanwhile. Needs 30 GB below --work-dir.
+# else should run on the machine meanwhile. Needs 40 GB below --work-dir; bench_llamacpp.py also the
+# model that its head names, and PyPI the first time.
 # Exit status: 0 all ran and met their bars; 1 a bar was missed; 2 a benchmark did not run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +36,7 @@ run scripts/bench_reads.py "$@"
 run scripts/bench_policy.py "$@"
 run scripts/bench_scale.py "$@"
 run scripts/bench_resident.py "$@"
-run scripts/bench_llamacpp_shape.py "$@"
+run scripts/bench_llamacpp.py "$@"
 run scripts/bench_prefetch.py "$@"
 run scripts/bench_scrape.py "$@"
 run scripts/bench_start.py "$@"

@@ -116,58 +116,63 @@ def draw_memory(found: Report) -> Figure:
     return figure
 
 
-def shares_table(found: Report) -> str:
-    """Decode speed by share of the experts that is cached."""
-    rows = [
-        (
-            f"{case['share']:.0%}",
-            f"`{case['mode']}`",
-            f"{case['tokens_per_s']['median']:.1f}",
-            f"{case['hit_rate']:.1%}",
-            f"{case['read_mb_per_token']:.0f}",
-            f"{case['stall_share']:.0%}",
+SIDES = {"trace": ("this plugin", OURS), "llama.cpp": ("llama.cpp", OTHERS)}
+FORMATS = {"bf16": "bf16", "int4": "int4 / Q4_0"}
+"""As the plugin and llama.cpp have them."""
+
+
+def _sides(found: Report) -> dict[tuple[str, float], dict[str, Report]]:
+    """Rows of the summary by format and share, and then by contestant."""
+    by_case: dict[tuple[str, float], dict[str, Report]] = {}
+    for row in found["summary"]:
+        by_case.setdefault((row["format"], row["share"]), {})[row["contestant"]] = row
+    return by_case
+
+
+def llamacpp_table(found: Report) -> str:
+    """Decode speed by share of the experts in memory, and what each side read and took."""
+    rows = []
+    for (name, share), sides in _sides(found).items():
+        both = [sides[side] for side in SIDES]
+        rows.append(
+            (
+                FORMATS[name],
+                f"{share:.0%}",
+                *(f"{row['tokens_per_s']['median']:.1f}" for row in both),
+                f"{both[0]['ratio']:.2f}",
+                f"{both[0]['hit_rate']:.1%}",
+                " / ".join(f"{row['read_mb_per_token']:.0f}" for row in both),
+                " / ".join(
+                    f"{(row['peak_anonymous_bytes'] + row['peak_page_cache_bytes']) / GIB:.1f}"
+                    for row in both
+                ),
+            )
         )
-        for case in found["cases"]
-    ]
-    head = ("cached", "policy", "tokens/s", "hits", "MB read per token", "stalled on reads")
+    head = (
+        "format",
+        "experts in memory",
+        "plugin, tokens/s",
+        "llama.cpp, tokens/s",
+        "ratio",
+        "plugin's hits",
+        "MB read per token, plugin / llama.cpp",
+        "GiB in all, plugin / llama.cpp",
+    )
     return _markdown(head, rows)
 
 
-def draw_shares(found: Report) -> Figure:
-    """Tokens/s against the share that is cached, ``trace`` and ``lrfu``."""
-    figure, (axes,) = _panels(1, 2.8, left=0.1)
-    for mode, colour in (("trace", OURS), ("lrfu", OTHERS)):
-        cases = [case for case in found["cases"] if case["mode"] == mode]
-        shares = [100 * case["share"] for case in cases]
-        speeds = [case["tokens_per_s"]["median"] for case in cases]
-        axes.plot(shares, speeds, marker="o", color=colour, lw=1.8)
-        for share, speed in zip(shares, speeds, strict=True):
-            above = mode == "trace" or share == 100
-            offset = (0, 7) if above else (0, -14)
-            if share < 100:
-                axes.annotate(
-                    f"{speed:.0f}",
-                    (share, speed),
-                    offset,
-                    textcoords="offset points",
-                    color=INK,
-                    fontsize=8.5,
-                    ha="center",
-                )
-        axes.annotate(
-            f"{mode} {speeds[0]:.0f}",
-            (shares[0], speeds[0]),
-            (8, 3 if mode == "lrfu" else -9),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8.5,
-        )
-    axes.set_xlim(30, 110)
-    axes.set_xticks([36, 55, 100])
-    axes.set_ylim(0, 65)
-    axes.set_xlabel("experts cached, %", fontsize=8.5)
-    axes.set_ylabel("tokens/s", fontsize=8.5)
-    axes.axhline(0, color=INK, lw=0.6)
+def draw_llamacpp(found: Report) -> Figure:
+    """Tokens/s by share, a group of two bars for each."""
+    figure, grid = _panels(2, 2.6, left=0.17)
+    by_case = _sides(found)
+    for axes, (name, title) in zip(grid, FORMATS.items(), strict=True):
+        bars = []
+        for (of_format, share), sides in by_case.items():
+            if of_format == name:
+                for side, (label, colour) in SIDES.items():
+                    speed = sides[side]["tokens_per_s"]["median"]
+                    bars.append((f"{share:.0%}, {label}", speed, colour, f"{speed:.1f}"))
+        _bars(axes, bars, "tokens/s", title)
     return figure
 
 
@@ -417,7 +422,7 @@ def draw_planner(found: Report) -> Figure:
 
 IDEAS: dict[str, tuple[str, Callable[[Report], str], Callable[[Report], Figure]]] = {
     "memory": ("memory", memory_table, draw_memory),
-    "shares": ("llamacpp_shape", shares_table, draw_shares),
+    "llamacpp": ("llamacpp", llamacpp_table, draw_llamacpp),
     "prefetch": ("prefetch", prefetch_table, draw_prefetch),
     "hits": ("replay_table", hits_table, draw_hits),
     "resident": ("resident", resident_table, draw_resident),
