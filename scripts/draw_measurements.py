@@ -176,6 +176,35 @@ def draw_llamacpp(found: Report) -> Figure:
     return figure
 
 
+def formats_table(found: Report) -> str:
+    """The same bytes for experts, spent on bf16 or on int4."""
+    rows = [
+        (
+            f"{row['share']:.0%} of bf16's",
+            row["format"],
+            f"{row['cached']:.0%}",
+            f"{row['tokens_per_s']['median']:.1f}",
+            f"{row['hit_rate']:.1%}",
+            f"{row['read_mb_per_token']:.1f}",
+        )
+        for row in found["summary"]
+    ]
+    head = ("bytes for experts", "format", "experts cached", "tokens/s", "hits", "MB/token")
+    return _markdown(head, rows)
+
+
+def draw_formats(found: Report) -> Figure:
+    """Tokens/s by the bytes that experts have, a group of two bars for each."""
+    figure, (axes,) = _panels(1, 2.0, left=0.17)
+    bars = []
+    for row in found["summary"]:
+        speed = row["tokens_per_s"]["median"]
+        colour = OURS if row["format"] == "int4" else OTHERS
+        bars.append((f"{row['share']:.0%}, {row['format']}", speed, colour, f"{speed:.1f}"))
+    _bars(axes, bars, "tokens/s", "the same bytes, in shares of the bf16 experts'")
+    return figure
+
+
 CONTESTANTS = {
     "lru": ("lru", OTHERS),
     "lrfu": ("lrfu", OTHERS),
@@ -423,6 +452,7 @@ def draw_planner(found: Report) -> Figure:
 IDEAS: dict[str, tuple[str, Callable[[Report], str], Callable[[Report], Figure]]] = {
     "memory": ("memory", memory_table, draw_memory),
     "llamacpp": ("llamacpp", llamacpp_table, draw_llamacpp),
+    "formats": ("formats", formats_table, draw_formats),
     "prefetch": ("prefetch", prefetch_table, draw_prefetch),
     "hits": ("replay_table", hits_table, draw_hits),
     "resident": ("resident", resident_table, draw_resident),
