@@ -255,7 +255,7 @@ def model_in(tmp_path_factory: pytest.TempPathFactory):
 def test_packed_stored_and_served(name, model_in, store_dir, share_engines):
     """Features: Marlin's formats, packed by vLLM's own code, on the simulated GPU: half of the
     experts, one layer, and all; first and second start."""
-    model = model_in(name)
+    model, store_dir = model_in(name), store_dir / "marlin"  # not the CPU kernels' stores
     simulated = {"simulated_marlin": True, "cpu_kernels": ours()["cpu_kernels"]}
     plain = engine(model, eager=True, moe_backend="marlin") | simulated
     offloaded = [
