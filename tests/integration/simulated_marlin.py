@@ -3,7 +3,7 @@
 The doubles keep the operators' shapes and what they index by what. Packing changes no byte, and
 the product is with a matrix that depends on every byte of an expert, so that a wrong slot, a wrong
 scale or a wrong bias gives other tokens. What a real kernel leaves unchecked is checked: experts of
-blocks lie within the tensors behind the views, and E is the model's.
+blocks lie within the tensors behind the views, which all have the same number of experts.
 """
 
 from __future__ import annotations

@@ -17,7 +17,12 @@ from vllm.scalar_type import scalar_types
 from scripts.demo_model import write_demo_model
 from scripts.quantize import quantize
 from tests.integration.conftest import engine
-from tests.integration.simulated_marlin import align, marlin_operators, simulated_marlin
+from tests.integration.simulated_marlin import (
+    align,
+    gemm,
+    marlin_operators,
+    simulated_marlin,
+)
 from tests.integration.test_formats import (
     ALL_EXPERTS,
     ARCHS,
@@ -111,6 +116,25 @@ def test_the_same_bits_from_slots(marlin, tokens):
     assert bool(torch.isfinite(expected).all())
     with on_slots(SlotMap(NUM_EXPERTS, slot_of)):
         assert torch.equal(run(pool, call_of(tokens)), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_the_kernel_is_asked_for_the_models_tiles(marlin, monkeypatch, tokens):
+    """They follow from E, which vLLM reads off the weights' shape, and not from the slots."""
+    asked = []
+
+    def note(a, c, weight, *args, moe_block_size, **options):
+        asked.append((weight.shape[0], moe_block_size))
+        return gemm(a, c, weight, *args, moe_block_size=moe_block_size, **options)
+
+    monkeypatch.setattr(marlin_moe.ops, "moe_wna16_marlin_gemm", note)
+    weights = weights_of()
+    pool, slot_of = in_a_pool(weights)
+    run(weights, call_of(tokens))
+    with on_slots(SlotMap(NUM_EXPERTS, slot_of)):
+        run(pool, call_of(tokens))
+    assert asked[:2] == asked[2:]
+    assert {experts for experts, _ in asked} == {NUM_EXPERTS}
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
