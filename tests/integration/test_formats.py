@@ -44,13 +44,11 @@ kernels = pytest.mark.skipif(
 Quantised = Callable[[str], Path]
 
 
-@pytest.fixture(scope="session")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
-    """Directory of a tiny model in a format, written once per session."""
-    root = tmp_path_factory.mktemp("formats")
+def models_in(root: Path) -> Quantised:
+    """Directory of a tiny model in a format, below ``root``, written once."""
 
     def path(name: str) -> Path:
-        arch, directory = ARCHS[name], root / name
+        arch, directory = ARCHS.get(name, "qwen3_moe"), root / name
         if not (root / arch).exists():
             write_demo_model(root / arch, arch, **SHAPE)
         if not directory.exists():
@@ -58,6 +56,12 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
         return directory
 
     return path
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    """The models of this session."""
+    return models_in(tmp_path_factory.mktemp("formats"))
 
 
 def ours(**options: Any) -> dict[str, Any]:

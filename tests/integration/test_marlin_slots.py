@@ -5,7 +5,6 @@ vLLM's Python is the real one; its CUDA operators are doubles (``simulated_marli
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 from vllm.scalar_type import scalar_types
 
-from scripts.demo_model import write_demo_model
-from scripts.quantize import quantize
 from tests.integration.conftest import engine
 from tests.integration.simulated_marlin import (
     align,
@@ -25,16 +22,16 @@ from tests.integration.simulated_marlin import (
 )
 from tests.integration.test_formats import (
     ALL_EXPERTS,
-    ARCHS,
     EXPERTS,
-    SHAPE,
+    Quantised,
     assert_as_planned,
     kernels,
+    models_in,
     ours,
 )
 from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.config import OptionError
-from vllm_moe_offload.integration import formats, loading, marlin_slots, patching
+from vllm_moe_offload.integration import formats, marlin_slots, patching
 from vllm_moe_offload.integration.block_slots import SlotMap, on_slots
 
 NUM_EXPERTS, SLOTS, TOP_K, HIDDEN, INTERMEDIATE, GROUP = 8, 30, 2, 64, 128, 32
@@ -241,40 +238,46 @@ def test_too_little_memory_to_pack_in_is_told_by_name():
     )
     (known, *_) = (row for row in formats.FORMATS if row.packs_on_device)
     with pytest.raises(OptionError, match=r"to pack the experts of model.layers.3.*11.00 GiB"):
-        loading._pack(layer, known)
+        formats.pack(layer, known)
+
+
+ON_HOST, ON_DEVICE = (
+    next(row for row in formats.FORMATS if row.packs_on_device is where)
+    for where in (False, True)
+)
+
+
+@pytest.mark.parametrize(
+    ("known", "steps"),
+    [(ON_HOST, ["pack"]), (ON_DEVICE, ["to the device", "pack", "to cpu"])],
+    ids=["on the host", "on the device"],
+)
+def test_weights_are_packed_where_vllm_has_the_operators(known, steps, monkeypatch):
+    seen = []
+    monkeypatch.setattr(formats, "_move", lambda layer, where: seen.append(f"to {where}"))
+    monkeypatch.setattr(formats, "current_platform", SimpleNamespace(device_type="the device"))
+    method = SimpleNamespace(process_weights_after_loading=lambda layer: seen.append("pack"))
+    formats.pack(SimpleNamespace(quant_method=method), known)
+    assert seen == steps
 
 
 # ---- engines ---------------------------------------------------------------------------
 
-FORMATS = ARCHS | {"nvfp4": "qwen3_moe"}
+FORMATS = ("int4", "gptq", "awq", "fp8", "mxfp4", "nvfp4")
 FAST = ("int4", "mxfp4")
 
 
 @pytest.fixture(scope="session")
-def model_in(tmp_path_factory: pytest.TempPathFactory):
-    """Directory of a tiny model in a format, written once per session."""
-    root = tmp_path_factory.mktemp("marlin")
-
-    def path(name: str) -> Path:
-        arch, directory = FORMATS[name], root / name
-        if not (root / arch).exists():
-            write_demo_model(root / arch, arch, **SHAPE)
-        if not directory.exists():
-            quantize(root / arch, directory, name)
-        return directory
-
-    return path
+def model_in(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    """The models of this session."""
+    return models_in(tmp_path_factory.mktemp("marlin"))
 
 
 @kernels
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in FORMATS
-        if name != "int8"
-    ],
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS],
 )
 def test_packed_stored_and_served(name, model_in, store_dir, share_engines):
     """Features: Marlin's formats, packed by vLLM's own code, on the simulated GPU: half of the

@@ -250,6 +250,33 @@ def format_of(layer: Any) -> ExpertFormat:
     )
 
 
+def pack(layer: Any, known: ExpertFormat) -> None:
+    """Puts a loaded layer into kernel form; through the device where vLLM packs it there.
+
+    Raises:
+        OptionError: the device has too little memory for that.
+    """
+    if not known.packs_on_device:
+        layer.quant_method.process_weights_after_loading(layer)
+        return
+    try:
+        _move(layer, current_platform.device_type)
+        layer.quant_method.process_weights_after_loading(layer)
+        _move(layer, "cpu")
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f"--moe-offload: the GPU has too little memory to pack the experts of "
+            f"{layer.layer_name} in, one layer at a time, which the first start with a checkpoint "
+            f"does: {error}"
+        ) from error
+
+
+def _move(layer: Any, device: str) -> None:
+    for name in expert_parameters(layer):
+        parameter = getattr(layer, name)
+        parameter.data = parameter.data.to(device)
+
+
 def take_stored_form(layer: Any, layout: ExpertLayout, known: ExpertFormat) -> None:
     """Gives a layer the parameters that its kernel form has, without any memory.
 

@@ -30,9 +30,9 @@ from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.formats import (
-    ExpertFormat,
     expert_parameters,
     format_of,
+    pack,
     take_stored_form,
 )
 from vllm_moe_offload.integration.model_files import model_name, with_config
@@ -263,7 +263,7 @@ class ExpertLoad:
         layer = self.layers[index]
         if self._landing is None or self._landing.nbytes > OVERLAPPED_LAYER_BYTES:
             writer.wait()
-        _pack(layer, self._formats[index])
+        pack(layer, self._formats[index])
         tensors = _expert_tensors(layer)
         _check_on_host(layer, tensors)
         layout = _layout_of(tensors)
@@ -318,29 +318,6 @@ class ExpertLoad:
 
 def _already_processed(layer: torch.nn.Module) -> None:
     del layer
-
-
-def _pack(layer: Any, known: ExpertFormat) -> None:
-    """Puts a loaded layer into kernel form; through the device where vLLM packs it there."""
-    if not known.packs_on_device:
-        layer.quant_method.process_weights_after_loading(layer)
-        return
-    try:
-        _move(layer, current_platform.device_type)
-        layer.quant_method.process_weights_after_loading(layer)
-        _move(layer, "cpu")
-    except torch.OutOfMemoryError as error:
-        raise OptionError(
-            f"--moe-offload: the GPU has too little memory to pack the experts of "
-            f"{layer.layer_name} in, one layer at a time, which the first start with a checkpoint "
-            f"does: {error}"
-        ) from error
-
-
-def _move(layer: Any, device: str) -> None:
-    for name in expert_parameters(layer):
-        parameter = getattr(layer, name)
-        parameter.data = parameter.data.to(device)
 
 
 def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
