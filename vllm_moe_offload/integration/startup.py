@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
-from vllm_moe_offload.metrics import SUFFIX, CounterFile
+from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters
 from vllm_moe_offload.plan.fit import amount
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -62,7 +63,7 @@ def start_runtime(
         prefetcher=prefetcher,
         collection_file=_collection_file(options, store, policy, parallel),
         recorder=_recorder(options, store, shape, first.top_k, parallel),
-        counter_file=_counter_file(
+        published=_counter_file(
             vllm_config, options, parallel, reads_ahead=prefetcher is not None
         ),
     )
@@ -204,10 +205,7 @@ def _recorder(
 
 def _counter_file(
     vllm_config: Any, options: OffloadConfig, parallel: Any, *, reads_ahead: bool
-) -> CounterFile | None:
-    directory = counters_dir()
-    if directory is None:
-        return None
+) -> Counters:
     served = vllm_config.model_config.served_model_name
     labels = {
         "model_name": served if isinstance(served, str) else served[0],
@@ -219,5 +217,9 @@ def _counter_file(
         "prefetch": "on" if reads_ahead else "off",
         "version": __version__,
     }
+    worker = f"pid {os.getpid()}, host {socket.gethostname()}"
+    directory = counters_dir()
+    if directory is None:  # on another host: the engine core asks for them
+        return Counters(labels, info, worker)
     name = f"rank{parallel.tp_rank}of{parallel.tp_size}-{os.getpid()}-{id(parallel)}{SUFFIX}"
-    return CounterFile(directory / name, labels, info)
+    return CounterFile(directory / name, labels, info, worker)
