@@ -74,13 +74,21 @@ def facts(llm: LLM) -> dict[str, Any]:
 
 
 def metrics(llm: LLM) -> dict[str, Any]:
-    """The plugin's part of what ``LLM.get_metrics`` says, of the last rank and of each."""
+    """The plugin's part of what ``LLM.get_metrics`` says, of the last rank and of each; and the
+    names of the files that it comes from."""
+    from vllm_moe_offload.integration.counters_dir import counters_dir
+
+    directory = counters_dir()
     by_rank: dict[str, dict[str, float]] = {}
     for metric in llm.get_metrics():
         if metric.name.startswith("vllm:moe_offload_"):
             of_rank = by_rank.setdefault(metric.labels["rank"], {})
             of_rank[metric.name.removeprefix("vllm:moe_offload_")] = metric.value
-    return {"metrics": list(by_rank.values())[-1], "metrics_by_rank": by_rank}
+    return {
+        "metrics": list(by_rank.values())[-1],
+        "metrics_by_rank": by_rank,
+        "counter_files": sorted(path.name for path in directory.iterdir()) if directory else [],
+    }
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -1,29 +1,14 @@
-"""A worker extension that makes ranks strangers to their server's directory, as on another host.
-
-    MOE_OFFLOAD_TEST_REMOTE_RANKS=1 vllm serve ... --tensor-parallel-size 2 \\
-        --worker-extension-cls tests.integration.remote_rank.RemoteRank
-
-vLLM imports it in each worker before the model is loaded. What a worker on another host lacks is the
-directory that a variable of the environment names, so here the variable goes.
-"""
+"""The probe of :mod:`tests.integration.worker_probe` in ranks that are made strangers to their
+server's directory (:mod:`scripts.harness.remote_rank`)."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-
+from scripts.harness.remote_rank import RANKS, RemoteRank
 from tests.integration.worker_probe import WorkerProbe
-from vllm_moe_offload.integration.counters_dir import ENVIRONMENT
 
-RANKS = "MOE_OFFLOAD_TEST_REMOTE_RANKS"
-"""Which of the ranks: digits with commas between."""
-NAME = f"{__name__}.RemoteRank"
-
-if multiprocessing.current_process().name in {
-    f"VllmWorker-{rank}" for rank in filter(None, os.environ.get(RANKS, "").split(","))
-}:
-    del os.environ[ENVIRONMENT]
+NAME = f"{__name__}.RemoteProbe"
+__all__ = ["NAME", "RANKS", "RemoteProbe"]
 
 
-class RemoteRank(WorkerProbe):
-    """Tells what the worker itself counts; see :mod:`tests.integration.worker_probe`."""
+class RemoteProbe(WorkerProbe, RemoteRank):
+    """Tells what the worker itself counts."""

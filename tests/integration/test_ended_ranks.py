@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import urllib.error
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.counter_workers import INFO, LABELS, values_of
 from tests.integration.conftest import ENGINES
-from tests.integration.served import PROBE, PROMPTS, complete, post, serve
+from tests.integration.served import PROBE, PROMPTS, complete, post, scrape, serve
 from vllm_moe_offload.integration import ended_ranks, endpoint, failures
 from vllm_moe_offload.integration.counters_dir import ENVIRONMENT
 from vllm_moe_offload.integration.ended_ranks import how_it_ended
@@ -30,6 +31,27 @@ def server_directory(monkeypatch, tmp_path):
     return tmp_path
 
 
+class Process:
+    """A worker's process as ``multiprocessing`` shows it: its status is there after its end."""
+
+    def __init__(self, status):
+        self.exitcode = None
+        self.sentinel, self._its_end = os.pipe()
+        self._status = status
+        if status is not None:
+            self.leave(status)
+
+    def leave(self, status):
+        """It ends."""
+        self._status = status
+        os.close(self._its_end)
+
+    def join(self, timeout):
+        """Waits for its status."""
+        assert timeout
+        self.exitcode = self._status
+
+
 def executor_of(statuses, *, mode="lrfu", **more):
     """An executor whose processes have these exit statuses (None: they run)."""
 
@@ -42,8 +64,7 @@ def executor_of(statuses, *, mode="lrfu", **more):
     executor.vllm_config = SimpleNamespace(additional_config={"moe_offload": {"mode": mode}})
     executor.parallel_config = SimpleNamespace(world_size=len(statuses))
     executor.workers = [
-        SimpleNamespace(rank=rank, proc=SimpleNamespace(exitcode=status))
-        for rank, status in enumerate(statuses)
+        SimpleNamespace(rank=rank, proc=Process(status)) for rank, status in enumerate(statuses)
     ]
     vars(executor).update(more)
     ended_ranks.install(Executor)
@@ -67,7 +88,7 @@ def test_a_killed_rank_is_the_reason(server_directory):
     assert failures.known_failure() == failures.Failure(
         "rank 1 (pid 11, host b) ended: killed by SIGKILL", False, (NAMES[1],)
     )
-    executor.workers[0].proc.exitcode = 0  # those that it has ended are no reason
+    executor.workers[0].proc.leave(0)  # those that it has ended are no reason
     executor.shutdown()
     assert failures.known_failure().ended_ranks == (NAMES[1],)
 
@@ -147,6 +168,7 @@ def test_actors_of_ray_are_asked_for_what_became_of_them(monkeypatch):
         (-9, "ended: killed by SIGKILL"),
         (-11, "ended: killed by SIGSEGV"),
         (3, "ended: exit status 3"),
+        (None, "ended: exit status unknown"),
     ],
 )
 def test_how_it_ended(status, words):
@@ -185,13 +207,19 @@ def test_a_killed_rank_is_named_and_a_restart_serves(demo_model, store_dir, tmp_
     with serve(model, store_dir, tmp_path / "log", *more, **environment) as server:
         server.wait_healthy()
         expected = complete(server, PROMPTS[0])
-        pids = post(server, "collective_rpc", {"method": "moe_offload_pid"})["results"]
-        os.kill(pids[1], signal.SIGKILL)
+        asked = post(server, "collective_rpc", {"method": "moe_offload_process"})
+        pid = asked["results"][1]["pid"]
+        assert {rank: told["up"] for rank, told in scrape(server).items()} == {"0": 1, "1": 1}
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while (up := scrape(server)["1"]["up"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert up == 0
         with pytest.raises((urllib.error.URLError, ConnectionError)):
             complete(server, PROMPTS[1])
         server.process.wait(60)
         lines = server.log.splitlines()
-    named = f"rank 1 (pid {pids[1]}, host {os.uname().nodename})"
+    named = f"rank 1 (pid {pid}, host {os.uname().nodename})"
     assert f"MoE offload: the engine ended: {named} ended: killed by SIGKILL" in lines[-1]
     (summary,) = (line for line in lines if "MoE offload, all in all" in line)
     assert summary.endswith(f", ended before: {named}")

@@ -329,6 +329,8 @@ def test_counters_of_ranks_elsewhere_are_those_of_ranks_here(
     )
     assert elsewhere["batches"] == here["batches"]
     assert sorted(elsewhere["metrics_by_rank"]) == ["0", "1"]
+    assert [name[:7] for name in elsewhere["counter_files"]] == ["remote0", "remote1"]
+    assert not [name for name in here["counter_files"] if name.startswith("remote")]
     timed = {"stall_seconds"}
     for rank, counted in here["metrics_by_rank"].items():
         told = elsewhere["metrics_by_rank"][rank]

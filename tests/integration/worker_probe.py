@@ -48,6 +48,6 @@ class WorkerProbe:
             "policy_info": 1,
         }
 
-    def moe_offload_pid(self) -> int:
-        """Of the worker's process."""
-        return os.getpid()
+    def moe_offload_process(self) -> dict[str, int]:
+        """Which process the worker is."""
+        return {"pid": os.getpid()}

@@ -10,12 +10,17 @@ from __future__ import annotations
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing.connection import wait
 from typing import Any
 
 from vllm_moe_offload.integration import failures
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.patching import wrap
 
+NOTICE_SECONDS = 0.2
+"""A step may fail because of a process's end before that shows."""
+EXIT_SECONDS = 2.0
+"""From a process's end, its files closed, until its exit status is there."""
 RAY_NOTICES_SECONDS = 2.0
 """Ray learns of an actor's end from another process: a step may fail because of it before."""
 
@@ -74,12 +79,16 @@ def _ended_by_themselves(executor: Any) -> Iterator[tuple[int, str]]:
     is_running = _is_running(executor)
     if is_running is False:
         return
-    for worker in getattr(executor, "workers", None) or []:
-        status = worker.proc.exitcode
+    workers = {
+        worker.proc.sentinel: worker for worker in getattr(executor, "workers", None) or []
+    }
+    for sentinel in wait(list(workers), NOTICE_SECONDS if is_running else 0):
+        process = workers[sentinel].proc
+        process.join(EXIT_SECONDS)
         # Processes leave with 0 when they are told to end. In the front end's own process
         # nothing says whether that was everyone (Ctrl-C in a terminal).
-        if status or (status == 0 and is_running):
-            yield worker.rank, how_it_ended(status)
+        if process.exitcode != 0 or is_running:
+            yield workers[sentinel].rank, how_it_ended(process.exitcode)
     has_failed = getattr(executor, "is_failed", False) or is_running
     if has_failed and hasattr(executor, "ray_worker_handles"):
         yield from _ended_actors(executor.ray_worker_handles)
@@ -92,11 +101,11 @@ def _is_running(executor: Any) -> bool | None:
     return None if is_running is None else bool(is_running())
 
 
-def how_it_ended(status: int) -> str:
+def how_it_ended(status: int | None) -> str:
     """In words, from a process's exit status as ``multiprocessing`` has it."""
-    if status < 0:
+    if status is not None and status < 0:
         return f"ended: killed by {signal.Signals(-status).name}"
-    return f"ended: exit status {status}"
+    return f"ended: exit status {'unknown' if status is None else status}"
 
 
 def _ended_actors(handles: Iterable[Any]) -> Iterator[tuple[int, str]]:

@@ -39,7 +39,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
-from vllm_moe_offload.integration import ended_ranks
+from vllm_moe_offload.integration import ended_ranks, failures
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.patching import wrap
 from vllm_moe_offload.integration.requests import runtime_of
@@ -193,7 +193,8 @@ def _step(original: Any, self: Any) -> Any:
     if remote is None:
         return original(self)
     remote.before_step(has_requests=self.scheduler.has_unfinished_requests())
-    result = original(self)
+    # A worker elsewhere cannot leave its reason where the front end looks: it is in the answer.
+    result = failures.while_serving(original, self)
     remote.after_step(has_requests=self.scheduler.has_unfinished_requests())
     return result
 
