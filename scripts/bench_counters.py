@@ -52,6 +52,7 @@ POLL_REPEATS = 1000
 WORKERS = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
     remote_rank.RANKS: "0,1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
 console = Console()

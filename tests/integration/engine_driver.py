@@ -11,7 +11,8 @@ JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM
 and per prompt, the generated ids and for every generated token the top logprobs as exact
 hexadecimal floats; facts about the engine's layers and counters, unless the job says
 ``"facts": false`` (workers in processes of their own cannot be asked for them); and, if the
-engine has ``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``.
+engine has ``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``. With
+a worker extension, which is one of :mod:`tests.integration.worker_probe`, what its workers say.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             result["facts"] = facts(llm)
         if not job["llm"].get("disable_log_stats", True):
             result |= metrics(llm)
+        if "worker_extension_cls" in job["llm"]:
+            result["truth"] = llm.collective_rpc("moe_offload_truth")
     except Exception as error:  # noqa: BLE001 (as above)
         result |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     result["run_seconds"] = time.perf_counter() - started

@@ -223,7 +223,6 @@ def test_a_killed_rank_is_named_and_a_restart_serves(demo_model, store_dir, tmp_
     assert f"MoE offload: the engine ended: {named} ended: killed by SIGKILL" in lines[-1]
     (summary,) = (line for line in lines if "MoE offload, all in all" in line)
     assert summary.endswith(f", ended before: {named}")
-    assert server.process.returncode != 0
 
     with serve(model, store_dir, tmp_path / "again", *more, **environment) as server:
         server.wait_healthy()
