@@ -194,7 +194,11 @@ def main() -> int:
     if args.quick:
         args.eager, args.rounds, args.requests, args.tokens = True, 3, 4, 64
     llm = start_engine(args)
-    questions = time_questions(engine_core_of(llm), POLL_REPEATS)
+    try:
+        questions = time_questions(engine_core_of(llm), POLL_REPEATS)
+        rounds = [] if args.poll_only else list(take_rounds(llm, args))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
     medians = {name: statistics.median(values) for name, values in questions.items()}
     console.print(
         f"a question to 2 workers: sent in {medians['sent_us']:.0f} us, answered in "
@@ -202,7 +206,6 @@ def main() -> int:
     )
     if args.poll_only:
         return 0
-    rounds = list(take_rounds(llm, args))
     losses = {name: loss_percent(rounds, name) for name in ARMS if name != "never"}
     for name, loss in losses.items():
         low, high = loss["confidence_interval_95"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+from vllm import envs
 from vllm.v1.executor.multiproc_executor import FutureWrapper
 
 from tests.counter_workers import INFO, LABELS, values_of
@@ -20,7 +22,8 @@ from tests.integration.served import (
     serve,
 )
 from vllm_moe_offload import metrics
-from vllm_moe_offload.integration import remote_counters
+from vllm_moe_offload.integration import failures, remote_counters
+from vllm_moe_offload.integration.counters_dir import ENVIRONMENT
 from vllm_moe_offload.integration.remote_counters import (
     POLL_SECONDS,
     RemoteCounters,
@@ -299,6 +302,88 @@ def test_a_start_of_this_host_has_one_name(monkeypatch, tmp_path):
     assert boot_id() == boot_id()
     monkeypatch.setattr(remote_counters, "_BOOT_ID", tmp_path / "missing")
     assert boot_id() == ""
+
+
+# ---- the engine core's part --------------------------------------------------------------
+
+
+def engine_core_of(descriptions, requests):
+    """An engine core of a class of its own, whose workers have these descriptions.
+
+    Args:
+        descriptions: answers of its workers at the start.
+        requests: how many there are before and after each step.
+    """
+    asked = []
+
+    class EngineCore:
+        def step(self):
+            return {}, True
+
+        step_with_batch_queue = step
+
+        def post_step(self, model_executed):
+            return f"after a step, {model_executed}"
+
+    def collective_rpc(method, timeout=None, non_block=False):
+        asked.append((method, timeout, non_block))
+        if method == "moe_offload_description":
+            return descriptions
+        answer = Future()
+        answer.set_result([values_of(hits=len(asked)) for _ in descriptions])
+        return answer
+
+    core = EngineCore()
+    core.model_executor = SimpleNamespace(collective_rpc=collective_rpc)
+    counts = iter(requests)
+    core.scheduler = SimpleNamespace(has_unfinished_requests=lambda: bool(next(counts)))
+    return core, asked
+
+
+def test_without_workers_elsewhere_steps_are_vllms_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    here = CounterFile(tmp_path / "rank0.counters", LABELS, INFO)
+    core, asked = engine_core_of([described(here)], [])
+    own = dict(vars(type(core)))
+    remote_counters.begin(core)
+    assert dict(vars(type(core))) == own
+    assert asked == [("moe_offload_description", None, False)]
+    here.close()
+
+
+def test_a_step_asks_without_waiting_and_with_the_limit_of_steps(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    caplog.set_level("INFO")
+    counters = Counters(LABELS, INFO, "pid 7, host b")
+    core, asked = engine_core_of([described(counters)], [1, 1, 1, 0])
+    remote_counters.begin(core)
+    assert "rank 0 (pid 7, host b) cannot write into this server's directory" in caplog.text
+    question = ("moe_offload_counters", envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS, True)
+    assert core.step() == ({}, True)
+    assert core.post_step(True) == "after a step, True"
+    assert asked[1:] == [question]
+    assert core.step_with_batch_queue() == ({}, True)  # the last request's
+    assert core.post_step(model_executed=False) == "after a step, False"
+    assert asked[1:] == [question] * 2
+    (reading,) = read_counters(tmp_path)
+    assert reading.values["hits"] == 3
+    core.moe_offload_remote.end([0])
+
+
+def test_what_a_worker_elsewhere_fails_of_is_left_for_the_front_end(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(failures, "_front_end", None)
+    core, _ = engine_core_of([described(Counters(LABELS, INFO))], [1])
+
+    def fail(self):
+        raise RuntimeError("Worker failed with error 'cannot read expert 3'")
+
+    type(core).step = fail
+    remote_counters.begin(core)
+    with pytest.raises(RuntimeError, match="cannot read"):
+        core.step()
+    assert failures.known_failure().reason.endswith("'cannot read expert 3'")
+    core.moe_offload_remote.end([0])
 
 
 # ---- real engines ------------------------------------------------------------------------
