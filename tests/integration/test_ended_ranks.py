@@ -195,7 +195,7 @@ def test_the_summary_names_those_that_had_ended(server_directory, caplog):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_a_restart_serves(demo_model, store_dir, tmp_path):
-    """Feature: a rank that was killed: which, and that the next start serves."""
+    """Features: which rank was killed; the next start serves; nobody is named after Ctrl-C."""
     model = demo_model("mixtral")
     more = [*PROBE, "--tensor-parallel-size", "2"]
     environment = {
@@ -227,3 +227,9 @@ def test_a_killed_rank_is_named_and_a_restart_serves(demo_model, store_dir, tmp_
     with serve(model, store_dir, tmp_path / "again", *more, **environment) as server:
         server.wait_healthy()
         assert complete(server, PROMPTS[0]) == expected
+        os.killpg(server.process.pid, signal.SIGINT)  # Ctrl-C in a terminal: all ranks get it
+        server.process.wait(60)
+        log = server.log
+    assert "MoE offload, all in all" in log
+    assert "ended before" not in log
+    assert "the engine ended" not in log
