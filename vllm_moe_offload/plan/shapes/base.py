@@ -110,7 +110,8 @@ class ModelShape:
         refusal: what that is, and what is served; empty if it is.
         dense_parameters: everything else: attention, embeddings, routers, shared experts.
         dense_bytes: of these, as served.
-        lookup_parameters: of those, input embeddings: one row is read per token.
+        lookup_parameters: of those, what a token does not read: input embeddings but for one row;
+            of a rank also an output layer that it does not use.
         layers: the decoder layers, one by one.
         ends: what is before and behind them.
         attention_heads: of queries.
