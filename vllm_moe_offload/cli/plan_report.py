@@ -15,9 +15,9 @@ from vllm_moe_offload.plan.fit import (
     HIT_RATES,
     Bound,
     Fit,
-    amount,
 )
 from vllm_moe_offload.plan.machine import UTILIZATION, Machine
+from vllm_moe_offload.plan.problems import amount
 from vllm_moe_offload.plan.shapes.kernel_form import (
     FORMATS,
     ExpertFormat,

@@ -25,7 +25,7 @@ from vllm_moe_offload.integration.model_files import (
     model_name,
     no_safetensors,
 )
-from vllm_moe_offload.plan.fit import model_problems
+from vllm_moe_offload.plan.problems import model_problems
 from vllm_moe_offload.plan.shapes import (
     ModelShape,
     ShapeError,
