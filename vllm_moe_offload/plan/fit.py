@@ -129,6 +129,11 @@ class Fit:
         return 0 if self.cache is None else self.cache.num_pool_slots * self.expert_bytes
 
     @property
+    def cached_share(self) -> float:
+        """Of all experts, those with a slot that is not for staging."""
+        return 0.0 if self.cache is None else self.cache.num_slots / self.shape.total_experts
+
+    @property
     def has_run(self) -> bool:
         """Whether such experts were ever served on such a machine."""
         return self.format.kind in RUN_FORMATS[self.machine.platform]
