@@ -148,15 +148,21 @@ class OffloadRuntime:
     # ---- layer calls -----------------------------------------------------------------
 
     def begin_layer(
-        self, layer: int, topk_ids: torch.Tensor, hidden: torch.Tensor | None = None
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        routed_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Makes the experts of ``topk_ids`` resident; returns their slots.
 
         Args:
             layer: index among the MoE layers.
             topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's and
-                ids of -1 are padding, for which nothing is fetched or counted.
+                ids of -1 are padding or other ranks', for which nothing is fetched or counted.
             hidden: what the router was given, ``[tokens, hidden]``; for prediction only.
+            routed_ids: like ``topk_ids``, all that the router chose, for the recorder; None: that
+                is ``topk_ids``.
 
         Returns:
             Slots of the layer's parameters, shaped and typed like ``topk_ids``; or None if
@@ -172,7 +178,8 @@ class OffloadRuntime:
         slot_ids = torch.empty_like(topk_ids)
         planned = self._calls.plan(layer, topk_ids, slot_ids, hidden)
         if self._recorder is not None and self._calls.tokens is not None:
-            self._recorder.observe(layer, topk_ids.numpy()[: self._calls.num_tokens])
+            routed = topk_ids if routed_ids is None else routed_ids
+            self._recorder.observe(layer, routed.numpy()[: self._calls.num_tokens])
         if not planned:
             if self.prefetcher is None:
                 return None

@@ -21,6 +21,7 @@ from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import patching, preflight
 from vllm_moe_offload.integration.startup import sizing_line
 from vllm_moe_offload.plan.shapes import ExpertFormat, ExpertShape, kernel_form
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import checkpoint_fingerprint, room
 
 EXPERT_BYTES = 3 * 128 * 128 * 2
@@ -37,7 +38,7 @@ def config_of(model: Path | str, *, ranks: int = 1, **load: Any) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(model=str(model), revision=None, dtype=torch.bfloat16),
         load_config=SimpleNamespace(**load),
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, nnodes=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, world_size=ranks, nnodes=1),
     )
 
 
@@ -125,7 +126,8 @@ def test_a_store_that_is_there_needs_no_room(model, tmp_path, fill_disk):
 
 
 @pytest.mark.parametrize(
-    "difference", [{"checkpoint": "another"}, {"vllm_version": "0.1"}, {"tp_size": 2}]
+    "difference",
+    [{"checkpoint": "another"}, {"vllm_version": "0.1"}, {"rank": Rank(tp_size=2)}],
 )
 def test_a_store_of_something_else_is_none(model, tmp_path, fill_disk, difference):
     known = {
@@ -139,7 +141,7 @@ def test_a_store_of_something_else_is_none(model, tmp_path, fill_disk, differenc
 
 
 def test_what_a_killed_build_left_is_room(model, tmp_path, fill_disk):
-    left = tmp_path / "stores" / "model-0123456789abcdef" / "rank0of1.building-1-aa"
+    left = tmp_path / "stores" / "model-0123456789abcdef" / "whole.building-1-aa"
     left.mkdir(parents=True, mode=0o700)
     (left / "experts.bin").write_bytes(bytes(20 << 20))
     fill_disk()

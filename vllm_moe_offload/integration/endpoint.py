@@ -20,7 +20,7 @@ logger = logging.getLogger("vllm.moe_offload")
 
 PREFIX = "vllm:moe_offload_"
 LABELS = ("model_name", "engine", "rank")
-"""As vLLM's own metrics have them, and the tensor-parallel rank of the worker."""
+"""As vLLM's own metrics have them, and the worker's number among all of the engine's."""
 EXPORTED_COUNTERS = {
     "hits": "Distinct experts of layer calls that were resident.",
     "misses": "Distinct experts of layer calls that were not resident.",
@@ -37,7 +37,7 @@ EXPORTED_GAUGES = {
     "resident_experts": "Experts that are in the cache.",
     "cache_bytes": "Memory of cache slots and staging slots.",
 }
-INFO_LABELS = ("policy", "prefetch", "version")
+INFO_LABELS = ("policy", "prefetch", "version", "part")
 
 
 class OffloadCollector(Collector):

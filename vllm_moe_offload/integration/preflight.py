@@ -192,10 +192,10 @@ def _check_room(
 
 def _is_built(vllm_config: Any, directory: Path, shelved: ShelvedModel) -> bool:
     """Whether a start will probably open this store: its kernel is not known yet."""
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parts = vllm_config.parallel_config.world_size
     return shelved.state == "complete" and all(
         part.identity.vllm_version == patching.vllm_version()
-        and part.identity.tp_size == ranks
+        and part.identity.rank.num_parts == parts
         and part.identity.checkpoint == checkpoint_fingerprint(directory)
         for part in shelved.parts[:1]
     )

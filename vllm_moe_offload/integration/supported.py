@@ -78,10 +78,8 @@ def _model_problems(config: Any) -> Iterator[str]:
 def _parallel_problems(parallel: Any) -> Iterator[str]:
     for name, allowed in (
         ("data_parallel_size", 1),
-        ("pipeline_parallel_size", 1),
         ("prefill_context_parallel_size", 1),
         ("decode_context_parallel_size", 1),
-        ("enable_expert_parallel", False),
         ("enable_eplb", False),
         ("enable_elastic_ep", False),
         ("enable_dbo", False),
