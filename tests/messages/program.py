@@ -124,8 +124,8 @@ PROGRAM: dict[str, CommandLine] = {
     "--expert-parallel goes with --tensor-parallel-size of 2 or more, whose ranks share the "
     "experts of a layer": plan("--expert-parallel"),
     "--pipeline-parallel-size=...: must be at most the model's ... layers": plan("-pp=33"),
-    "--pipeline-parallel-size=...: none of layers ... to ..., which stage ... would have, has "
-    "routed experts": planned("DeepSeek-V3", options=["-pp=30"]),
+    "--pipeline-parallel-size=...: stage ... would have layers ... to ..., none with routed "
+    "experts, which is not planned for": planned("DeepSeek-V3", options=["-pp=30"]),
     "...=...: must be a size such as 24GiB, 24GB or 24 (a number alone is GiB)": plan(
         "--device-memory=lots"
     ),

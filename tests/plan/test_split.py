@@ -173,8 +173,8 @@ def test_nodes_are_filled_one_after_the_other():
         (
             Split(1, 1, 30),
             "DeepSeek-V3",
-            "--pipeline-parallel-size=30: none of layers 0 to 1, which stage 0 would have, has "
-            "routed experts",
+            "--pipeline-parallel-size=30: stage 0 would have layers 0 to 1, none with routed "
+            "experts, which is not planned for",
         ),
     ],
 )

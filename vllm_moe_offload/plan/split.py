@@ -146,23 +146,28 @@ def _stage_misfits(split: Split, shape: ModelShape) -> Iterator[str]:
         layers = stage_layers(shape.num_layers, stage, stages)
         if not any(layer in layers for layer in shape.moe_layers):
             yield (
-                f"--pipeline-parallel-size={stages}: none of layers {layers[0]} to {layers[-1]}, "
-                f"which stage {stage} would have, has routed experts"
+                f"--pipeline-parallel-size={stages}: stage {stage} would have layers {layers[0]} "
+                f"to {layers[-1]}, none with routed experts, which is not planned for"
             )
 
 
-def rank_shape(shape: ModelShape, split: Split, rank: int) -> ModelShape:
+def rank_shape(
+    shape: ModelShape, split: Split, rank: int, layers_of_stage: range | None = None
+) -> ModelShape:
     """What one rank has of a model, as a model of its own.
 
     Args:
         shape: the whole model, which :func:`misfits` has nothing against.
         split: how it is shared.
         rank: of the server, from 0.
+        layers_of_stage: decoder layers of its stage; None: by :func:`stage_layers`.
     """
     if split.num_ranks == 1:
         return shape
     stage = split.stage(rank)
-    span = stage_layers(shape.num_layers, stage, split.pipeline_parallel)
+    span = layers_of_stage
+    if span is None:
+        span = stage_layers(shape.num_layers, stage, split.pipeline_parallel)
     layers = tuple(_slice(shape.layers[layer], split.tensor_parallel) for layer in span)
     ends = _slice_ends(shape.ends, split, stage)
     experts = local_experts(shape.num_experts, rank % split.expert_ranks, split.expert_ranks)
