@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from vllm_moe_offload.plan.fit import Fit
 from vllm_moe_offload.plan.split import Split
@@ -29,7 +30,8 @@ class SharedBound:
     tokens_per_s: float | None
 
 
-def expected_most(sizes: Sequence[int], drawn: int) -> float:
+@cache
+def expected_most(sizes: tuple[int, ...], drawn: int) -> float:
     """Expected number of drawn experts in the group that has most of them.
 
     Every set of ``drawn`` of the ``sum(sizes)`` experts is equally likely.
@@ -54,7 +56,7 @@ def _sets_within(sizes: Sequence[int], drawn: int, most: int) -> int:
     return ways[drawn]
 
 
-def expected_most_missed(sizes: Sequence[int], used: int, hit_rate: float) -> float:
+def expected_most_missed(sizes: tuple[int, ...], used: int, hit_rate: float) -> float:
     """The same of the misses among ``used`` experts, each missed with the same chance.
 
     Args:
@@ -144,7 +146,9 @@ class _Stage:
         if self.split.expert_ranks == 1:  # each rank has a slice of what is missed
             missed = (1 - hit_rate) * self.top_k
             return missed * max(map(len, groups)) * self.num_layers
-        sizes = [sum(self.fits[rank].shape.num_experts for rank in group) for group in groups]
+        sizes = tuple(
+            sum(self.fits[rank].shape.num_experts for rank in group) for group in groups
+        )
         return expected_most_missed(sizes, self.top_k, hit_rate) * self.num_layers
 
     def seconds(self, hit_rate: float) -> float:
