@@ -142,6 +142,13 @@ def test_problems_say_that_memory_is_shared():
     assert "(92% of --device-memory)" in problem.text  # each has one of its own
 
 
+def test_of_ranks_with_different_needs_the_one_that_needs_most_is_named():
+    cluster = fit_cluster(DEEPSEEK, cpu(20), Split(2, 4, 2, True))
+    assert len({fitted.problems for fitted in cluster.fits}) == 2
+    assert cluster.problems == cluster.fits[0].problems  # with embeddings and dense layers
+    assert len(cluster.problems) == 2
+
+
 def test_slices_that_a_kernel_does_not_take_are_named():
     fp8 = SHAPES["Qwen3-30B-A3B-FP8"]
     assert not any(refusals(fp8.format, "cpu", fp8.expert))

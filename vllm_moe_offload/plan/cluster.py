@@ -141,12 +141,14 @@ def fit_cluster(
     machine = replace(node, ranks=split.ranks_per_node)
     shapes = [rank_shape(shape, split, rank) for rank in range(split.num_ranks)]
     known = {one: fit(one, machine, kv_tokens) for one in dict.fromkeys(shapes)}
-    problems = dict.fromkeys(
-        problem for fitted in known.values() for problem in _problems(shape, fitted)
+    worst = max(
+        known.values(),
+        key=lambda own: (len(own.problems), own.least_fast_bytes, own.build_bytes),
     )
-    if not problems:
+    if not worst.problems:
         known = _with_shared_options(known, kv_tokens)
-    return ClusterFit(shape, split, tuple(known[one] for one in shapes), tuple(problems))
+    fits = tuple(known[one] for one in shapes)
+    return ClusterFit(shape, split, fits, tuple(_problems(shape, worst)))
 
 
 def _with_shared_options(
