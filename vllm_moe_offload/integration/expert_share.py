@@ -28,10 +28,12 @@ class ExpertShare:
 
     def __init__(self, expert_map: torch.Tensor) -> None:
         """``expert_map``: vLLM's, int32 ``[num_experts]``: place of each own expert, else -1."""
-        self._place_of = expert_map.to("cpu", torch.int32)
-        self.num_experts = expert_map.numel()
-        own = torch.nonzero(self._place_of >= 0).flatten()
-        self.experts: list[int] = own[self._place_of[own].argsort()].tolist()
+        places = expert_map.to("cpu", torch.int32)
+        self.num_experts = places.numel()
+        own = torch.nonzero(places >= 0).flatten()
+        self.experts: list[int] = own[places[own].argsort()].tolist()
+        # One entry more: what the index NO_EXPERT, which is -1, finds.
+        self._place_of = torch.cat([places, torch.tensor([NO_EXPERT], dtype=torch.int32)])
 
     @classmethod
     def of(cls, layer: Any) -> ExpertShare | None:
@@ -41,8 +43,7 @@ class ExpertShare:
 
     def own_ids(self, topk_ids: torch.Tensor) -> torch.Tensor:
         """Places of own experts, ``NO_EXPERT`` for others and padding; in RAM, like ``topk_ids``."""
-        places = self._place_of[topk_ids.clamp(min=0).long()].to(topk_ids.dtype)
-        return places.masked_fill_(topk_ids == NO_EXPERT, NO_EXPERT)
+        return self._place_of[topk_ids].to(topk_ids.dtype)
 
     @staticmethod
     def apply(
@@ -55,29 +56,22 @@ class ExpertShare:
         """What own experts give, by a kernel that knows of no others.
 
         Entries of others weigh nothing, and compute on an expert that the same token has here
-        anyway: any other's output could be infinite, which no weight of 0 takes back.
+        anyway: any other's output could be infinite, which a weight of 0 does not take back.
 
         Args:
             kernel: computes all entries.
             x: ``[tokens, hidden]``.
             topk_weights: ``[tokens, top_k]``.
             own_ids: as :meth:`own_ids` gave them.
-            slots: where own experts lie, like ``own_ids``; anything elsewhere.
+            slots: where own experts lie, like ``own_ids``; for others, where one of the token's
+                own ones lies (:meth:`~vllm_moe_offload.runtime.OffloadRuntime.begin_layer`).
 
         Returns:
             ``[tokens, hidden]``; zeros where a token has no own expert.
         """
-        is_own = own_ids != NO_EXPERT
-        has_own = is_own.any(dim=1, keepdim=True)
-        if not has_own.any():
+        is_other = own_ids == NO_EXPERT
+        has_none = is_other.all(dim=1, keepdim=True)
+        if len(x) == 1 and has_none:
             return torch.zeros_like(x)
-        first_own = is_own.to(torch.uint8).argmax(dim=1, keepdim=True)
-        stand_in = slots.gather(1, first_own)
-        some_slot = slots[is_own][:1].unsqueeze(0)
-        stand_in = torch.where(has_own, stand_in, some_slot)
-        out = kernel(
-            x,
-            topk_weights.masked_fill(~is_own, 0),
-            torch.where(is_own, slots, stand_in),
-        )
-        return out.masked_fill_(~has_own, 0)
+        out = kernel(x, topk_weights.masked_fill(is_other, 0), slots)
+        return out.masked_fill_(has_none, 0)

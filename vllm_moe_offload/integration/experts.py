@@ -94,14 +94,31 @@ class OffloadedExperts:
         runtime = self.runtime
         if runtime is None:
             raise RuntimeError(f"{self.layer_name} runs before its experts were stored")
-        ids = topk_ids if self.share is None else self.share.own_ids(topk_ids)
-        slot_ids = runtime.begin_layer(self.moe_layer, ids, x, topk_ids)
+        if self.share is not None:
+            return self._forward_own(runtime, self.share, x, topk_weights, topk_ids)
+        slot_ids = runtime.begin_layer(self.moe_layer, topk_ids, x)
         if slot_ids is None:
-            return self._forward_in_waves(runtime, x, topk_weights, ids)
+            return self._forward_in_waves(runtime, x, topk_weights, topk_ids)
         try:
-            if self.share is None:
-                return self._apply(x, topk_weights, slot_ids)
-            return self.share.apply(self._apply, x, topk_weights, ids, slot_ids)
+            return self._apply(x, topk_weights, slot_ids)
+        finally:
+            runtime.end_layer(self.moe_layer)
+
+    def _forward_own(
+        self,
+        runtime: OffloadRuntime,
+        share: ExpertShare,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """What this rank's experts give; the ranks' sum is the layer."""
+        own_ids = share.own_ids(topk_ids)
+        slot_ids = runtime.begin_layer(self.moe_layer, own_ids, x, topk_ids)
+        if slot_ids is None:
+            return self._forward_in_waves(runtime, x, topk_weights, own_ids)
+        try:
+            return share.apply(self._apply, x, topk_weights, own_ids, slot_ids)
         finally:
             runtime.end_layer(self.moe_layer)
 
