@@ -127,14 +127,15 @@ int32_t vmo_expert_histogram(const void* ids, int64_t num_tokens, int32_t top_k,
 }
 
 vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
-                                    int32_t hidden_size, int32_t top_k, int32_t depth,
-                                    int32_t max_tokens, float memory, const void* weight,
-                                    int32_t weight_type, const float* bias, float* tried,
-                                    float* right, float* trust) {
+                                    int32_t num_own_experts, int32_t hidden_size, int32_t top_k,
+                                    int32_t depth, int32_t max_tokens, float memory,
+                                    const void* weight, int32_t weight_type, const float* bias,
+                                    float* tried, float* right, float* trust) {
   return guarded<vmo_lookahead*>(nullptr, [&] {
     vmo::LookaheadConfig config;
     config.num_layers = num_layers;
     config.num_experts = num_experts;
+    config.num_own_experts = num_own_experts;
     config.hidden_size = hidden_size;
     config.top_k = top_k;
     config.depth = depth;

@@ -14,7 +14,7 @@ extern "C" {
 
 // Number of this interface: raised by every change of a function or a struct below. Whoever
 // loads the library compares it with the number that it was written for.
-#define VMO_ABI_VERSION 2
+#define VMO_ABI_VERSION 3
 VMO_API int32_t vmo_abi_version(void);
 
 VMO_API const char* vmo_last_error(void);
@@ -144,13 +144,15 @@ VMO_API int32_t vmo_serve_layer(vmo_planner* planner, const vmo_layer_call* call
 // ---- router lookahead ----------------------------------------------------------------
 // Types of floats as in vmo_layer_call. The routers' weight
 // [num_layers, num_experts, hidden_size] is float32 or bfloat16, their bias float32 or NULL;
-// the evidence is float32 [depth, 2, 16] (lookahead.h). All of them stay the caller's.
+// the planner's experts are the first num_own_experts of them, and what observe is told of the
+// others is VMO_NO_EXPERT; the evidence is float32 [depth, 2, 16] (lookahead.h). All of them
+// stay the caller's.
 VMO_API vmo_lookahead* vmo_lookahead_create(int32_t num_layers, int32_t num_experts,
-                                            int32_t hidden_size, int32_t top_k, int32_t depth,
-                                            int32_t max_tokens, float memory,
-                                            const void* weight, int32_t weight_type,
-                                            const float* bias, float* tried, float* right,
-                                            float* trust);
+                                            int32_t num_own_experts, int32_t hidden_size,
+                                            int32_t top_k, int32_t depth, int32_t max_tokens,
+                                            float memory, const void* weight,
+                                            int32_t weight_type, const float* bias,
+                                            float* tried, float* right, float* trust);
 VMO_API void vmo_lookahead_destroy(vmo_lookahead* lookahead);
 // The layer whose guesses vmo_lookahead_observe judges in this step; -1 on error.
 VMO_API int32_t vmo_lookahead_begin_step(vmo_lookahead* lookahead, int64_t num_tokens);

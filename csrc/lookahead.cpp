@@ -92,15 +92,15 @@ void require(bool condition, const char* name, int32_t value, const char* allowe
                               std::to_string(value));
 }
 
-// Which experts a layer will probably use, judged by its router's `logits`
-// [num_tokens, num_experts]; `slots` [num_experts], the layer's page table, negative for what
-// is absent; `trust` [2, kMarginBins]; `kinds` [num_tokens, num_experts] receives each guess's
+// Which of the first `num_own` experts a layer will probably use, judged by its router's
+// `logits` [num_tokens, num_experts]; `slots` [num_own], the layer's page table, negative for
+// what is absent; `trust` [2, kMarginBins]; `kinds` [num_tokens, num_own] receives each guess's
 // kind. Experts that at least one token uses with a probability of `threshold` or more, most
 // probable first, ties by expert.
 std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t num_experts,
-                              int32_t top_k, const int32_t* slots, const float* trust,
-                              float threshold, uint8_t* kinds) {
-  const auto width = static_cast<size_t>(num_experts);
+                              int32_t num_own, int32_t top_k, const int32_t* slots,
+                              const float* trust, float threshold, uint8_t* kinds) {
+  const auto width = static_cast<size_t>(num_own);
   std::vector<float> scratch;
   std::vector<float> unused(width, 1.0F);  // probability that no token uses it
   for (int32_t token = 0; token < num_tokens; ++token) {
@@ -126,22 +126,22 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t n
   return guesses;
 }
 
-// What became of guesses: of their `kinds` [num_tokens, num_experts], all are added to `tried`
-// and those in `ids` [num_tokens, top_k] to `right`, both [2, kMarginBins]. About tokens that
-// chose no expert nothing was guessed.
-void judge(const uint8_t* kinds, int32_t num_tokens, int32_t num_experts, const int64_t* ids,
-           int32_t top_k, float* tried, float* right) {
+// What became of guesses: of their `kinds` [num_tokens, num_own], all are added to `tried`
+// and those in `ids` [num_tokens, top_k] to `right`, both [2, kMarginBins]. A token that chose
+// no expert is padding, about which nothing was guessed, unless others have experts as well.
+void judge(const uint8_t* kinds, int32_t num_tokens, int32_t num_own, bool has_all,
+           const int64_t* ids, int32_t top_k, float* tried, float* right) {
   for (int64_t token = 0; token < num_tokens; ++token) {
-    const uint8_t* of_token = kinds + token * num_experts;
+    const uint8_t* of_token = kinds + token * num_own;
     const int64_t* chosen = ids + token * top_k;
-    if (std::count(chosen, chosen + top_k, VMO_NO_EXPERT) == top_k) continue;
-    for (int32_t e = 0; e < num_experts; ++e) tried[of_token[e]] += 1.0F;
+    if (has_all && std::count(chosen, chosen + top_k, VMO_NO_EXPERT) == top_k) continue;
+    for (int32_t e = 0; e < num_own; ++e) tried[of_token[e]] += 1.0F;
     for (int32_t k = 0; k < top_k; ++k) {
       const int64_t id = chosen[k];
       if (id == VMO_NO_EXPERT) continue;
-      if (id < 0 || id >= num_experts) {
+      if (id < 0 || id >= num_own) {
         throw std::invalid_argument("expert id " + std::to_string(id) + " is outside [0, " +
-                                    std::to_string(num_experts) + ")");
+                                    std::to_string(num_own) + ")");
       }
       right[of_token[id]] += 1.0F;
     }
@@ -162,6 +162,9 @@ RouterLookahead::RouterLookahead(const LookaheadConfig& config, const RouterWeig
   require(config.max_tokens > 0, "max_tokens", config.max_tokens, "positive");
   require(config.top_k > 0 && config.top_k < config.num_experts, "top_k", config.top_k,
           "positive and less than the number of experts");
+  require(config.num_own_experts > 0 && config.num_own_experts <= config.num_experts,
+          "num_own_experts", config.num_own_experts,
+          "positive and at most the number of experts");
   require(routers.type != FloatType::kFloat16, "the routers' type", 2, "float32 or bfloat16");
 }
 
@@ -190,9 +193,9 @@ void RouterLookahead::observe(int32_t layer, const Id* ids) {
   }
   for (size_t distance = 0; distance < guesses_.size(); ++distance) {
     if (guesses_[distance].empty()) continue;
-    judge(guesses_[distance].data(), num_asked_, config_.num_experts, ids_.data(),
-          config_.top_k, evidence_.tried + kKinds * distance,
-          evidence_.right + kKinds * distance);
+    judge(guesses_[distance].data(), num_asked_, config_.num_own_experts,
+          config_.num_own_experts == config_.num_experts, ids_.data(), config_.top_k,
+          evidence_.tried + kKinds * distance, evidence_.right + kKinds * distance);
   }
   for (size_t i = 0; i < size; ++i)
     evidence_.trust[i] = evidence_.right[i] / evidence_.tried[i];
@@ -239,8 +242,8 @@ void RouterLookahead::ask(int32_t layer) {
 }
 
 int32_t RouterLookahead::foresee(Planner& planner, const LayerCall& call) {
-  const int32_t num_experts = config_.num_experts;
-  if (planner.config().num_experts != num_experts ||
+  const int32_t num_own = config_.num_own_experts;
+  if (planner.config().num_experts != num_own ||
       planner.config().num_layers != config_.num_layers) {
     throw std::invalid_argument("the planner is one of another model");
   }
@@ -249,15 +252,15 @@ int32_t RouterLookahead::foresee(Planner& planner, const LayerCall& call) {
     return 0;
   }
   convert(call.hidden, static_cast<FloatType>(call.hidden_type), call.hidden_stride);
-  kinds_.resize(static_cast<size_t>(num_asked_) * static_cast<size_t>(num_experts));
+  kinds_.resize(static_cast<size_t>(num_asked_) * static_cast<size_t>(num_own));
   int32_t num_reads = 0;
   for (int32_t target = call.layer + 1; target < end && num_reads < call.max_reads; ++target) {
     const auto distance = static_cast<size_t>(target - call.layer - 1);
     ask(target);
-    const int32_t* slots = planner.page_table() + static_cast<int64_t>(target) * num_experts;
-    const std::vector<Guess> guesses =
-        look_ahead(logits_.data(), num_asked_, num_experts, config_.top_k, slots,
-                   evidence_.trust + 2 * kMarginBins * distance, call.threshold, kinds_.data());
+    const int32_t* slots = planner.page_table() + static_cast<int64_t>(target) * num_own;
+    const std::vector<Guess> guesses = look_ahead(
+        logits_.data(), num_asked_, config_.num_experts, num_own, config_.top_k, slots,
+        evidence_.trust + 2 * kMarginBins * distance, call.threshold, kinds_.data());
     if (target == watched_) guesses_[distance] = kinds_;
     for (const Guess& guess : guesses) {
       if (slots[guess.expert] < 0 && num_reads >= call.max_reads) continue;

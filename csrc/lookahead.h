@@ -22,7 +22,9 @@ enum class FloatType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct LookaheadConfig {
   int32_t num_layers = 0;
-  int32_t num_experts = 0;
+  int32_t num_experts = 0;  // that the routers choose among
+  int32_t num_own_experts =
+      0;  // the first of them, which the planner has: guesses are about these
   int32_t hidden_size = 0;
   int32_t top_k = 0;
   int32_t depth = 0;       // layers ahead
@@ -85,7 +87,7 @@ class RouterLookahead {
   int32_t watched_ = 0;                        // layer whose guesses are judged in this step
   std::vector<float> hidden_;                  // [num_asked, hidden_size]
   std::vector<float> logits_;                  // [num_asked, num_experts]
-  std::vector<uint8_t> kinds_;                 // [num_asked, num_experts]
+  std::vector<uint8_t> kinds_;                 // [num_asked, num_own_experts]
   std::vector<std::vector<uint8_t>> guesses_;  // per distance, about the watched layer
   std::vector<int64_t> ids_;
 };

@@ -47,11 +47,12 @@ void observe(Observer& observer, const Id* ids, const LayerCall& call, int32_t n
          observer.decay, num_experts);
 }
 
-// Writes the slot of every planned id. VMO_NO_EXPERT, and ids from num_ids on, which are
-// padding, get that of the first expert; slot 0 if there is none.
+// Writes the slot of every planned id. VMO_NO_EXPERT gets that of its token's first expert, and
+// where a token has none, like ids from num_ids on, which are padding, that of the first expert
+// of all; slot 0 if there is none.
 template <typename Id>
 void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids,
-           int64_t num_padded_ids, Id* slots) {
+           int64_t num_padded_ids, int32_t top_k, Id* slots) {
   const int32_t num_experts = planner.config().num_experts;
   const auto slot_of = [&](Id id) {
     const bool valid = id >= 0 && id < num_experts;
@@ -65,8 +66,13 @@ void remap(const Planner& planner, int32_t layer, const Id* ids, int64_t num_ids
   const auto is_expert = [](Id id) { return id != VMO_NO_EXPERT; };
   const Id* needed = std::find_if(ids, ids + num_ids, is_expert);
   const Id any_slot = needed != ids + num_ids ? slot_of(*needed) : Id{0};
-  for (int64_t i = 0; i < num_ids; ++i)
-    slots[i] = is_expert(ids[i]) ? slot_of(ids[i]) : any_slot;
+  for (int64_t begin = 0; begin < num_ids; begin += top_k) {
+    const Id* end = ids + begin + top_k;
+    const Id* first = std::find_if(ids + begin, end, is_expert);
+    const Id stand_in = first != end ? slot_of(*first) : any_slot;
+    for (int64_t i = begin; i < begin + top_k; ++i)
+      slots[i] = is_expert(ids[i]) ? slot_of(ids[i]) : stand_in;
+  }
   std::fill(slots + num_ids, slots + num_padded_ids, any_slot);
 }
 
@@ -90,7 +96,7 @@ bool serve(Planner& planner, RouterLookahead* lookahead, const LayerCall& call,
   outcome.num_hits = plan.num_hits;
   outcome.num_misses = static_cast<int32_t>(plan.miss_experts.size());
   if (call.slots != nullptr) {
-    remap(planner, call.layer, ids, num_ids, call.num_padded_tokens * call.top_k,
+    remap(planner, call.layer, ids, num_ids, call.num_padded_tokens * call.top_k, call.top_k,
           static_cast<Id*>(call.slots));
   }
   if (outcome.num_misses > 0 || lookahead == nullptr || call.hidden == nullptr) return true;

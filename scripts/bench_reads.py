@@ -38,6 +38,7 @@ from scripts.harness.report import Bar, report_of  # noqa: E402
 from scripts.raw_reader import Part, RawReader, split_evenly  # noqa: E402
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec  # noqa: E402
 from vllm_moe_offload.cache.pool import SlotPool  # noqa: E402
+from vllm_moe_offload.rank import Rank  # noqa: E402
 from vllm_moe_offload.store import (  # noqa: E402
     ExpertStore,
     StoreBuilder,
@@ -91,8 +92,9 @@ def make_store(store_dir: Path, layout: ExpertLayout, total_bytes: int) -> Exper
         quantization="none",
         kernel="none",
         padded_shape=(layers, layout.record_bytes),
-        tp_rank=0,
-        tp_size=1,
+        rank=Rank(),
+        stages=(0,),
+        expert_placement="linear",
         vllm_version="none",
     )
     directory = identity.directory(store_dir, "random")

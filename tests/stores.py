@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, store_lock
 
 
@@ -31,8 +32,9 @@ def identity(**changes: object) -> StoreIdentity:
         "quantization": "none",
         "kernel": "CPUExperts:avx512",
         "padded_shape": (64, 128),
-        "tp_rank": 0,
-        "tp_size": 1,
+        "rank": Rank(),
+        "stages": (0,),
+        "expert_placement": "linear",
         "vllm_version": "0.32.0",
     }
     return StoreIdentity.model_validate(fields | changes)

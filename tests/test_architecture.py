@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "vllm_moe_offload"
 ROOMS = [
-    {"config", "native", "step"},
+    {"config", "native", "step", "rank"},
     {"trace", "cache"},
     {"forecast", "store"},
     {"policy"},
@@ -25,6 +25,7 @@ NO_TORCH = {
         "config",
         "native",
         "step",
+        "rank",
         "trace",
         "cache",
         "forecast",

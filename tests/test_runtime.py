@@ -209,6 +209,34 @@ def test_ids_of_no_expert_need_no_slots(store, slots: int, with_request: bool) -
     runtime.close()
 
 
+@pytest.mark.parametrize("slots", [12, LAYERS * EXPERTS])
+def test_ids_of_other_ranks_experts_lie_with_the_tokens_own(store, slots: int) -> None:
+    """Expert parallel: parameters are the pool, or, where everything fits, a layer of it."""
+    runtime = runtime_of(store, slots, 0)
+    own = torch.tensor([[-1, -1], [2, -1], [-1, 3]], dtype=torch.int32)
+    routed = torch.tensor([[9, 10], [2, 11], [12, 3]], dtype=torch.int32)
+    with runtime.dummy_run():
+        for layer in range(LAYERS):
+            assert not runtime.begin_layer(layer, own, None, routed).any()
+            runtime.end_layer(layer)
+    runtime.begin_step(decode_tokens(["a", "b", "c"]))
+    for layer in range(LAYERS):
+        found = runtime.begin_layer(layer, own, None, routed)
+        assert found is not None
+        begin = layer * EXPERTS if slots == LAYERS * EXPERTS else 0
+        slot_of = {2: found[1, 0], 3: found[2, 1]}
+        assert_slots_hold(
+            runtime,
+            store,
+            layer,
+            torch.tensor([2, 3]),
+            torch.tensor([*slot_of.values()]) + begin,
+        )
+        assert found[1:].tolist() == [[slot_of[2]] * 2, [slot_of[3]] * 2]
+        runtime.end_layer(layer)
+    runtime.close()
+
+
 @pytest.mark.parametrize("slots", [2, 12])
 def test_a_call_that_needs_nothing_gets_slot_0(store, slots: int) -> None:
     runtime = runtime_of(store, slots, 1)

@@ -89,7 +89,8 @@ class OffloadConfig(BaseModel):
         str | None,
         Field(
             description="Where trace mode keeps the activation matrices of finished requests "
-            "between starts: a .msgpack file.",
+            "between starts: a .msgpack file; where experts or layers are divided among workers, "
+            "one for each part, its name before the suffix.",
             json_schema_extra={
                 "default": "activations.msgpack in the model's directory below store_dir"
             },
@@ -98,7 +99,8 @@ class OffloadConfig(BaseModel):
     record_trace: Annotated[
         str | None,
         Field(
-            description="Write the routing of all requests to this .npz file at exit.",
+            description="Write the routing of all requests to this .npz file at exit; with pipeline "
+            "parallelism one for each stage, its name before the suffix.",
             json_schema_extra={"default": "nothing is recorded"},
         ),
     ] = None

@@ -107,8 +107,8 @@ class LayerCalls:
             layer: index among the MoE layers.
             topk_ids: contiguous int32 or int64 ``[tokens or more, top_k]`` in RAM; rows beyond
                 the tokens and ids of -1 are padding, which needs nothing and counts nowhere.
-            slot_ids: like ``topk_ids``, receives their slots; padding gets one that is needed
-                anyway, or 0 if none is.
+            slot_ids: like ``topk_ids``, receives their slots; an id of -1 gets one that its token
+                needs anyway, or another one does, or 0 if none is needed.
             hidden: what the router was given; for prediction only.
 
         Returns:

@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """``VMO_ABI_VERSION``: the interface of the core that this module declares."""
 
 _REMEDY = "run `pip install -e .` (or `make setup`)"
@@ -189,7 +189,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_serve_layer": (c_int32, [c_void_p, POINTER(LayerCall), POINTER(LayerOutcome)]),
     "vmo_lookahead_create": (
         c_void_p,
-        [c_int32] * 6 + [c_float, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p],
+        [c_int32] * 7 + [c_float, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p],
     ),
     "vmo_lookahead_destroy": (None, [c_void_p]),
     "vmo_lookahead_begin_step": (c_int32, [c_void_p, c_int64]),

@@ -149,18 +149,25 @@ class OffloadRuntime:
     # ---- layer calls -----------------------------------------------------------------
 
     def begin_layer(
-        self, layer: int, topk_ids: torch.Tensor, hidden: torch.Tensor | None = None
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        routed_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Makes the experts of ``topk_ids`` resident; returns their slots.
 
         Args:
             layer: index among the MoE layers.
             topk_ids: int32 or int64 ``[tokens, top_k]``; tokens beyond the step's and
-                ids of -1 are padding, for which nothing is fetched or counted.
+                ids of -1 are padding or other ranks', for which nothing is fetched or counted.
             hidden: what the router was given, ``[tokens, hidden]``; for prediction only.
+            routed_ids: like ``topk_ids``, all that the router chose, where that is more than
+                this rank's experts; the recorder's. None: that is ``topk_ids``.
 
         Returns:
-            Slots of the layer's parameters, shaped and typed like ``topk_ids``; or None if
+            Slots of the layer's parameters, shaped and typed like ``topk_ids``, with those of
+            other experts of the call for ids of -1; or None if
             the experts do not fit at once: then :meth:`waves` serves the call. A result
             must be followed by :meth:`end_layer` once the kernel is done.
 
@@ -168,12 +175,14 @@ class OffloadRuntime:
             TransferError: an expert could not be read; the call left nothing behind.
         """
         if self._is_dummy:
-            return topk_ids if self._passes_ids_through else torch.zeros_like(topk_ids)
+            is_valid = self._passes_ids_through and routed_ids is None
+            return topk_ids if is_valid else torch.zeros_like(topk_ids)
         topk_ids = topk_ids.contiguous()
         slot_ids = torch.empty_like(topk_ids)
         planned = self._calls.plan(layer, topk_ids, slot_ids, hidden)
         if self._recorder is not None and self._calls.tokens is not None:
-            self._recorder.observe(layer, topk_ids.numpy()[: self._calls.num_tokens])
+            routed = topk_ids if routed_ids is None else routed_ids
+            self._recorder.observe(layer, routed.numpy()[: self._calls.num_tokens])
         if not planned:
             if self.prefetcher is None:
                 return None
@@ -181,7 +190,11 @@ class OffloadRuntime:
             if not self._calls.plan_again(layer, topk_ids, slot_ids):
                 return None
         self._fill(layer, hidden)
-        return topk_ids if self._passes_ids_through else slot_ids
+        if not self._passes_ids_through:
+            return slot_ids
+        # Ids are their own slots, but for other ranks', which have a stand-in.
+        begin = layer * self.cache.shape.num_experts
+        return topk_ids if routed_ids is None else slot_ids - begin
 
     def end_layer(self, layer: int) -> None:
         """The kernel of the layer is done with its slots."""

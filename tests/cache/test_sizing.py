@@ -42,6 +42,15 @@ def test_too_little_names_the_minimum():
     assert "2.000 GiB hold one layer" in message
 
 
+def test_ranks_with_fewer_experts_than_a_token_uses_need_no_more_than_they_have():
+    share = MODEL | {"num_experts": 1}
+    assert cache_slots(0.25, expert_bytes=GIB // 4, auto_bytes=0, **share) == 1
+    with pytest.raises(OptionError, match=r"but one token needs 1\. Minimum: 0\.250 GiB"):
+        cache_slots(0.2, expert_bytes=GIB // 4, auto_bytes=0, **share)
+    layers = share | {"num_layers": 40}
+    assert cache_shape(32, rules=POLICIES["trace"].rules, **layers).num_staging_slots == 1
+
+
 @given(
     num_layers=st.integers(1, 60),
     num_experts=st.integers(1, 256),

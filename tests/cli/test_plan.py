@@ -231,6 +231,89 @@ def test_notes_say_what_is_not_certain(capsys):
     assert "run in waves" in notes
 
 
+TWO_NODES = ["--nodes=2", "--tensor-parallel-size=2", "--link-gbps=3.5"]
+
+
+def test_two_nodes_have_a_row_each_and_a_line_with_their_options(capsys):
+    status, text = plan(capsys, "Mixtral-8x7B", "--host-memory=32GiB", *TWO_NODES)
+    assert status == 0
+    assert "2 ranks, 1 of them on each of 2 nodes" in text
+    assert "slices of everything, 176,160,768 bytes of each expert" in text
+    assert re.search(r"│ 0-1 +│ 0-31 +│ 32 x 8 ", text)
+    for node in range(2):
+        assert re.search(
+            rf"│ {node} +│ {node} +│ +29\.\d\d GiB │ +6\.62 GiB │ +42\.00 GiB │", text
+        )
+    assert "Ray must run on all of them" in text
+    assert "Expert parallel" not in text
+    assert serve_line(text)[-4:] == [
+        "--tensor-parallel-size",
+        "2",
+        "--distributed-executor-backend",
+        "ray",
+    ]
+
+
+def test_ranks_on_one_machine_need_no_ray(capsys):
+    arguments = ["Mixtral-8x7B", "--host-memory=64GiB", "-tp=2", "--enable-expert-parallel"]
+    status, text = plan(capsys, *arguments)
+    assert status == 0
+    assert "2 ranks, on one node" in text
+    assert "whole experts, slices of the rest" in text
+    assert "host memory, 92% of 64.00 GiB / 2 ranks" in text
+    assert "The 2 ranks of a node share its host memory and its disk evenly." in text
+    assert "slowest link's bytes are the mean over tokens of the most" in text
+    assert "Ray" not in text
+    assert serve_line(text)[-3:] == ["--tensor-parallel-size", "2", "--enable-expert-parallel"]
+
+
+def test_json_of_several_ranks_has_each_kind_and_each_node(capsys):
+    arguments = ["DeepSeek-V3", "--host-memory=400", "--device-memory=80", "--nodes=2"]
+    status, document = figures(capsys, *arguments, "-tp=4", "-pp=2", "--expert-parallel")
+    assert status == 0
+    assert document["split"] == {
+        "nodes": 2,
+        "tensor_parallel": 4,
+        "pipeline_parallel": 2,
+        "has_expert_parallel": True,
+    }
+    assert [kind["ranks"] for kind in document["ranks"]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [kind["moe_layers"] for kind in document["ranks"]] == [28, 30]
+    assert [node["ranks"] for node in document["nodes"]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for kind, node in zip(document["ranks"], document["nodes"], strict=True):
+        assert kind["experts_per_layer"] == 64
+        assert "bounds" not in kind["fit"]
+        assert node["store_bytes"] == 4 * kind["store_bytes"]
+    rates = [bound["tokens_per_s"] for bound in document["bounds"]]
+    assert rates == sorted(rates)
+    assert document["model"]["experts"] == 58 * 256
+
+
+def test_several_ranks_with_too_little_memory_say_what_would_do(capsys):
+    arguments = ["Mixtral-8x7B", "--host-memory=8GiB", "-tp=2"]
+    status, text = plan(capsys, *arguments)
+    assert status == 1
+    assert "for one of 2 ranks" in text
+    assert "vllm serve" not in text
+    needed = max(
+        float(found) for found in re.findall(r"What would: --host-memory ([\d.]+)", text)
+    )
+    status, text = plan(capsys, "Mixtral-8x7B", f"--host-memory={needed}", "-tp=2")
+    assert status == 0
+    _, document = figures(capsys, *arguments)
+    assert not document["works"]
+    assert document["bounds"] == []
+    assert [kind["fit"] for kind in document["ranks"]] == [None]
+
+
+def test_everything_fits_on_several_ranks(capsys):
+    status, text = plan(capsys, "OLMoE-1B-7B", "--host-memory=64", "-tp=2", "-pp=2")
+    assert status == 0
+    assert "All experts fit: after the start nothing is read." in text
+    assert "tokens/s at most" not in text
+    assert "--moe-offload-config.cache_gb 100%" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -251,6 +334,15 @@ def test_notes_say_what_is_not_certain(capsys):
             "--disk-gbps goes with --device-memory",
         ),
         (["Mixtral-8x7B", "--host-memory=8", "--kv-tokens=0"], "--kv-tokens=0: must be 1"),
+        (
+            ["Mixtral-8x7B", "--host-memory=8", "-pp=-1"],
+            "--pipeline-parallel-size=-1: must be 1",
+        ),
+        (
+            ["Mixtral-8x7B", "--host-memory=8", "--nodes=2"],
+            "--nodes=2: must divide the 1 ranks of --tensor-parallel-size=1 x "
+            "--pipeline-parallel-size=1",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
@@ -295,14 +387,22 @@ def test_sizes_that_are_none(text):
         parse_memory("--host-memory", text)
 
 
-def test_the_example_in_the_documents_is_what_the_command_prints(capsys, monkeypatch):
+EXAMPLES = re.findall(
+    r"^```\n\$ vllm-moe-offload (plan .*?)\n(.*?)^```",
+    DOCUMENT.read_text(),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def test_the_documents_have_examples_of_one_server_and_of_two():
+    assert ["--nodes" in command for command, _ in EXAMPLES] == [False, True]
+
+
+@pytest.mark.parametrize(("command", "printed"), EXAMPLES)
+def test_the_examples_in_the_documents_are_what_the_command_prints(
+    command, printed, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "80")
-    (block,) = re.findall(
-        r"^```\n\$ vllm-moe-offload (plan .*?)\n(.*?)^```",
-        DOCUMENT.read_text(),
-        re.MULTILINE | re.DOTALL,
-    )
-    command, printed = block
     assert cli.main(shlex.split(command)) == 0
     assert capsys.readouterr().out == printed
 

@@ -233,3 +233,54 @@ def test_what_is_impossible_is_an_error() -> None:
     ahead.begin_step(decode_tokens(1))
     with pytest.raises(NativeError, match="the planner is one of another model"):
         ahead.foresee(0, torch.zeros(1, EXPERTS), empty_cache(), 1.0, 1)
+
+
+# ---- expert parallel ---------------------------------------------------------------------
+
+
+def own_part(model: Model, own: list[int]) -> tuple[RouterLookahead, ExpertCache]:
+    """A rank's: it has some experts, the routers choose among all."""
+    routers = Routers.of(model.weights, model.bias, own)
+    cache = ExpertCache(CacheShape(LAYERS, len(own), LAYERS * len(own) - 1), TracePolicy.rules)
+    return RouterLookahead(routers, TOP_K, 2), cache
+
+
+@pytest.mark.parametrize("own", [[0, 1, 2, 3, 4, 5], [1, 3, 5, 7, 9, 11], [11, 2]])
+def test_a_rank_guesses_its_own_experts_as_one_with_all_does(own: list[int]) -> None:
+    model = Model(alike=False)
+    whole, (part, cache) = model.lookahead(), own_part(model, own)
+    part.trust[...] = whole.trust[...] = np.linspace(0, 1, NUM_BINS, dtype=np.float32)
+    generator = torch.Generator().manual_seed(1)
+    found = 0
+    for _ in range(10):
+        hidden = torch.randn((3, HIDDEN), generator=generator)
+        for ahead in (whole, part):
+            ahead.begin_step(decode_tokens(3))
+        expected = [(layer, own.index(e)) for layer, e in named(whole, 0, hidden) if e in own]
+        assert sorted(named(part, 0, hidden, cache)) == sorted(expected)
+        cache = own_part(model, own)[1]
+        found += len(expected)
+    assert found
+
+
+def observe_all(ahead, hidden, cache, ids) -> None:
+    """A step whose layers all route to ``ids``."""
+    for layer in range(LAYERS):
+        named(ahead, layer, hidden, cache)
+        ahead.observe(layer, ids)
+
+
+def test_a_token_that_chose_none_of_the_own_experts_was_guessed_about() -> None:
+    model = Model(alike=True)
+    own = [0, 1, 2, 3]
+    ahead, cache = own_part(model, own)
+    hidden = torch.randn((1, HIDDEN), generator=torch.Generator().manual_seed(1))
+    for _ in range(LAYERS):
+        ahead.begin_step(decode_tokens(1))
+        observe_all(ahead, hidden, cache, np.full((1, TOP_K), NO_EXPERT, np.int64))
+    # The evidence of before fades with every step, and nothing guessed came true.
+    assert ahead.trust[:, :, NUM_BINS // 2 :].min() < 0.75
+    ahead.begin_step(decode_tokens(1))
+    foreign = np.full((1, TOP_K), len(own), np.int64)
+    with pytest.raises(NativeError, match="outside"):
+        observe_all(ahead, hidden, cache, foreign)

@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -53,25 +55,13 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[dict[s
 
 
 def facts(llm: LLM) -> dict[str, Any]:
-    """Classes of the expert layers, and what the runtime counted (None without offload)."""
+    """Classes of the expert layers and, with offload, what the runtime counted: of the first worker,
+    and under ``ranks`` of each."""
 
-    def inspect(model: Any) -> dict[str, Any]:
-        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from tests.integration.engine_facts import inspect
 
-        layers = [m for m in model.modules() if isinstance(m, RoutedExperts)]
-        runtime = getattr(layers[0], "runtime", None)
-        found: dict[str, Any] = {"classes": sorted({type(layer).__name__ for layer in layers})}
-        if runtime is not None:
-            found["shape"] = [
-                runtime.cache.shape.num_slots,
-                runtime.cache.shape.num_staging_slots,
-            ]
-            found["hits"] = runtime.cache.count("hits")
-            found["misses"] = runtime.cache.count("misses")
-            found["read_bytes"] = runtime.read_bytes
-        return found
-
-    return llm.apply_model(inspect)[0]
+    ranks = llm.apply_model(inspect)
+    return {**ranks[0], "ranks": ranks}
 
 
 def metrics(llm: LLM) -> dict[str, Any]:
@@ -128,7 +118,6 @@ def _machine(job: dict[str, Any]) -> Iterator[None]:
     ``"simulated_gpu"``: host memory's share of experts; ``"simulated_marlin"``: doubles of the
     operators of Marlin's experts, for a plain engine too.
     """
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     with contextlib.ExitStack() as stack:
         if "simulated_gpu" in job:
             from tests.integration.simulated_gpu import simulated_gpu

@@ -74,6 +74,9 @@ def test_help_lists_every_option(parser):
         assert name == "mode" or f"{name}:" in action.help
 
 
+EXPERT_PARALLEL = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+
+
 def configure(model, **overrides):
     options = {"mode": "trace", "cache_gb": "50%", **overrides.pop("offload", {})}
     args = EngineArgs(
@@ -88,8 +91,10 @@ def configure(model, **overrides):
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
-        ({"enable_expert_parallel": True}, ["enable_expert_parallel=True", "allowed: False"]),
-        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size=2", "allowed: 1"]),
+        (
+            {"pipeline_parallel_size": 2, "enforce_eager": True},
+            ["pipeline_parallel_size=2", "enforce_eager=True", "leave enforce_eager out"],
+        ),
         ({"data_parallel_size": 2}, ["data_parallel_size=2", "allowed: 1"]),
         ({"enable_lora": True}, ["enable_lora=True"]),
         ({"cpu_offload_gb": 1.0}, ["cpu_offload_gb=1.0"]),
@@ -109,6 +114,20 @@ def test_what_cannot_work_is_refused_by_name(demo_model, overrides, fragments):
         configure(demo_model("mixtral"), **overrides)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 2},
+        EXPERT_PARALLEL,
+        {"pipeline_parallel_size": 2},
+        {"pipeline_parallel_size": 2, **EXPERT_PARALLEL},
+    ],
+    ids=str,
+)
+def test_every_layout_without_data_parallel_is_let_pass(demo_model, layout):
+    configure(demo_model("mixtral"), **layout)
 
 
 def test_all_problems_are_listed_together(demo_model):

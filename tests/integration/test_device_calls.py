@@ -12,6 +12,7 @@ from tests.stores import MIXED, build
 from vllm_moe_offload.forecast.lookahead import sampled_tokens
 from vllm_moe_offload.integration import block_slots, device_calls, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.integration.expert_share import ExpertShare
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
 
@@ -29,6 +30,7 @@ class Experts:
     def __init__(self, index):
         self.moe_layer = index
         self.local_num_experts = EXPERTS
+        self.share = None
         self.maps = []
         self.waves = []
         self.check = lambda: None
@@ -44,7 +46,8 @@ class Experts:
         self.check()
         if slot_map is None:
             return x * topk_weights.sum(1, keepdim=True)
-        present = slot_map.slot_of[topk_ids.long()] >= 0
+        ids = topk_ids if self.share is None else self.share.own_ids(topk_ids)
+        present = slot_map.slot_of[ids.long()] >= 0
         return x * (topk_weights * present).sum(1, keepdim=True)
 
 
@@ -104,6 +107,25 @@ def test_the_map_names_rows_with_the_experts_bytes(store, dtype):
     assert model.runtime.num_tokens == 6
     assert model.runtime.cache.count("hits") > 0
     assert all(len(layer.maps) == 3 for layer in model.layers)
+
+
+def test_a_rank_plans_and_maps_its_own_experts_alone(store):
+    """Expert parallel: this rank has every second expert of twice as many."""
+    model = Model(store, slots=10, staging=2)
+    expert_map = torch.full((2 * EXPERTS,), -1, dtype=torch.int32)
+    expert_map[1::2] = torch.arange(EXPERTS, dtype=torch.int32)
+    ids = ids_of([3, 11], [4, 5], [0, 2])  # the own ones are 1, 5 and 2 here
+    for layer in model.layers:
+        layer.share = ExpertShare(expert_map)
+    model.step(ids)
+    for layer in model.layers:
+        (slot_map,) = layer.maps
+        assert (slot_map >= 0).nonzero().reshape(-1).tolist() == [1, 2, 5]
+    cache = model.runtime.cache
+    assert cache.count("hits") + cache.count("misses") == 3 * LAYERS
+    out, x = model.call(model.layers[0], ids)
+    weighs = torch.tensor([[1.0], [0.5], [0.0]])
+    torch.testing.assert_close(out, x * weighs)
 
 
 def test_padding_of_a_graph_is_neither_planned_nor_mapped(store):

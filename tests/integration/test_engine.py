@@ -64,7 +64,7 @@ def alone(demo_model, tmp_path_factory) -> Alone:
 
 def experts_of(store_dir: Path) -> Path:
     """The file of the only store there."""
-    (path,) = store_dir.glob("*/rank0of1/experts.bin")
+    (path,) = store_dir.glob("*/whole/experts.bin")
     return path
 
 
@@ -96,7 +96,7 @@ def test_start_errors_are_clear(alone):
 def test_a_second_start_opens_the_store(alone):
     """Features: the store of an earlier start, also at another capacity; olmoe."""
     assert alone.first["batches"] == alone.second["batches"] == alone.unused["batches"]
-    (directory,) = alone.stores.glob("*/rank0of1")
+    (directory,) = alone.stores.glob("*/whole")
     assert sorted(path.name for path in directory.iterdir()) == ["experts.bin", "manifest.json"]
     for path in directory.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600

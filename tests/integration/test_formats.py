@@ -104,7 +104,7 @@ def test_first_and_second_start(name, quantised, store_dir, share_engines):
 
 def assert_as_planned(model: Path, store_dir: Path, platform: Platform = "cpu") -> None:
     """The store's records hold the tensors that `plan` counts, by name, type and shape."""
-    (manifest,) = store_dir.glob(f"{model.name}-*/rank0of1/manifest.json")
+    (manifest,) = store_dir.glob(f"{model.name}-*/whole/manifest.json")
     stored = ExpertLayout.from_json(json.loads(manifest.read_text())["layout"])
     shape = read_checkpoint(model).shape
     planned = kernel_form(shape.format, platform, shape.expert)

@@ -96,9 +96,8 @@ def run(weights: dict[str, torch.Tensor], call: dict[str, Any]) -> torch.Tensor:
     experts = object.__new__(marlin_moe.MarlinExperts)
     marlin_moe.fused_marlin_moe(
         **weights,
-        **call,
+        **{"global_num_experts": NUM_EXPERTS, **call},
         quant_type_id=scalar_types.uint4.id,
-        global_num_experts=NUM_EXPERTS,
         moe_sum=experts.moe_sum,
         output=out,
     )
@@ -215,10 +214,30 @@ def test_without_a_slot_map_calls_pass_unchanged(marlin):
         assert bool(torch.isfinite(run(weights, call_of(3))).all())
 
 
-def test_an_expert_map_of_vllms_is_refused(marlin):
-    pool, slot_of = in_a_pool(weights_of())
-    with on_slots(SlotMap(NUM_EXPERTS, slot_of)), pytest.raises(RuntimeError, match="both"):
-        marlin_moe.fused_marlin_moe(**pool, expert_map=torch.arange(NUM_EXPERTS))
+@pytest.mark.parametrize("waves", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_expert_parallel_gives_what_plain_vllm_gives(marlin, tokens, waves):
+    """vLLM's own map of the experts that the rank has stays in front of the slot map."""
+    num_experts = 2 * NUM_EXPERTS
+    call = call_of(tokens)
+    order = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(3))
+    call["topk_ids"] = order.argsort(1)[:, :TOP_K].int().contiguous()
+    call["global_num_experts"] = num_experts
+    call["expert_map"] = torch.full((num_experts,), -1, dtype=torch.int32)
+    call["expert_map"][1::2] = torch.arange(NUM_EXPERTS, dtype=torch.int32)
+    weights = weights_of()
+    pool, slot_of = in_a_pool(weights)
+    expected = run(weights, call)
+    total = torch.zeros(tokens, HIDDEN)
+    for wave in range(waves):
+        present = slot_of.clone()
+        present[:-1][torch.arange(NUM_EXPERTS) % waves != wave] = -1
+        with on_slots(SlotMap(NUM_EXPERTS, present, is_wave=waves > 1)):
+            part = run(pool, call)
+        if waves == 1:
+            assert torch.equal(part, expected)
+        total += part.float()
+    torch.testing.assert_close(total, expected.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_a_vllm_with_other_arguments_is_refused(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from scripts.demo_model import write_demo_model
 from scripts.quantize import quantize
 from tests.hub import make_hub_cache
+from tests.integration.conftest import SHAPE
 from tests.messages.serve import weights, without_a_file
 from tests.stores import build
 from vllm_moe_offload.cache.planner import CacheShape
@@ -21,9 +22,11 @@ from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import patching, preflight
 from vllm_moe_offload.integration.startup import sizing_line
 from vllm_moe_offload.plan.shapes import ExpertFormat, ExpertShape, kernel_form
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import checkpoint_fingerprint, room
 
-EXPERT_BYTES = 3 * 128 * 128 * 2
+EXPERT_BYTES = 3 * SHAPE["hidden"] * SHAPE["intermediate"] * 2
+NUM_EXPERTS = SHAPE["experts"]
 
 
 @pytest.fixture
@@ -32,12 +35,24 @@ def model(demo_model, tmp_path) -> Path:
     return Path(shutil.copytree(demo_model("mixtral"), tmp_path / "model"))
 
 
-def config_of(model: Path | str, *, ranks: int = 1, **load: Any) -> Any:
+def config_of(
+    model: Path | str, *, ranks: int = 1, parallel: dict[str, Any] | None = None, **load: Any
+) -> Any:
+    """``ranks``: tensor parallel; ``parallel``: other fields of vLLM's ParallelConfig."""
     load = {"load_format": "auto", "download_dir": None, **load}
+    fields = {
+        "tensor_parallel_size": ranks,
+        "pipeline_parallel_size": 1,
+        "enable_expert_parallel": False,
+        "distributed_executor_backend": "mp",
+        "nnodes": 1,
+        "node_rank": 0,
+        **(parallel or {}),
+    }
     return SimpleNamespace(
         model_config=SimpleNamespace(model=str(model), revision=None, dtype=torch.bfloat16),
         load_config=SimpleNamespace(**load),
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, nnodes=1),
+        parallel_config=SimpleNamespace(**fields),
     )
 
 
@@ -67,6 +82,60 @@ def test_quantised_experts_are_those_of_the_kernel(demo_model, tmp_path, ranks):
     check(config, tmp_path, cache_gb=least)
     with pytest.raises(OptionError, match=f"of {layout.expert_bytes} bytes, but one token"):
         check(config, tmp_path, cache_gb=0.99 * least)
+
+
+EXPERT_PARALLEL = {"enable_expert_parallel": True}
+
+
+def test_expert_parallel_ranks_need_whole_experts(model, tmp_path):
+    config = config_of(model, ranks=2, parallel=EXPERT_PARALLEL)
+    least = 2 * EXPERT_BYTES / GIB
+    check(config, tmp_path, cache_gb=least)
+    with pytest.raises(OptionError, match=f"of {EXPERT_BYTES} bytes, but one token needs 2"):
+        check(config, tmp_path, cache_gb=0.99 * least)
+
+
+def test_ranks_with_one_expert_of_a_layer_need_no_more(model, tmp_path):
+    config = config_of(model, ranks=NUM_EXPERTS, parallel=EXPERT_PARALLEL)
+    check(config, tmp_path, cache_gb=EXPERT_BYTES / GIB)
+    with pytest.raises(OptionError, match="but one token needs 1"):
+        check(config, tmp_path, cache_gb=0.99 * EXPERT_BYTES / GIB)
+
+
+def test_a_share_of_the_cache_is_of_a_ranks_own_experts(model, tmp_path, monkeypatch):
+    two_of_all = "8.34%"  # of three layers of eight
+    check(config_of(model), tmp_path, cache_gb=two_of_all)
+    config = config_of(model, parallel={"pipeline_parallel_size": 2})
+    two_layers = 2 * NUM_EXPERTS
+    with pytest.raises(OptionError, match=f"holds 1 of {two_layers} experts of"):
+        check(config, tmp_path, cache_gb=two_of_all)
+    # Enough for the first stage, which has two of the three layers, and not for the second.
+    with pytest.raises(OptionError, match=f"holds 1 of {NUM_EXPERTS} experts of"):
+        check(config, tmp_path, cache_gb="12.5%")
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    with pytest.raises(OptionError, match=f"holds 0 of {NUM_EXPERTS} experts of"):
+        check(config, tmp_path, cache_gb=two_of_all)
+
+
+def test_a_stage_without_experts_needs_nothing(demo_model, tmp_path):
+    """DeepSeek's first layer has none."""
+    stages = {"pipeline_parallel_size": SHAPE["layers"]}
+    config = config_of(demo_model("deepseek_v2"), parallel=stages)
+    check(config, tmp_path, cache_gb="100%")
+
+
+def test_slices_that_no_kernel_takes_are_left_to_the_worker(tmp_path):
+    plain = tmp_path / "plain"
+    shape = {"layers": 2, "experts": 8, "top_k": 2, "hidden": 512, "intermediate": 256}
+    write_demo_model(plain, "qwen3_moe", **shape)
+    quantize(plain, tmp_path / "fp8", "fp8")
+    check(config_of(tmp_path / "fp8", ranks=4), tmp_path, cache_gb=1e-9)
+    with pytest.raises(OptionError, match="one token needs 2"):
+        check(
+            config_of(tmp_path / "fp8", ranks=4, parallel=EXPERT_PARALLEL),
+            tmp_path,
+            cache_gb=1e-9,
+        )
 
 
 def test_quantised_experts_that_plan_cannot_count_are_left_to_the_worker(model, tmp_path):
@@ -125,7 +194,8 @@ def test_a_store_that_is_there_needs_no_room(model, tmp_path, fill_disk):
 
 
 @pytest.mark.parametrize(
-    "difference", [{"checkpoint": "another"}, {"vllm_version": "0.1"}, {"tp_size": 2}]
+    "difference",
+    [{"checkpoint": "another"}, {"vllm_version": "0.1"}, {"rank": Rank(tp_size=2)}],
 )
 def test_a_store_of_something_else_is_none(model, tmp_path, fill_disk, difference):
     known = {
@@ -138,8 +208,61 @@ def test_a_store_of_something_else_is_none(model, tmp_path, fill_disk, differenc
         check(config_of(model), tmp_path)
 
 
+TENSOR, PIPELINE = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "layers_of_nodes"),
+    [
+        (TENSOR, (1.5, 1.5)),
+        (TENSOR | EXPERT_PARALLEL, (1.5, 1.5)),
+        (PIPELINE, (2, 1)),
+        (TENSOR | PIPELINE, (2, 1)),
+    ],
+    ids=str,
+)
+def test_room_is_needed_for_the_ranks_of_this_machine(
+    model, tmp_path, fill_disk, parallel, layers_of_nodes
+):
+    fill_disk()
+    layer_bytes = NUM_EXPERTS * EXPERT_BYTES
+    whole = SHAPE["layers"] * layer_bytes
+    with pytest.raises(OptionError, match=f"it needs {whole} bytes; 0 are free"):
+        check(config_of(model, parallel=parallel), tmp_path)
+    for node, layers in enumerate(layers_of_nodes):
+        here = parallel | {"nnodes": 2, "node_rank": node}
+        with pytest.raises(OptionError, match=f"it needs {int(layers * layer_bytes)} bytes;"):
+            check(config_of(model, parallel=here), tmp_path)
+
+
+def test_only_ray_knows_which_ranks_are_here(model, tmp_path, fill_disk):
+    fill_disk()
+    check(config_of(model, ranks=2, parallel={"distributed_executor_backend": "ray"}), tmp_path)
+
+
+def test_every_rank_that_is_here_must_have_its_part(model, tmp_path, fill_disk):
+    known = {
+        "checkpoint": checkpoint_fingerprint(model),
+        "vllm_version": patching.vllm_version(),
+    }
+    parts = [Rank(ep=ep, ep_size=2) for ep in range(2)]
+    stores = [build(tmp_path / "stores", **known, rank=rank) for rank in parts]
+    # `build` names the model itself; the parts of one server lie beside each other.
+    assert stores[0].directory.parent == stores[1].directory.parent
+    fill_disk()
+    here = EXPERT_PARALLEL | {"nnodes": 2}
+    check(config_of(model, ranks=2, parallel=EXPERT_PARALLEL), tmp_path)
+    with pytest.raises(OptionError, match="are free; set store_dir"):
+        check(config_of(model, ranks=2), tmp_path)  # slices, not experts
+    shutil.rmtree(stores[1].directory)
+    check(config_of(model, ranks=2, parallel=here | {"node_rank": 0}), tmp_path)
+    for other in (EXPERT_PARALLEL, here | {"node_rank": 1}):
+        with pytest.raises(OptionError, match="are free; set store_dir"):
+            check(config_of(model, ranks=2, parallel=other), tmp_path)
+
+
 def test_what_a_killed_build_left_is_room(model, tmp_path, fill_disk):
-    left = tmp_path / "stores" / "model-0123456789abcdef" / "rank0of1.building-1-aa"
+    left = tmp_path / "stores" / "model-0123456789abcdef" / "whole.building-1-aa"
     left.mkdir(parents=True, mode=0o700)
     (left / "experts.bin").write_bytes(bytes(20 << 20))
     fill_disk()

@@ -25,8 +25,8 @@ def operators(monkeypatch, request):
     """
 
     def align(ids, num_experts, block, token_ids, expert_ids, *rest):
-        num_padded, expert_map, _ = rest
-        assert expert_map is None
+        num_padded, expert_map, ignores_invalid = rest
+        assert not ignores_invalid or expert_map is not None
         flat = ids.reshape(-1)
         assert int(flat.min()) >= -1
         assert int(flat.max()) < num_experts, "the kernel counts in an array of num_experts"
@@ -34,17 +34,20 @@ def operators(monkeypatch, request):
         expert_ids.fill_(request.param)
         begin = 0
         for expert in range(num_experts):
+            place = expert if expert_map is None else int(expert_map[expert])
             tokens = (flat == expert).nonzero().reshape(-1)
+            if place < 0 and ignores_invalid:
+                continue
             token_ids[begin : begin + tokens.numel()] = tokens.int()
             blocks = -(-tokens.numel() // block)
-            expert_ids[begin // block : begin // block + blocks] = expert
+            expert_ids[begin // block : begin // block + blocks] = place
             begin += blocks * block
         num_padded.fill_(begin)
 
     monkeypatch.setattr(align_module.ops, "moe_align_block_size", align, raising=False)
 
 
-def kernel(x, weight, assignment, ids):
+def kernel(x, weight, assignment, ids, expert_map=None):
     """What ``fused_moe_kernel`` and ``moe_sum`` compute for ``weight`` ``[rows, hidden]``."""
     token_ids, expert_ids, num_padded = assignment
     top_k, num_ids = ids.shape[1], ids.numel()
@@ -58,11 +61,14 @@ def kernel(x, weight, assignment, ids):
                 token = int(token_ids[block * BLOCK + place])
             if token < num_ids:
                 out[token] = 0.0 if row == -1 else x[token // top_k] * weight[row]
-    return out.view(-1, top_k, x.shape[1]).sum(1)
+    out = out.view(-1, top_k, x.shape[1])
+    if expert_map is not None:  # vLLM's moe_sum asks the map that the call was given
+        out = out.masked_fill((expert_map[ids.long()] < 0).unsqueeze(2), 0)
+    return out.sum(1)
 
 
-def assign(ids, rows):
-    """As TritonExperts.apply does without an expert_map: it knows the weights' rows only."""
+def assign(ids, rows, expert_map=None):
+    """As TritonExperts.apply does; without an expert_map it knows the weights' rows only."""
     return triton_slots.prepare_expert_assignment(
         fused_moe._prepare_expert_assignment,
         ids,
@@ -70,8 +76,8 @@ def assign(ids, rows):
         ids.shape[0],
         ids.shape[1],
         rows,
-        None,
-        ignore_invalid_experts=False,
+        expert_map,
+        ignore_invalid_experts=expert_map is not None,
     )
 
 
@@ -121,6 +127,30 @@ def test_waves_add_up_and_read_nothing_that_is_absent(tokens):
     torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.parametrize("waves", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_expert_parallel_gives_what_plain_vllm_gives(tokens, waves):
+    """vLLM's own map of the experts that the rank has stays in front of the slot map."""
+    x, _ = a_call(tokens)
+    num_experts = 2 * EXPERTS
+    order = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(3))
+    ids = order.argsort(1)[:, :TOP_K].int().contiguous()
+    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
+    expert_map[1::2] = torch.arange(EXPERTS, dtype=torch.int32)
+    weight = torch.rand(EXPERTS, HIDDEN)
+    pool, slot_of = in_a_pool(weight)
+    expected = kernel(x, weight, assign(ids, num_experts, expert_map), ids, expert_map)
+    total = torch.zeros_like(x)
+    for wave in range(waves):
+        present = slot_of.clone()
+        present[:-1][torch.arange(EXPERTS) % waves != wave] = -1
+        with on_slots(SlotMap(EXPERTS, present, is_wave=waves > 1)):
+            ours = assign(ids, num_experts, expert_map)
+        total += kernel(x, pool, ours, ids, expert_map)
+    torch.testing.assert_close(total, expected)
+    assert bool(expected.any()) or tokens == 1
+
+
 @pytest.mark.parametrize("tokens", [2, 8, 40])  # the first without alignment
 def test_padding_reads_no_record(tokens):
     """Padding has the id -1 (VLLM_MOE_SKIP_PADDING): no expert's, and not the last one's."""
@@ -150,15 +180,6 @@ def test_outside_of_a_call_vllm_is_left_alone():
         ids, {"BLOCK_SIZE_M": BLOCK}, 40, TOP_K, EXPERTS, None
     )
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_a_second_renaming_is_refused():
-    _, ids = a_call(4)
-    slot_map = torch.zeros(EXPERTS + 1, dtype=torch.int32)
-    with on_slots(SlotMap(EXPERTS, slot_map)), pytest.raises(RuntimeError, match="both"):
-        triton_slots.prepare_expert_assignment(
-            fused_moe._prepare_expert_assignment, ids, {}, 4, TOP_K, EXPERTS, slot_map
-        )
 
 
 class Layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ def plan(*options: str) -> CommandLine:
     return lambda _: ["plan", PLAN_MODEL, MACHINE, *options]
 
 
-def planned(model: str = PLAN_MODEL, **changes: Any) -> CommandLine:
+def planned(
+    model: str = PLAN_MODEL, options: Sequence[str] = (), **changes: Any
+) -> CommandLine:
     """A plan for a config.json with fields changed, or left out (None)."""
 
     def command(directory: Path) -> list[str]:
         config = dict(known_models()[model].config) | changes
         path = directory / "config.json"
         path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-        return ["plan", str(path), MACHINE]
+        return ["plan", str(path), MACHINE, *options]
 
     return command
 
@@ -109,7 +111,21 @@ PROGRAM: dict[str, CommandLine] = {
     ],
     "--disk-gbps goes with --device-memory; on a CPU server the disk is the link: use "
     "--link-gbps": plan("--disk-gbps=7"),
-    "--kv-tokens=...: must be 1 or more": plan("--kv-tokens=0"),
+    "...=...: must be 1 or more": plan("--nodes=0"),
+    "--nodes=...: must divide the ... ranks of --tensor-parallel-size=... x "
+    "--pipeline-parallel-size=...": plan("--nodes=2"),
+    "--tensor-parallel-size=...: must divide the model's ... attention heads": plan("-tp=3"),
+    "--tensor-parallel-size=...: must divide the model's ... key-value heads, or be a multiple of "
+    "them": planned(num_attention_heads=12, num_key_value_heads=6, options=["-tp=4"]),
+    "--tensor-parallel-size=...: must divide the expert width ..., or take whole experts with "
+    "--expert-parallel": planned(intermediate_size=1001, options=["-tp=2"]),
+    "--tensor-parallel-size=... with --expert-parallel: must be at most the ... experts of a "
+    "layer": plan("-tp=16", "--expert-parallel"),
+    "--expert-parallel goes with --tensor-parallel-size of 2 or more, whose ranks share the "
+    "experts of a layer": plan("--expert-parallel"),
+    "--pipeline-parallel-size=...: must be at most the model's ... layers": plan("-pp=33"),
+    "--pipeline-parallel-size=...: stage ... would have layers ... to ..., none with routed "
+    "experts, which is not planned for": planned("DeepSeek-V3", options=["-pp=30"]),
     "...=...: must be a size such as 24GiB, 24GB or 24 (a number alone is GiB)": plan(
         "--device-memory=lots"
     ),

@@ -164,7 +164,10 @@ SERVE: dict[str, Case] = {
     "speculative_config (method ...) is not supported": given(
         "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'
     ),
-    "...=... is not supported, allowed: ...": given("--enable-expert-parallel"),
+    "...=... is not supported, allowed: ...": given("--data-parallel-size", "2"),
+    "pipeline_parallel_size=... with enforce_eager=True: vLLM's CPU worker makes room for what a "
+    "stage is sent when it warms up compiled code, and fails at the first request without; leave "
+    "enforce_eager out": given("--pipeline-parallel-size", "2", "--enforce-eager"),
     "load_format=... is not supported, allowed: ...": given("--load-format", "sharded_state"),
     "cpu_offload_gb=...: vLLM's own offloader cannot hold the same weights": given(
         "--cpu-offload-gb", "1"

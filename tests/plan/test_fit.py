@@ -14,10 +14,10 @@ from vllm_moe_offload.config import GIB, parse_options
 from vllm_moe_offload.plan.fit import (
     BATCH_TOKENS,
     HIT_RATES,
-    amount,
     fit,
 )
 from vllm_moe_offload.plan.machine import UTILIZATION, Machine
+from vllm_moe_offload.plan.problems import amount
 from vllm_moe_offload.plan.shapes import (
     FORMATS,
     ExpertFormat,

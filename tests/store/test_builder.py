@@ -138,7 +138,7 @@ def test_files_are_private(tmp_path):
     assert mode_of(tmp_path / "new" / "store") == 0o700
     assert mode_of(store.directory.parent) == mode_of(store.directory) == 0o700
     assert mode_of(store.path) == mode_of(store.directory / "manifest.json") == 0o600
-    assert mode_of(store.directory.with_name("rank0of1.lock")) == 0o600
+    assert mode_of(store.directory.with_name("whole.lock")) == 0o600
 
 
 # ---- builds that fail --------------------------------------------------------------------

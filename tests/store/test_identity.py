@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.stores import identity, place
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import StoreError, checkpoint_fingerprint
 
 
@@ -31,9 +32,13 @@ def flip_byte(path: Path, offset: int) -> None:
         {"quantization": "fp8"},
         {"kernel": "CPUExperts:amx"},
         {"padded_shape": (64, 256)},
-        {"tp_size": 2},
+        {"rank": Rank(tp_size=2)},
+        {"rank": Rank(ep_size=2)},
+        {"rank": Rank(pp_size=2)},
+        {"stages": (0, 2)},
+        {"expert_placement": "round_robin"},
         {"vllm_version": "0.33.0"},
-        {"format_version": 2},
+        {"format_version": 1},
     ],
 )
 def test_every_field_changes_the_key(change):
@@ -41,11 +46,18 @@ def test_every_field_changes_the_key(change):
 
 
 def test_ranks_lie_beside_each_other(tmp_path):
-    first, _ = place(tmp_path, tp_rank=0, tp_size=2)
-    second, _ = place(tmp_path, tp_rank=1, tp_size=2)
-    assert first.parent == second.parent
-    assert (first.name, second.name) == ("rank0of2", "rank1of2")
-    assert first.parent.name == f"model-{identity(tp_size=2).key[:16]}"
+    sizes = {"pp_size": 2, "tp_size": 2, "ep_size": 2}
+    ranks = [
+        Rank(pp=pp, tp=tp, ep=ep, **sizes)
+        for pp in range(2)
+        for tp in range(2)
+        for ep in range(2)
+    ]
+    places = [place(tmp_path, rank=rank)[0] for rank in ranks]
+    assert len(set(places)) == 8
+    assert {path.parent for path in places} == {places[0].parent}
+    assert places[1].name == "pp0of2-tp0of2-ep1of2"
+    assert places[0].parent.name == f"model-{identity(rank=ranks[7]).key[:16]}"
 
 
 @pytest.mark.parametrize("model", ["../..", "/", "a b/ü!x", "org/Mixtral-8x7B-v0.1", "x" * 300])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.stores import build
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import StoreError, store_lock
 from vllm_moe_offload.store.shelf import log_others, others_of, remove, shelved_models
 
@@ -36,10 +37,20 @@ def test_a_directory_that_is_not_there_has_no_stores(tmp_path: Path) -> None:
 
 
 def test_every_rank_must_be_there(tmp_path: Path) -> None:
-    build(tmp_path, tp_size=2)
-    assert [one.state for one in shelved_models(tmp_path)] == ["1 of 2 ranks"]
-    build(tmp_path, tp_size=2, tp_rank=1)
+    build(tmp_path, rank=Rank(tp_size=2))
+    assert [one.state for one in shelved_models(tmp_path)] == ["1 of 2 parts are here"]
+    build(tmp_path, rank=Rank(tp=1, tp_size=2))
     assert [one.state for one in shelved_models(tmp_path)] == ["complete"]
+
+
+def test_a_part_of_the_format_before_is_listed(tmp_path: Path) -> None:
+    store = build(tmp_path)
+    manifest = store.directory / "manifest.json"
+    document = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(document | {"format_version": 1}))
+    store.directory.rename(store.directory.with_name("rank0of1"))
+    (shelved,) = shelved_models(tmp_path)
+    assert "has format version 1, this code reads 2" in shelved.state
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
@@ -58,7 +69,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
 
 def test_a_build_that_was_killed_is_not_finished(tmp_path: Path) -> None:
     store = build(tmp_path)
-    store.directory.rename(store.directory.with_name("rank0of1.building-1-00"))
+    store.directory.rename(store.directory.with_name("whole.building-1-00"))
     (shelved,) = shelved_models(tmp_path)
     assert shelved.state == "not finished"
     assert shelved.nbytes >= store.file_bytes

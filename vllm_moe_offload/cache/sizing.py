@@ -25,24 +25,26 @@ def cache_slots(
     Args:
         cache_gb: the option.
         expert_bytes: bytes of one expert in fast memory.
-        num_layers, num_experts: of the model; ``num_layers * num_experts`` experts.
-        top_k: experts per token; fewer slots than that cannot serve one token.
+        num_layers, num_experts: that this rank has; ``num_layers * num_experts`` experts.
+        top_k: experts per token; fewer slots than a rank can be asked for of one layer cannot
+            serve one token.
         auto_bytes: what "auto" stands for here.
 
     Raises:
         OptionError: fewer slots than one token needs; says the minimum.
     """
     total = num_layers * num_experts
+    needed = min(top_k, num_experts)  # expert-parallel ranks may have fewer than a token uses
     kind, amount = parse_cache_size(cache_gb)
     if kind == "share":
         slots = int(amount * total + 1e-9)
     else:
         slots = int((auto_bytes if kind == "auto" else amount) // expert_bytes)
-    if slots < top_k:
-        minimum_gb = top_k * expert_bytes / GIB
+    if slots < needed:
+        minimum_gb = needed * expert_bytes / GIB
         raise OptionError(
             f"moe-offload: cache_gb={cache_gb!r} holds {max(slots, 0)} of {total} experts of "
-            f"{expert_bytes} bytes, but one token needs {top_k}. Minimum: "
+            f"{expert_bytes} bytes, but one token needs {needed}. Minimum: "
             f"{minimum_gb:.3f} GiB; {num_experts * expert_bytes / GIB:.3f} GiB hold one layer "
             "(recommended at least: exact output)."
         )
@@ -73,7 +75,8 @@ def cache_shape(
         return CacheShape(
             num_layers, num_experts, slots, min(num_pool_slots - slots, num_experts)
         )
-    staging = min(top_k, num_pool_slots // 4) if rules.admission else 0
+    needed = min(top_k, num_experts)
+    staging = min(needed, num_pool_slots // 4) if rules.admission else 0
     return CacheShape(num_layers, num_experts, num_pool_slots - staging, staging)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from vllm_moe_offload.plan.fit import (
     HIT_RATES,
     Bound,
     Fit,
-    amount,
 )
 from vllm_moe_offload.plan.machine import UTILIZATION, Machine
+from vllm_moe_offload.plan.problems import Problem, amount
 from vllm_moe_offload.plan.shapes.kernel_form import (
     FORMATS,
     ExpertFormat,
@@ -48,27 +48,21 @@ class Report:
     commands: Sequence[str]
     notes: Sequence[str]
 
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Why it cannot work; empty if it can."""
+        return self.result.problems
+
     def print(self, console: Console) -> None:
         """For people."""
 
-        def say(text: str = "") -> None:
-            # Whole lines, as they are: what is to be pasted must not be wrapped or styled.
-            console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-        result, shape = self.result, self.result.shape
-        say(
-            f"{self.name}: {shape.model_type}, {shape.parameters / 1e9:.1f} billion parameters, "
-            f"{len(shape.moe_layers)} MoE layers x {shape.num_experts} experts, "
-            f"{shape.top_k} per token"
-        )
-        say(f"Sizes from: {self.source}")
-        known = result.format.name
-        if result.format.kind != "bf16":
-            known += f", as vLLM's kernel on a {place(result.machine.platform)} has them"
-        say(f"{shape.total_experts:,} experts of {result.expert_bytes:,} bytes ({known})")
-        console.print(_experts_table(result))
+        result = self.result
+        say = sayer(console)
+        for line in model_lines(self.name, self.source, result):
+            say(line)
+        console.print(experts_table(result))
         if result.cache is not None:
-            console.print(_memory_table(result))
+            console.print(memory_table(result))
             if result.cache.holds_everything:
                 say("All experts fit: after the start nothing is read.")
             else:
@@ -76,38 +70,62 @@ class Report:
                 with_memory = result.machine.memory_gbps is not None
                 parts = "link and memory" if with_memory else "the link alone"
                 say(f"Bounds by {parts}, one request at a time: no speed that was measured.")
-        for note in self.notes:
-            say(f"- {note}")
-        for problem in result.problems:
-            say(f"It cannot work: {problem.text}.")
-            say(f"  What would: {problem.remedy}.")
-        if self.commands:
-            say()
-        for command in self.commands:
-            say(f"    {command}")
+        for line in last_lines(self.notes, result.problems, self.commands):
+            say(line)
 
     def as_dict(self) -> dict[str, Any]:
         """All figures as plain data, units in the names."""
         return {
             "works": not self.result.problems,
-            "problems": [
-                {"text": problem.text, "remedy": problem.remedy}
-                for problem in self.result.problems
-            ],
+            "problems": [asdict(problem) for problem in self.result.problems],
             "commands": list(self.commands),
             "notes": list(self.notes),
             "model": {
                 "name": self.name,
                 "source": self.source,
                 "counted_from_files": self.is_counted,
-                **_model_figures(self.result),
+                **model_figures(self.result),
             },
-            "machine": _machine_figures(self.result.machine),
-            **_memory_figures(self.result),
+            "machine": machine_figures(self.result.machine),
+            **memory_figures(self.result),
         }
 
 
-def _experts_table(result: Fit) -> Table:
+def sayer(console: Console) -> Callable[[str], None]:
+    """Prints whole lines, as they are: what is to be pasted must not be wrapped or styled."""
+    return lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def model_lines(name: str, source: str, result: Fit) -> Iterator[str]:
+    """What the model is."""
+    shape = result.shape
+    yield (
+        f"{name}: {shape.model_type}, {shape.parameters / 1e9:.1f} billion parameters, "
+        f"{len(shape.moe_layers)} MoE layers x {shape.num_experts} experts, "
+        f"{shape.top_k} per token"
+    )
+    yield f"Sizes from: {source}"
+    known = result.format.name
+    if result.format.kind != "bf16":
+        known += f", as vLLM's kernel on a {place(result.machine.platform)} has them"
+    yield f"{shape.total_experts:,} experts of {result.expert_bytes:,} bytes ({known})"
+
+
+def last_lines(
+    notes: Sequence[str], problems: Sequence[Problem], commands: Sequence[str]
+) -> Iterator[str]:
+    """What is assumed, what is in the way, what is to be pasted."""
+    yield from (f"- {note}" for note in notes)
+    for problem in problems:
+        yield f"It cannot work: {problem.text}."
+        yield f"  What would: {problem.remedy}."
+    if commands:
+        yield ""
+    yield from (f"    {command}" for command in commands)
+
+
+def experts_table(result: Fit) -> Table:
+    """What experts take in each format."""
     shape = result.shape
     table = Table()
     table.add_column("experts in")
@@ -145,7 +163,8 @@ def _expert_rows(result: Fit) -> Iterator[_ExpertRow]:
                 break
 
 
-def _memory_table(result: Fit) -> Table:
+def memory_table(result: Fit) -> Table:
+    """What a rank's memory holds."""
     machine, shape, cache = result.machine, result.shape, result.cache
     assert cache is not None
     table = Table(show_header=False)
@@ -155,7 +174,10 @@ def _memory_table(result: Fit) -> Table:
         total, place = machine.host_bytes, "host memory"
     else:
         total, place = machine.device_bytes, "device memory"
-    table.add_row(f"{place}, {UTILIZATION:.0%} of {amount(total)}", amount(machine.fast_bytes))
+    whole = f"{place}, {UTILIZATION:.0%} of {amount(total)}"
+    if machine.fast_ranks > 1:
+        whole += f" / {machine.fast_ranks} ranks"
+    table.add_row(whole, amount(machine.fast_bytes))
     table.add_row("  dense weights", amount(shape.dense_bytes))
     table.add_row("  vLLM itself (assumed)", amount(machine.runtime_bytes))
     table.add_row(
@@ -163,7 +185,7 @@ def _memory_table(result: Fit) -> Table:
         amount(result.kv_bytes),
     )
     table.add_row(
-        f"  expert cache: {cache.num_slots:,} slots ({_share(result):.0%}) + "
+        f"  expert cache: {cache.num_slots:,} slots ({result.cached_share:.0%}) + "
         f"{cache.num_staging_slots} staging slots",
         amount(result.cache_bytes),
     )
@@ -203,12 +225,8 @@ def _rate(bound: Bound) -> str:
     return "" if bound.tokens_per_s is None else f"{bound.tokens_per_s:,.2f}"
 
 
-def _share(result: Fit) -> float:
-    assert result.cache is not None
-    return result.cache.num_slots / result.shape.total_experts
-
-
-def _model_figures(result: Fit) -> dict[str, Any]:
+def model_figures(result: Fit) -> dict[str, Any]:
+    """Of the model, as plain data."""
     shape = result.shape
     return {
         "model_type": shape.model_type,
@@ -236,7 +254,8 @@ def _model_figures(result: Fit) -> dict[str, Any]:
     }
 
 
-def _machine_figures(machine: Machine) -> dict[str, Any]:
+def machine_figures(machine: Machine) -> dict[str, Any]:
+    """Of the machine, as plain data."""
     return {
         "platform": "cuda" if machine.has_gpu else "cpu",
         "host_bytes": machine.host_bytes,
@@ -249,7 +268,8 @@ def _machine_figures(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _memory_figures(result: Fit) -> dict[str, Any]:
+def memory_figures(result: Fit) -> dict[str, Any]:
+    """What it takes and what it gets, as plain data."""
     shape = result.shape
     return {
         "least_fast_memory_bytes": result.least_fast_bytes,
@@ -268,7 +288,7 @@ def _fit_figures(result: Fit, cache: CacheShape) -> dict[str, Any]:
         "cache_bytes": result.cache_bytes,
         "cache_slots": cache.num_slots,
         "staging_rows": cache.num_staging_slots,
-        "cached_share": _share(result),
+        "cached_share": result.cached_share,
         "holds_everything": cache.holds_everything,
         "exact": result.is_exact,
         "has_run": result.has_run,

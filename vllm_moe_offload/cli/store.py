@@ -79,10 +79,15 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     damaged = 0
     for one in _chosen(arguments):
         lines = [*one.faults, *(line for part in one.parts for line in _faults_of(part))]
-        if not lines and one.state != "complete":
+        if not one.parts and not lines:
             lines = [one.state]
         damaged += bool(lines)
         print(f"{one.directory.name}: {'damaged' if lines else 'every record is intact'}")
+        if one.parts and one.num_missing:
+            print(
+                f"  {one.state}: workers on other machines have theirs there; a start builds what "
+                "its machine lacks"
+            )
         for line in lines:
             print(f"  {line}")
         if lines:

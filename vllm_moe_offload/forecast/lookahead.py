@@ -17,6 +17,7 @@ How far such a guess is to be trusted is measured while it is used. A guess is d
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,19 +66,39 @@ class Routers:
     Attributes:
         weight: float32 or bfloat16 ``[layers, experts, hidden]``.
         bias: float32 ``[layers, experts]`` or None.
+        num_own_experts: how many of the experts the cache has, the first ones; None: all. The
+            others are other ranks', and only say which of them a token will not use.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    num_own_experts: int | None = None
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Routers:
-        """From tensors of any float type; bfloat16 stays, which is half the bytes to read."""
+    def of(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        own_experts: Sequence[int] | None = None,
+    ) -> Routers:
+        """From tensors of any float type; bfloat16 stays, which is half the bytes to read.
+
+        Args:
+            weight: ``[layers, experts, hidden]``.
+            bias: ``[layers, experts]`` or None.
+            own_experts: those that the cache has, in its order; None: all. They are put first.
+        """
         if weight.dtype != torch.bfloat16:
             weight = weight.float()
+        if own_experts is not None:
+            others = sorted(set(range(weight.shape[1])) - set(own_experts))
+            order = torch.tensor([*own_experts, *others], device=weight.device)
+            weight = weight[:, order]
+            bias = None if bias is None else bias[:, order]
         return cls(
             weight.detach().cpu().contiguous(),
             None if bias is None else bias.detach().cpu().float().contiguous(),
+            None if own_experts is None else len(own_experts),
         )
 
 
@@ -109,6 +130,7 @@ class RouterLookahead(Predictor):
         self.native_handle = core.vmo_lookahead_create(
             num_layers,
             num_experts,
+            num_experts if routers.num_own_experts is None else routers.num_own_experts,
             hidden_size,
             top_k,
             depth,

@@ -4,7 +4,9 @@ vLLM's GPU kernels read ``weights[expert_ids[block]]``, where a block is a tile 
 expert. Everything before that must see the model as plain vLLM has it: ids in ``[0, E)`` when
 tokens are put in blocks, and E when tile sizes are chosen. So tokens are aligned by their logical
 ids, exactly as plain vLLM does, and only the experts of the blocks are renamed, by one gather from
-the layer call's *slot map*. How each kernel is told is in ``triton_slots.py``, ``marlin_slots.py``.
+the layer call's *slot map*. With expert parallelism E is the worker's number of experts, and vLLM's
+``expert_map`` names the experts of blocks by their place among those, -1 for other workers'. How each
+kernel is told is in ``triton_slots.py``, ``marlin_slots.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ class SlotMap:
     """Where a layer call's experts lie.
 
     Attributes:
-        num_experts: E, of the model's layer.
+        num_experts: E, of the layer as this worker has it.
         slot_of: int32 ``[E + 1]`` on the device, slot of each expert, -1 for one that is absent.
             The last entry is always -1: it is what the index -1 finds, the expert of padding
             (``VLLM_MOE_SKIP_PADDING``) and of blocks that no token is in.
@@ -33,6 +35,20 @@ class SlotMap:
     num_experts: int
     slot_of: torch.Tensor
     is_wave: bool = False
+
+    def present(self, expert_map: torch.Tensor | None) -> torch.Tensor:
+        """int32: an expert's own place, or -1 if it is absent.
+
+        Args:
+            expert_map: vLLM's, of the model's experts to places here or -1; None: these are the
+                same, and the result is ``[E]``.
+        """
+        places = expert_map
+        if places is None:
+            places = torch.arange(
+                self.num_experts, dtype=torch.int32, device=self.slot_of.device
+            )
+        return torch.where(self.slot_of[places] >= 0, places, -1).to(torch.int32)
 
 
 class ApplyOnSlots(Protocol):

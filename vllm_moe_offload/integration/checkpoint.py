@@ -23,6 +23,7 @@ from vllm_moe_offload.store.checkpoint_reader import (
     TensorRange,
     TensorStream,
     expert_layer,
+    expert_number,
     tensor_ranges,
 )
 
@@ -88,11 +89,13 @@ class SortedCheckpoint:
         """Decoder layers that have routed experts, ascending."""
         return sorted(self._experts)
 
-    def leave_out(self, numbers: Collection[int]) -> None:
-        """Forgets the experts of these decoder layers: the model has no such layers."""
+    def leave_out(self, numbers: Collection[int], elsewhere: Collection[int]) -> None:
+        """Forgets the experts of decoder layers ``numbers``, which the model does not have here;
+        those in ``elsewhere`` it has in other workers."""
         for number in numbers:
             del self._experts[number]
-            self.left_out.add(f"layer {number}")
+            if number not in elsewhere:
+                self.left_out.add(f"layer {number}")
 
     def dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors that are not routed experts'."""
@@ -104,6 +107,18 @@ class SortedCheckpoint:
                 for name, name_in_file in names:
                     yield name, tensors.get_tensor(name_in_file)
 
-    def experts(self, numbers: Sequence[int]) -> TensorStream:
-        """The routed experts' tensors of decoder layers, a group per layer."""
-        return TensorStream([self._experts[number] for number in numbers], io_cpus())
+    def experts(self, numbers: Sequence[int], own: Collection[int] | None) -> TensorStream:
+        """The routed experts' tensors of decoder layers, a group per layer.
+
+        ``own``: the experts that are wanted, None for all; tensors of several come whole.
+        """
+        wanted = None if own is None else frozenset(own)
+        groups = [
+            [
+                entry
+                for entry in self._experts[number]
+                if wanted is None or expert_number(entry[0]) in (None, *wanted)
+            ]
+            for number in numbers
+        ]
+        return TensorStream(groups, io_cpus())

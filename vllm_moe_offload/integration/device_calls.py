@@ -33,7 +33,8 @@ class DeviceCalls:
         num_experts: int,
         apply_on_slots: ApplyOnSlots,
     ) -> None:
-        """Serves calls of layers of ``num_experts``; ``apply_on_slots``: their kernel."""
+        """Serves calls of layers of which this worker has ``num_experts``; ``apply_on_slots``:
+        their kernel."""
         self._runtime = runtime
         self._apply_on_slots = apply_on_slots
         self._num_experts = num_experts
@@ -79,8 +80,9 @@ class DeviceCalls:
             out = block_slots.apply(layer, x, topk_weights, topk_ids)
             runtime.pass_layer(layer.moe_layer)
             return out
-        ids, hidden = self._bring(topk_ids, x)
-        if runtime.begin_layer(layer.moe_layer, ids, hidden) is None:
+        routed, hidden = self._bring(topk_ids, x)
+        ids = routed if layer.share is None else layer.share.own_ids(routed)
+        if runtime.begin_layer(layer.moe_layer, ids, hidden, routed) is None:
             return self._in_waves(layer, x, topk_weights, topk_ids, ids)
         try:
             if shows_all:

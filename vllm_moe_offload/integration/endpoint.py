@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm.moe_offload")
 
 PREFIX = "vllm:moe_offload_"
 LABELS = ("model_name", "engine", "rank")
-"""As vLLM's own metrics have them, and the tensor-parallel rank of the worker."""
+"""As vLLM's own metrics have them, and the worker's number among all of the engine's."""
 EXPORTED_COUNTERS = {
     "hits": "Distinct experts of layer calls that were resident.",
     "misses": "Distinct experts of layer calls that were not resident.",
@@ -53,7 +53,7 @@ EXPORTED_STATES: dict[str, tuple[str, Callable[[CounterReading], float]]] = {
         lambda reading: reading.age_seconds,
     ),
 }
-INFO_LABELS = ("policy", "prefetch", "version")
+INFO_LABELS = ("policy", "prefetch", "version", "part")
 OVERDUE_SECONDS = 10.0
 """Figures of a worker that works are said to be missing when they are older than this."""
 

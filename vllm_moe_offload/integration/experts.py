@@ -27,6 +27,7 @@ from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.block_slots import apply
 from vllm_moe_offload.integration.device_calls import DeviceCalls
+from vllm_moe_offload.integration.expert_share import ExpertShare
 from vllm_moe_offload.integration.graphs import StableOutputs
 from vllm_moe_offload.runtime import OffloadRuntime
 
@@ -39,18 +40,21 @@ class OffloadedExperts:
 
     Attributes:
         runtime: the worker's runtime, set once the layer's experts are in the store.
-        moe_layer: index among the model's MoE layers.
+        moe_layer: index among the MoE layers that this worker has.
+        share: of the layer's experts, those that this worker has; None: all.
         calls: serves the layer on a GPU; None: the operator of this module does.
         outputs: where captured CUDA graphs expect what the layer's MoE operator returns.
     """
 
     runtime: OffloadRuntime | None = None
     moe_layer: int = -1
+    share: ExpertShare | None = None
     calls: DeviceCalls | None = None
     outputs: StableOutputs | None = None
     # Of RoutedExperts, with which this class is mixed.
     layer_name: str
     quant_method: Any
+    expert_map: torch.Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As RoutedExperts, with parameters in RAM: vLLM builds models on the device.
@@ -60,6 +64,7 @@ class OffloadedExperts:
         """
         with torch.device("cpu"):
             super().__init__(*args, **kwargs)
+        self.share = ExpertShare.of(self)
 
     def forward_modular(
         self,
@@ -89,11 +94,31 @@ class OffloadedExperts:
         runtime = self.runtime
         if runtime is None:
             raise RuntimeError(f"{self.layer_name} runs before its experts were stored")
+        if self.share is not None:
+            return self._forward_own(runtime, self.share, x, topk_weights, topk_ids)
         slot_ids = runtime.begin_layer(self.moe_layer, topk_ids, x)
         if slot_ids is None:
             return self._forward_in_waves(runtime, x, topk_weights, topk_ids)
         try:
             return self._apply(x, topk_weights, slot_ids)
+        finally:
+            runtime.end_layer(self.moe_layer)
+
+    def _forward_own(
+        self,
+        runtime: OffloadRuntime,
+        share: ExpertShare,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """What this rank's experts give; the ranks' sum is the layer."""
+        own_ids = share.own_ids(topk_ids)
+        slot_ids = runtime.begin_layer(self.moe_layer, own_ids, x, topk_ids)
+        if slot_ids is None:
+            return self._forward_in_waves(runtime, x, topk_weights, own_ids)
+        try:
+            return share.apply(self._apply, x, topk_weights, own_ids, slot_ids)
         finally:
             runtime.end_layer(self.moe_layer)
 

@@ -24,6 +24,7 @@ from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.formats import format_of
 from vllm_moe_offload.integration.graphs import StableOutputs
+from vllm_moe_offload.integration.placement import ranks_here
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer
@@ -142,7 +143,7 @@ class GpuMemory:
             # A way through for the start only: nothing is ever evicted.
             return min(total, store.num_experts)
         record_bytes = store.layout.record_bytes
-        ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        ranks = ranks_here(self._vllm_config)
         is_auto = parse_cache_size(options.host_gb)[0] == "auto"
         auto_bytes = spare_host_bytes(total * record_bytes, ranks) if is_auto else 0
         slots = host_slots(

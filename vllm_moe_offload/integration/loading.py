@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,7 @@ from vllm_moe_offload.integration.formats import (
     take_stored_form,
 )
 from vllm_moe_offload.integration.model_files import model_name, with_config
+from vllm_moe_offload.integration.placement import decoder_layers, rank_of, stages_of
 from vllm_moe_offload.integration.routers import routers_of
 from vllm_moe_offload.integration.startup import start_runtime
 from vllm_moe_offload.store import (
@@ -49,7 +50,6 @@ from vllm_moe_offload.store import (
     open_store,
     store_lock,
 )
-from vllm_moe_offload.store.checkpoint_reader import layer_number
 from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.store.shelf import log_others
 
@@ -75,7 +75,7 @@ def stream_weights(
             with (
                 load.builder() as builder,
                 BackgroundWriter(builder) as writer,
-                checkpoint.experts(numbers) as stream,
+                checkpoint.experts(numbers, load.own_experts) as stream,
             ):
                 for index in load.progress():
                     load.prepare_layer(index, stream.next_elements)
@@ -124,6 +124,8 @@ def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
     if not options.enabled:
         return None
     layers = offloaded_layers(model)
+    if not layers and vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return None  # a stage of dense layers alone
     if not layers:
         raise OptionError(
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
@@ -147,7 +149,6 @@ class ExpertLoad:
         self.layers = layers
         self._vllm_config = vllm_config
         self._formats = [format_of(layer) for layer in layers]
-        self._numbers = [layer_number(f"{layer.layer_name}.") for layer in layers]
         experts = {layer.local_num_experts for layer in layers}
         if len(experts) != 1:
             raise OptionError(
@@ -155,6 +156,8 @@ class ExpertLoad:
                 "not supported; use --moe-offload=off"
             )
         self.num_experts = experts.pop()
+        share = layers[0].share
+        self.own_experts: Collection[int] | None = None if share is None else share.experts
         self._store: ExpertStore | None = None
         self._layout: ExpertLayout | None = None
         self._landing: torch.Tensor | None = None
@@ -174,7 +177,7 @@ class ExpertLoad:
         Raises:
             OptionError: the checkpoint lacks the experts of a layer.
         """
-        expected = [number for number in self._numbers if number is not None]
+        expected = decoder_layers(self.layers)
         in_checkpoint = checkpoint.expert_layers
         if len(set(expected)) != len(self.layers) or not set(expected) <= set(in_checkpoint):
             names = [layer.layer_name for layer in self.layers]
@@ -183,7 +186,7 @@ class ExpertLoad:
                 f"experts in layers {in_checkpoint}; this checkpoint is not supported, use "
                 "--moe-offload=off"
             )
-        checkpoint.leave_out(set(in_checkpoint) - set(expected))
+        checkpoint.leave_out(set(in_checkpoint) - set(expected), self._other_stages())
         if checkpoint.left_out:
             logger.info(
                 "MoE offload: experts of %s are in the checkpoint and not in the model (multi-token "
@@ -191,6 +194,13 @@ class ExpertLoad:
                 ", ".join(sorted(checkpoint.left_out)),
             )
         return expected
+
+    def _other_stages(self) -> Collection[int]:
+        """Decoder layers that other workers have."""
+        model = self._vllm_config.model_config
+        if self._vllm_config.parallel_config.pipeline_parallel_size == 1:
+            return ()
+        return range(model.get_total_num_hidden_layers())
 
     def open_store(self) -> ExpertStore | None:
         """The store if it was built before; what is damaged goes, to be built again."""
@@ -201,7 +211,7 @@ class ExpertLoad:
             delete(self.directory)
         if self._store is not None:
             logger.info("MoE offload: store %s opened, experts are not loaded", self.directory)
-        if self._identity.tp_rank == 0:
+        if self._identity.rank.is_first:
             log_others(self.directory.parent)
         return self._store
 
@@ -333,7 +343,6 @@ def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
 def _identity(vllm_config: Any, layer: Any, model_dir: Path) -> StoreIdentity:
     model_config = vllm_config.model_config
     method = layer.quant_method
-    parallel = layer.moe_config.moe_parallel_config
     return StoreIdentity(
         checkpoint=checkpoint_fingerprint(model_dir),
         load_format=str(
@@ -347,8 +356,9 @@ def _identity(vllm_config: Any, layer: Any, model_dir: Path) -> StoreIdentity:
         quantization=model_config.quantization or "none",
         kernel=f"{method.experts_cls.__name__}:{getattr(method.experts_cls, 'isa', '')}",
         padded_shape=(layer.hidden_size, layer.intermediate_size_per_partition),
-        tp_rank=parallel.tp_rank,
-        tp_size=parallel.tp_size,
+        rank=rank_of(layer),
+        stages=stages_of(vllm_config),
+        expert_placement=layer.expert_placement_strategy,
         vllm_version=patching.vllm_version(),
     )
 

@@ -71,22 +71,13 @@ def fused_marlin_moe(original: Any, **call: Any) -> torch.Tensor:
     slot_map = slot_map_in_force()
     if slot_map is None:
         return original(**call)
-    if call.get("expert_map") is not None:
-        raise RuntimeError("expert parallelism and the slot pool rename experts both")
     for name in ROWS_PER_EXPERT:
         tensor = call.get(name)
         if tensor is not None:
             call[name] = tensor[: slot_map.num_experts]
     if slot_map.is_wave:
-        call["expert_map"] = present_experts(slot_map)
+        call["expert_map"] = slot_map.present(call.get("expert_map"))
     return original(**call)
-
-
-def present_experts(slot_map: SlotMap) -> torch.Tensor:
-    """int32 ``[E]``: an expert's own id, or -1 if it is absent."""
-    slot_of = slot_map.slot_of[:-1]
-    ids = torch.arange(slot_map.num_experts, dtype=torch.int32, device=slot_of.device)
-    return torch.where(slot_of >= 0, ids, -1).to(torch.int32)
 
 
 def moe_align_block_size(

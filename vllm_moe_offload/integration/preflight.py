@@ -9,10 +9,13 @@ the worker.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from vllm import envs
+from vllm.distributed.utils import get_pp_indices
 
 from vllm_moe_offload.cache.sizing import cache_slots, host_slots
 from vllm_moe_offload.config import OffloadConfig, OptionError, parse_cache_size
@@ -25,7 +28,7 @@ from vllm_moe_offload.integration.model_files import (
     model_name,
     no_safetensors,
 )
-from vllm_moe_offload.plan.fit import model_problems
+from vllm_moe_offload.plan.problems import model_problems
 from vllm_moe_offload.plan.shapes import (
     ModelShape,
     ShapeError,
@@ -39,6 +42,8 @@ from vllm_moe_offload.plan.shapes.checkpoint import (
     read_config,
 )
 from vllm_moe_offload.plan.shapes.kernel_form import Platform
+from vllm_moe_offload.plan.split import Split, rank_shape
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store.checkpoint_reader import TensorRange, expert_layer
 from vllm_moe_offload.store.directory import prepare_directory
 from vllm_moe_offload.store.errors import StoreError
@@ -61,9 +66,13 @@ def check(vllm_config: Any, options: OffloadConfig) -> None:
         return
     tensors = _tensors(vllm_config, directory)
     shape = _shape(vllm_config, directory, tensors)
-    if shape is not None:
-        _check_sizes(vllm_config, options, shape)
-        _check_room(vllm_config, options, directory, shape)
+    if shape is None:
+        return
+    parts = _parts(vllm_config, shape)
+    if any(_is_left_to_the_worker(part) for part in parts.values()):
+        return
+    _check_sizes(vllm_config, options, parts)
+    _check_room(vllm_config, options, directory, parts)
 
 
 def check_paths(options: OffloadConfig) -> None:
@@ -121,14 +130,19 @@ def _shape(vllm_config: Any, directory: Path, tensors: Tensors) -> ModelShape | 
         shape = count_checkpoint(directory, shape, tensors).shape
     except (OSError, ShapeError):
         return None  # what `plan` cannot count may be served all the same
-    if shape.is_quantized and (
-        shape.format is None or any(refusals(shape.format, _platform(), shape.expert))
-    ):
+    if _is_left_to_the_worker(shape):
         return None
     if tensors:
         for problem in model_problems(shape):
             raise OptionError(f"{problem.text}: {problem.remedy}")
     return shape
+
+
+def _is_left_to_the_worker(shape: ModelShape) -> bool:
+    """Whether experts are quantised to what ``plan`` does not know how to serve."""
+    return shape.is_quantized and (
+        shape.format is None or any(refusals(shape.format, _platform(), shape.expert))
+    )
 
 
 def _platform() -> Platform:
@@ -137,42 +151,98 @@ def _platform() -> Platform:
     return "cuda" if current_platform.is_cuda() else "cpu"
 
 
-def _bytes(vllm_config: Any, shape: ModelShape) -> tuple[int, int]:
-    """Of one expert and of its record, as one rank has it."""
-    ranks: int = vllm_config.parallel_config.tensor_parallel_size
-    if shape.is_quantized and shape.format is not None:
-        part = replace(shape.expert, width=shape.expert.width // ranks)
-        layout = kernel_form(shape.format, _platform(), part)
+def _split(parallel: Any) -> Split:
+    """How the server's ranks share the model."""
+    ranks: int = parallel.tensor_parallel_size
+    return Split(
+        tensor_parallel=ranks,
+        pipeline_parallel=parallel.pipeline_parallel_size,
+        has_expert_parallel=bool(parallel.enable_expert_parallel) and ranks > 1,
+    )
+
+
+def _parts(vllm_config: Any, shape: ModelShape) -> dict[Rank, ModelShape]:
+    """What each rank has of the model, by its place; ranks without experts are left out."""
+    split = _split(vllm_config.parallel_config)
+    stages = split.pipeline_parallel
+    parts = {}
+    for number in range(split.num_ranks):
+        stage = split.stage(number)
+        layers = None
+        if envs.VLLM_PP_LAYER_PARTITION is not None:
+            layers = range(*get_pp_indices(shape.num_layers, stage, stages))
+        part = rank_shape(shape, split, number, layers)
+        if part.total_experts:
+            rank = Rank(
+                pp=stage,
+                pp_size=stages,
+                tp=number % split.expert_slices,
+                tp_size=split.expert_slices,
+                ep=number % split.expert_ranks,
+                ep_size=split.expert_ranks,
+            )
+            parts[rank] = part
+    return parts
+
+
+def _bytes(vllm_config: Any, part: ModelShape) -> tuple[int, int]:
+    """Of one expert and of its record, as a rank has it."""
+    if part.is_quantized and part.format is not None:
+        layout = kernel_form(part.format, _platform(), part.expert)
         return layout.expert_bytes, layout.record_bytes
     element_bytes: int = vllm_config.model_config.dtype.itemsize
-    expert_bytes = shape.expert.parameters * element_bytes // ranks
+    expert_bytes = part.expert.parameters * element_bytes
     return expert_bytes, expert_bytes
 
 
-def _check_sizes(vllm_config: Any, options: OffloadConfig, shape: ModelShape) -> None:
+def _check_sizes(
+    vllm_config: Any, options: OffloadConfig, parts: Mapping[Rank, ModelShape]
+) -> None:
     """Kernels may pad experts, so what just fits here may still be refused by the worker."""
-    sizes = {"num_layers": len(shape.moe_layers), "num_experts": shape.num_experts}
-    expert_bytes, record_bytes = _bytes(vllm_config, shape)
-    if parse_cache_size(options.cache_gb)[0] != "auto":
-        cache_slots(
-            options.cache_gb,
-            expert_bytes=expert_bytes,
-            top_k=shape.top_k,
-            auto_bytes=0,
-            **sizes,
-        )
-    if _platform() == "cuda" and parse_cache_size(options.host_gb)[0] != "auto":
-        host_slots(options.host_gb, record_bytes=record_bytes, auto_bytes=0, **sizes)
+    for part in dict.fromkeys(parts.values()):
+        sizes = {"num_layers": len(part.moe_layers), "num_experts": part.num_experts}
+        expert_bytes, record_bytes = _bytes(vllm_config, part)
+        if parse_cache_size(options.cache_gb)[0] != "auto":
+            cache_slots(
+                options.cache_gb,
+                expert_bytes=expert_bytes,
+                top_k=part.top_k,
+                auto_bytes=0,
+                **sizes,
+            )
+        if _platform() == "cuda" and parse_cache_size(options.host_gb)[0] != "auto":
+            host_slots(options.host_gb, record_bytes=record_bytes, auto_bytes=0, **sizes)
+
+
+def _parts_here(
+    parallel: Any, parts: Mapping[Rank, ModelShape]
+) -> Mapping[Rank, ModelShape] | None:
+    """Those of workers on this machine; None if only Ray knows where they will run."""
+    if parallel.distributed_executor_backend == "ray":
+        return None
+    split = replace(_split(parallel), nodes=parallel.nnodes)
+    here = split.ranks_of_node(parallel.node_rank)
+    return {rank: part for rank, part in parts.items() if _number(rank) in here}
+
+
+def _number(rank: Rank) -> int:
+    """Of a rank in the server, as :class:`Split` counts."""
+    return rank.pp * rank.tp_size * rank.ep_size + rank.tp + rank.ep
 
 
 def _check_room(
-    vllm_config: Any, options: OffloadConfig, directory: Path, shape: ModelShape
+    vllm_config: Any,
+    options: OffloadConfig,
+    directory: Path,
+    parts: Mapping[Rank, ModelShape],
 ) -> None:
-    """Raises OptionError if the disk has no room for a store that is to be built."""
-    parallel = vllm_config.parallel_config
-    ranks_here = parallel.tensor_parallel_size // parallel.nnodes
-    _, record_bytes = _bytes(vllm_config, shape)
-    store_bytes = ranks_here * shape.total_experts * record_bytes
+    """Raises OptionError if the disk has no room for the stores that are to be built here."""
+    here = _parts_here(vllm_config.parallel_config, parts)
+    if not here:
+        return
+    store_bytes = sum(
+        part.total_experts * _bytes(vllm_config, part)[1] for part in here.values()
+    )
     store_dir = Path(options.store_dir)
     place = store_dir / model_name(str(vllm_config.model_config.model))
     try:
@@ -181,7 +251,7 @@ def _check_room(
         stores = [
             shelved for shelved in shelved_models(store_dir) if shelved.model == place.name
         ]
-        if any(_is_built(vllm_config, directory, shelved) for shelved in stores):
+        if any(_is_built(here, directory, shelved) for shelved in stores):
             return
         unfinished = sum(shelved.nbytes for shelved in stores if shelved.state != "complete")
         try:
@@ -190,12 +260,15 @@ def _check_room(
             raise OptionError(str(error)) from None
 
 
-def _is_built(vllm_config: Any, directory: Path, shelved: ShelvedModel) -> bool:
+def _is_built(here: Mapping[Rank, ModelShape], directory: Path, shelved: ShelvedModel) -> bool:
     """Whether a start will probably open this store: its kernel is not known yet."""
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    return shelved.state == "complete" and all(
-        part.identity.vllm_version == patching.vllm_version()
-        and part.identity.tp_size == ranks
-        and part.identity.checkpoint == checkpoint_fingerprint(directory)
-        for part in shelved.parts[:1]
+    fitting = {
+        part.identity.rank
+        for part in shelved.parts
+        if part.identity.vllm_version == patching.vllm_version()
+    }
+    return (
+        not shelved.faults
+        and here.keys() <= fitting
+        and shelved.parts[0].identity.checkpoint == checkpoint_fingerprint(directory)
     )

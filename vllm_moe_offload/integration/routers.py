@@ -30,7 +30,8 @@ def routers_of(model: torch.nn.Module, layers: list[Any]) -> Routers | None:
     bias = None
     if with_bias:
         bias = torch.stack([router.bias.detach() for router in routers])
-    return Routers.of(weight, bias)
+    share = layers[0].share
+    return Routers.of(weight, bias, None if share is None else share.experts)
 
 
 def _router_of(

@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vllm_moe_offload import __version__
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
@@ -17,9 +19,11 @@ from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
+from vllm_moe_offload.integration.placement import decoder_layers, own_experts
 from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters
 from vllm_moe_offload.plan.fit import amount
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.trace.collection_file import CollectionFile
@@ -48,7 +52,6 @@ def start_runtime(
     shape = _shape(memory, options, store, first, policy)
     _log_plan(options, store, shape)
     pool, transfer = memory.build(store, shape, options)
-    parallel = first.moe_config.moe_parallel_config
     cache = ExpertCache(shape, policy.rules)
     predictor = _predictor(options, shape, routers, first.top_k)
     prefetcher = None
@@ -61,10 +64,10 @@ def start_runtime(
         transfer=transfer,
         policy=policy,
         prefetcher=prefetcher,
-        collection_file=_collection_file(options, store, policy, parallel),
-        recorder=_recorder(options, store, shape, first.top_k, parallel),
+        collection_file=_collection_file(options, store, policy, layers),
+        recorder=_recorder(options, store, shape, layers),
         published=_counter_file(
-            vllm_config, options, parallel, reads_ahead=prefetcher is not None
+            vllm_config, options, store.identity.rank, reads_ahead=prefetcher is not None
         ),
     )
     for index, layer in enumerate(layers):
@@ -172,31 +175,46 @@ def _predictor(
 
 
 def _collection_file(
-    options: OffloadConfig, store: ExpertStore, policy: Policy, parallel: Any
+    options: OffloadConfig, store: ExpertStore, policy: Policy, layers: list[Any]
 ) -> CollectionFile | None:
-    """Loads the policy's collection; all TP ranks see the same routing, so one of them saves."""
+    """Loads the policy's collection, of the experts that this worker has."""
     if not isinstance(policy, TracePolicy):
         return None
     path = store.directory.parent / COLLECTION_NAME
     if options.trace_path is not None:
         path = Path(options.trace_path)
-    policy.forecast.collection.fingerprint = store.identity.checkpoint
-    file = CollectionFile(path, policy.forecast.collection, writes=parallel.tp_rank == 0)
+    identity = store.identity
+    policy.forecast.collection.fingerprint = identity.checkpoint
+    if not identity.rank.sees_all:
+        # Another partition may have as many layers and experts in this part, and others.
+        policy.forecast.collection.fingerprint += (
+            f" {identity.rank.name} {decoder_layers(layers)} {own_experts(layers)}"
+        )
+    file = CollectionFile(
+        identity.rank.trace_file(path),
+        policy.forecast.collection,
+        writes=identity.rank.writes_traces,
+    )
     policy.forecast.collection = file.load()
     return file
 
 
 def _recorder(
-    options: OffloadConfig, store: ExpertStore, shape: CacheShape, top_k: int, parallel: Any
+    options: OffloadConfig, store: ExpertStore, shape: CacheShape, layers: list[Any]
 ) -> TraceRecorder | None:
-    # All TP ranks see the same routing: one trace is enough.
-    if options.record_trace is None or parallel.tp_rank != 0:
+    """A stage's first worker records what its layers are routed to, other ranks' experts included."""
+    rank = store.identity.rank
+    if options.record_trace is None or rank.tp != 0 or rank.ep != 0:
         return None
+    stage = Rank(pp=rank.pp, pp_size=rank.pp_size)
+    numbers = decoder_layers(layers)
     return TraceRecorder(
-        Path(options.record_trace),
+        stage.trace_file(Path(options.record_trace)),
         num_layers=store.num_layers,
-        num_experts=store.num_experts,
-        top_k=top_k,
+        num_experts=layers[0].global_num_experts,
+        top_k=layers[0].top_k,
+        layer_ids=np.array(numbers) if len(numbers) == len(layers) else None,
+        own_experts=own_experts(layers),
         num_slots=shape.num_slots,
         num_staging_slots=shape.num_staging_slots,
         limit_bytes=int(options.record_trace_limit_gb * GIB),
@@ -204,22 +222,23 @@ def _recorder(
 
 
 def _counter_file(
-    vllm_config: Any, options: OffloadConfig, parallel: Any, *, reads_ahead: bool
+    vllm_config: Any, options: OffloadConfig, rank: Rank, *, reads_ahead: bool
 ) -> Counters:
     served = vllm_config.model_config.served_model_name
     labels = {
         "model_name": served if isinstance(served, str) else served[0],
         "engine": str(vllm_config.parallel_config.data_parallel_index),
-        "rank": str(parallel.tp_rank),
+        "rank": str(vllm_config.parallel_config.rank),
     }
     info = {
         "policy": options.mode,
         "prefetch": "on" if reads_ahead else "off",
         "version": __version__,
+        "part": rank.name,
     }
     worker = f"pid {os.getpid()}, host {socket.gethostname()}"
     directory = counters_dir()
     if directory is None:  # on another host: the engine core asks for them
         return Counters(labels, info, worker)
-    name = f"rank{parallel.tp_rank}of{parallel.tp_size}-{os.getpid()}-{id(parallel)}{SUFFIX}"
+    name = f"{rank.name}-{os.getpid()}-{id(rank)}{SUFFIX}"
     return CounterFile(directory / name, labels, info, worker)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.config import CompilationMode
+
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import cpu_kernels, formats, supported_gpu
 
@@ -48,11 +50,24 @@ def _platform_problems(
             f"platform {current_platform.device_name!r}: allowed: cpu, cuda (NVIDIA). ROCm, XPU "
             "and TPU are not supported"
         )
+    yield from _cpu_stage_problems(config)
     quantization = config.model_config.quantization
     if quantization is not None and not any(formats.problems(quantization)):
         yield from cpu_kernels.problems(quantization, options.cpu_kernels)
     if options.host_gb != "auto":
         yield f"host_gb={options.host_gb!r}: without a GPU experts are cached in RAM; see cache_gb"
+
+
+def _cpu_stage_problems(config: Any) -> Iterator[str]:
+    """The memory for what a stage is sent is made in warm-up (GPUModelRunner._dummy_run), and
+    CPUModelRunner warms up what it compiled: without, a request fails an assertion."""
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1 and config.compilation_config.mode == CompilationMode.NONE:
+        yield (
+            f"pipeline_parallel_size={stages} with enforce_eager=True: vLLM's CPU worker makes "
+            "room for what a stage is sent when it warms up compiled code, and fails at the first "
+            "request without; leave enforce_eager out"
+        )
 
 
 def _model_problems(config: Any) -> Iterator[str]:
@@ -78,10 +93,8 @@ def _model_problems(config: Any) -> Iterator[str]:
 def _parallel_problems(parallel: Any) -> Iterator[str]:
     for name, allowed in (
         ("data_parallel_size", 1),
-        ("pipeline_parallel_size", 1),
         ("prefill_context_parallel_size", 1),
         ("decode_context_parallel_size", 1),
-        ("enable_expert_parallel", False),
         ("enable_eplb", False),
         ("enable_elastic_ep", False),
         ("enable_dbo", False),

@@ -1,8 +1,9 @@
 """vLLM's Triton experts on slots of the slot pool, with nothing else changed.
 
-An ``expert_map`` cannot rename blocks: with one, ``moe_align_block_size`` counts tokens by the ids
-*behind* the map in an array for E experts, and slots of a pool reach further. It would also
-take the decode path without alignment away, on which plain vLLM serves small batches. Blocks of the
+An ``expert_map`` cannot rename blocks to slots: with one, ``moe_align_block_size`` counts tokens by
+the ids *behind* the map in an array for E experts, and slots of a pool reach further. It would also
+take the decode path without alignment away, on which plain vLLM serves small batches. Where vLLM has
+one itself, for expert parallelism, it is left in place and slots are named behind it. Blocks of the
 expert -1 are zeros in the kernel's output, and nothing is read for them.
 """
 
@@ -38,10 +39,14 @@ def prepare_expert_assignment(  # noqa: PLR0917 (vLLM's signature)
         return original(
             topk_ids, config, num_tokens, top_k_num, global_num_experts, expert_map, **options
         )
-    if expert_map is not None:
-        raise RuntimeError("expert parallelism and the slot pool rename experts both")
+    if expert_map is None:
+        global_num_experts = slot_map.num_experts
+    elif slot_map.is_wave:
+        expert_map = slot_map.present(expert_map)
+        # The sum over a token's experts asks vLLM's own map, so the rows of all blocks are written.
+        options["ignore_invalid_experts"] = False
     token_ids, expert_ids, num_padded = original(
-        topk_ids, config, num_tokens, top_k_num, slot_map.num_experts, None, **options
+        topk_ids, config, num_tokens, top_k_num, global_num_experts, expert_map, **options
     )
     return token_ids, slot_map.slot_of[expert_ids], num_padded
 

@@ -7,8 +7,7 @@ plan says what a start with its options makes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_moe_offload.cache.layout import ExpertLayout
 from vllm_moe_offload.cache.planner import CacheShape
@@ -22,8 +21,15 @@ from vllm_moe_offload.config import GIB
 from vllm_moe_offload.plan.machine import (
     CPU_RUNTIME_BYTES,
     HOST_RUNTIME_BYTES,
-    UTILIZATION,
     Machine,
+)
+from vllm_moe_offload.plan.problems import (
+    Problem,
+    amount,
+    memory_problems,
+    model_problems,
+    platform_problems,
+    round_up_memory,
 )
 from vllm_moe_offload.plan.shapes.base import ModelShape
 from vllm_moe_offload.plan.shapes.kernel_form import (
@@ -32,10 +38,11 @@ from vllm_moe_offload.plan.shapes.kernel_form import (
     Kind,
     Platform,
     kernel_form,
-    place,
     refusals,
 )
 from vllm_moe_offload.policy import TracePolicy
+
+__all__ = ["Bound", "Fit", "amount", "fit", "with_shared_options"]
 
 KV_BLOCK_TOKENS = 128
 """vLLM's block on CPU; smaller on CUDA."""
@@ -54,14 +61,6 @@ RUN_FORMATS: dict[Platform, frozenset[Kind]] = {
     "cuda": frozenset({"bf16"}),
 }
 """Kinds of experts with which it has been run on each platform."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why it cannot work, and what would."""
-
-    text: str
-    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +129,11 @@ class Fit:
         return 0 if self.cache is None else self.cache.num_pool_slots * self.expert_bytes
 
     @property
+    def cached_share(self) -> float:
+        """Of all experts, those with a slot that is not for staging."""
+        return 0.0 if self.cache is None else self.cache.num_slots / self.shape.total_experts
+
+    @property
     def has_run(self) -> bool:
         """Whether such experts were ever served on such a machine."""
         return self.format.kind in RUN_FORMATS[self.machine.platform]
@@ -181,11 +185,24 @@ class Fit:
         return options
 
 
-def amount(nbytes: float) -> str:
-    """``12.34 GiB``, or ``12.3 MiB`` of small amounts."""
-    if nbytes < GIB / 10:
-        return f"{nbytes / (1 << 20):.1f} MiB"
-    return f"{nbytes / GIB:,.2f} GiB"
+def with_shared_options(result: Fit, cache_gb: str, kv_tokens: int) -> Fit:
+    """A fit that works, with options that are the same for all ranks of a server.
+
+    Args:
+        result: of one rank.
+        cache_gb: no more than its own, unless that is 100%.
+        kv_tokens: no more than its own.
+    """
+    shape = result.shape
+    sizes = _sizes(shape)
+    slots = cache_slots(cache_gb, expert_bytes=result.expert_bytes, auto_bytes=0, **sizes)
+    return replace(
+        result,
+        cache_gb=cache_gb,
+        cache=cache_shape(slots, rules=TracePolicy.rules, **sizes),
+        kv_bytes=_kv_bytes(shape, kv_tokens),
+        kv_tokens=kv_tokens,
+    )
 
 
 def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fit:
@@ -215,9 +232,9 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
     exact = fixed + layer_bytes
     build = build_peak_bytes(layer_bytes)
     build += HOST_RUNTIME_BYTES if machine.has_gpu else shape.dense_bytes + CPU_RUNTIME_BYTES
-    problems = [*model_problems(shape), *_platform_problems(shape, machine)]
+    problems = [*model_problems(shape), *platform_problems(shape, machine)]
     if not problems:
-        problems += _memory_problems(machine, least, exact, build)
+        problems += memory_problems(machine, least, exact, build)
     cache, cache_gb = None, ""
     if not problems:
         cache_gb, cache = _cache(shape, layout.expert_bytes, room, all_bytes)
@@ -238,8 +255,8 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
             shape.total_experts * layout.record_bytes, machine.host_expert_bytes
         ),
         build_bytes=build,
-        least_fast_bytes=_round_up_memory(least),
-        exact_fast_bytes=_round_up_memory(exact),
+        least_fast_bytes=round_up_memory(least * machine.fast_ranks),
+        exact_fast_bytes=round_up_memory(exact * machine.fast_ranks),
         problems=tuple(problems),
     )
 
@@ -255,11 +272,7 @@ def _cache(
     shape: ModelShape, expert_bytes: int, room_bytes: int, all_bytes: int
 ) -> tuple[str, CacheShape]:
     """The ``cache_gb`` that fills ``room_bytes``, and what the server makes of it."""
-    sizes = {
-        "num_layers": len(shape.moe_layers),
-        "num_experts": shape.num_experts,
-        "top_k": shape.top_k,
-    }
+    sizes = _sizes(shape)
     if room_bytes >= all_bytes:
         cache_gb = "100%"
     else:
@@ -272,6 +285,14 @@ def _cache(
     return cache_gb, cache_shape(slots, rules=TracePolicy.rules, **sizes)
 
 
+def _sizes(shape: ModelShape) -> dict[str, int]:
+    return {
+        "num_layers": len(shape.moe_layers),
+        "num_experts": shape.num_experts,
+        "top_k": shape.top_k,
+    }
+
+
 def _kv_bytes(shape: ModelShape, tokens: int) -> int:
     """A KV cache for one request of so many tokens, whole blocks."""
     blocks = -(-tokens // KV_BLOCK_TOKENS) + 1
@@ -280,53 +301,11 @@ def _kv_bytes(shape: ModelShape, tokens: int) -> int:
 
 
 def _kv_tokens(shape: ModelShape, kv_bytes: int) -> int:
+    if not shape.kv.bytes_per_token:  # a stage whose layers all have a window or a state
+        return MOST_KV_REQUESTS * shape.max_tokens
     for_tokens = kv_bytes - shape.kv.bytes_per_request(BATCH_TOKENS)
     return max(0, for_tokens // shape.kv.bytes_per_token - KV_BLOCK_TOKENS)
 
 
 def _most_kv_bytes(shape: ModelShape) -> int:
     return MOST_KV_REQUESTS * _kv_bytes(shape, shape.max_tokens)
-
-
-def _round_up_memory(served_bytes: int) -> int:
-    """Memory of which a server takes so much, in tenths of a GiB."""
-    return math.ceil(served_bytes / UTILIZATION / GIB * 10 + 1e-6) * GIB // 10
-
-
-def model_problems(shape: ModelShape) -> Iterator[Problem]:
-    """Why a checkpoint is not served on any machine."""
-    if shape.format is None:
-        yield Problem(
-            f"the experts are quantised to what is not served: {shape.refusal}",
-            "a checkpoint of the same model in a format of the table",
-        )
-
-
-def _platform_problems(shape: ModelShape, machine: Machine) -> Iterator[Problem]:
-    """Why its experts are not served on such a machine."""
-    if shape.format is None:
-        return
-    for refusal in refusals(shape.format, machine.platform, shape.expert):
-        elsewhere: Platform = "cpu" if machine.has_gpu else "cuda"
-        remedy = "a checkpoint of the same model in a format of the table"
-        if not any(refusals(shape.format, elsewhere, shape.expert)):
-            remedy = f"a {place(elsewhere)}, or {remedy}"
-        yield Problem(f"not served: {refusal}", remedy)
-
-
-def _memory_problems(machine: Machine, least: int, exact: int, build: int) -> Iterator[Problem]:
-    option = "--device-memory" if machine.has_gpu else "--host-memory"
-    if machine.fast_bytes < least:
-        yield Problem(
-            f"{amount(machine.fast_bytes)} of fast memory ({UTILIZATION:.0%} of {option}) do not "
-            "hold the dense weights, the KV cache, vLLM itself and the experts of one token in one "
-            f"layer: {amount(least)}",
-            f"{option} {amount(_round_up_memory(least))} at least; "
-            f"{amount(_round_up_memory(exact))} for exact output (one layer's experts)",
-        )
-    if machine.store_memory_bytes < build:
-        yield Problem(
-            f"the first start takes {amount(build)} of host memory to build the store (two or three "
-            f"layers at a time); {amount(machine.store_memory_bytes)} are there",
-            f"--host-memory {amount(_round_up_memory(build))} at least",
-        )

@@ -10,11 +10,11 @@ from vllm_moe_offload.plan.shapes.kernel_form import Platform
 UTILIZATION = 0.92
 """Share of a memory that a server takes: vLLM's default ``gpu_memory_utilization``."""
 CPU_RUNTIME_BYTES = 5 * GIB // 2
-"""vLLM's processes and activations on a CPU server, weights and KV cache aside."""
+"""vLLM's processes and activations on a CPU server, for each rank, weights and KV cache aside."""
 GPU_RUNTIME_BYTES = 2 * GIB
 """CUDA context, activations and graphs on a GPU."""
 HOST_RUNTIME_BYTES = 4 * GIB
-"""vLLM's processes in the host memory beside a GPU."""
+"""vLLM's processes in the host memory beside a GPU, for each rank."""
 
 NVME_GBPS = 7.0
 PCIE_GBPS = 25.0
@@ -31,6 +31,7 @@ class Machine:
             GPU, else the disk.
         disk_gbps: of the disk below the host memory of a GPU server.
         memory_gbps: of the fast memory itself, if computing is to be part of the bound.
+        ranks: of the model that share host memory and disk; each has a GPU of its own, if any.
     """
 
     host_bytes: int
@@ -38,6 +39,7 @@ class Machine:
     link_gbps: float
     disk_gbps: float = NVME_GBPS
     memory_gbps: float | None = None
+    ranks: int = 1
 
     @property
     def platform(self) -> Platform:
@@ -51,21 +53,26 @@ class Machine:
 
     @property
     def fast_bytes(self) -> int:
-        """What a server may take of the fast memory."""
+        """What a rank may take of the fast memory."""
         total = self.host_bytes if self.device_bytes is None else self.device_bytes
-        return int(total * UTILIZATION)
+        return int(total * UTILIZATION) // self.fast_ranks
+
+    @property
+    def fast_ranks(self) -> int:
+        """Ranks that share one fast memory and the link into it."""
+        return 1 if self.has_gpu else self.ranks
 
     @property
     def store_memory_bytes(self) -> int:
-        """What a server may take of the host memory while it builds its store."""
-        return int(self.host_bytes * UTILIZATION)
+        """What a rank may take of the host memory while it builds its store."""
+        return int(self.host_bytes * UTILIZATION) // self.ranks
 
     @property
     def host_expert_bytes(self) -> int:
-        """With a GPU, what host memory has for experts."""
+        """With a GPU, what host memory has for experts of a rank."""
         return max(0, self.store_memory_bytes - HOST_RUNTIME_BYTES) if self.has_gpu else 0
 
     @property
     def runtime_bytes(self) -> int:
-        """Of that, what neither weights nor caches get."""
+        """Of the fast memory, what neither weights nor caches of a rank get."""
         return GPU_RUNTIME_BYTES if self.has_gpu else CPU_RUNTIME_BYTES

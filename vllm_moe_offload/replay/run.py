@@ -99,8 +99,12 @@ def replay_recorded(
     capacity: float | None = None,
     progress: Progress | None = None,
 ) -> ReplayResult:
-    """Replays the server's own steps with its slots (or those of ``capacity``)."""
+    """Replays the server's own steps with its slots (or those of ``capacity``).
+
+    With expert parallelism: of the worker that recorded them, whose experts were some of all.
+    """
     schedule = recorded_schedule(trace)
+    trace = trace.as_recorded()
     recorded = trace.schedule
     assert recorded is not None
     shape = (trace.num_layers, trace.num_experts)

@@ -52,6 +52,7 @@ _THREADS = 4
 DRAFTERS = ("mtp.",)
 """How names begin of tensors that a checkpoint has for a drafter alone, beside the model's."""
 _EXPERT_TENSOR = re.compile(r"\.experts\.")
+_EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 
@@ -68,6 +69,12 @@ def expert_layer(name: str) -> int | None:
     modules of their own (:data:`DRAFTERS`).
     """
     return layer_number(name) if _EXPERT_TENSOR.search(name) else None
+
+
+def expert_number(name: str) -> int | None:
+    """Which expert of its layer a routed expert's tensor is of; None: of all of them."""
+    match = _EXPERT_NUMBER.search(name)
+    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True, slots=True)

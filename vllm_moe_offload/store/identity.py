@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store.errors import StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever records or manifest change in a way that older code would misread."""
 
 _SAMPLE_BYTES = 4096
@@ -33,8 +34,10 @@ class StoreIdentity(BaseModel):
         kernel: class of the experts' kernel and the instruction set it packs for; records
             hold bytes in that kernel's form.
         padded_shape: sizes of the weights after padding.
-        tp_rank: this rank; not part of :attr:`key`, ranks lie beside each other.
-        tp_size: ranks that share every expert.
+        rank: which part of the model this is; of it only the sizes are part of :attr:`key`, parts
+            of one model lie beside each other.
+        stages: first decoder layer of every pipeline stage.
+        expert_placement: vLLM's rule that says which experts a rank has.
         vllm_version: version that packed the weights.
         format_version: of the store's files.
     """
@@ -47,21 +50,22 @@ class StoreIdentity(BaseModel):
     quantization: str
     kernel: str
     padded_shape: tuple[int, ...]
-    tp_rank: int
-    tp_size: int
+    rank: Rank
+    stages: tuple[int, ...]
+    expert_placement: str
     vllm_version: str
     format_version: int = FORMAT_VERSION
 
     @property
     def key(self) -> str:
-        """Hex digest of all fields but the rank."""
-        text = self.model_dump_json(exclude={"tp_rank"})
+        """Hex digest of all fields, the same for all ranks of a server."""
+        text = self.model_dump_json(exclude={"rank": {"pp", "tp", "ep"}})
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
     def directory(self, store_dir: Path, model: str) -> Path:
-        """``<store_dir>/<model>-<key>/rank<r>of<n>``; ``model`` is for people to read."""
+        """``<store_dir>/<model>-<key>/<rank's name>``; ``model`` is for people to read."""
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name).strip("-.")[:64] or "model"
-        return store_dir / f"{name}-{self.key[:16]}" / f"rank{self.tp_rank}of{self.tp_size}"
+        return store_dir / f"{name}-{self.key[:16]}" / self.rank.name
 
     def differences(self, other: StoreIdentity) -> list[str]:
         """``field: own value, not other's value`` for every field that differs."""

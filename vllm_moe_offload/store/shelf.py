@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_moe_offload.rank import NAME_PATTERN
 from vllm_moe_offload.store.directory import delete, store_lock
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.expert_store import ExpertStore, open_store
@@ -17,7 +18,8 @@ from vllm_moe_offload.store.expert_store import ExpertStore, open_store
 logger = logging.getLogger("vllm.moe_offload")
 
 _MODEL = re.compile(r"(?P<model>.+)-[0-9a-f]{16}")
-_RANK = re.compile(r"rank\d+of\d+")
+_PARTS = re.compile(rf"{NAME_PATTERN.pattern}|rank\d+of\d+")
+"""Directories of parts; the last form is that of format version 1, which no start opens any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,16 @@ class ShelvedModel:
             return self.faults[0]
         if not self.parts:
             return "not finished"
-        ranks = self.parts[0].identity.tp_size
-        if len(self.parts) < ranks:
-            return f"{len(self.parts)} of {ranks} ranks"
+        if self.num_missing:
+            return f"{len(self.parts)} of {len(self.parts) + self.num_missing} parts are here"
         return "complete"
+
+    @property
+    def num_missing(self) -> int:
+        """Parts that are not here: other machines' workers have theirs there."""
+        if not self.parts:
+            return 0
+        return max(self.parts[0].identity.rank.num_parts - len(self.parts), 0)
 
 
 def shelved_models(store_dir: Path) -> list[ShelvedModel]:
@@ -83,7 +91,7 @@ def _look_at(directory: Path) -> ShelvedModel | None:
         if not any(_contents(directory)):
             return None
         for path in sorted(directory.iterdir()):
-            if not _RANK.fullmatch(path.name):
+            if not _PARTS.fullmatch(path.name):
                 continue
             try:
                 part = open_store(path, None)

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class TraceRecorder:
         num_staging_slots: int,
         limit_bytes: int,
         layer_ids: npt.NDArray[np.integer[Any]] | None = None,
+        own_experts: Sequence[int] | None = None,
     ) -> None:
         """Creates the spool files beside ``path``.
 
@@ -56,6 +57,7 @@ class TraceRecorder:
             num_slots, num_staging_slots: of the server's cache, kept for the replay.
             limit_bytes: recording stops before the spool outgrows this.
             layer_ids: index of each MoE layer in the model; default 0, 1, ...
+            own_experts: those that the server's cache is for, where other workers have the others.
 
         Raises:
             OSError: the directory cannot be written.
@@ -66,6 +68,7 @@ class TraceRecorder:
         self._slots = (num_slots, num_staging_slots)
         self._limit = limit_bytes
         self._layer_ids = np.arange(num_layers) if layer_ids is None else np.asarray(layer_ids)
+        self._own_experts = own_experts
         self._shape = (num_layers, top_k)
         self._token_bytes = num_layers * top_k * self._dtype.itemsize + _TOKEN.itemsize
         self._ids_file = self._spool("ids")
@@ -219,6 +222,8 @@ class TraceRecorder:
             "slots": np.asarray(self._slots[0], np.int64),
             "staging_slots": np.asarray(self._slots[1], np.int64),
         }
+        if self._own_experts is not None:
+            arrays["own_experts"] = np.asarray(self._own_experts, np.int64)
         descriptor, temporary = tempfile.mkstemp(  # 0600
             dir=self._path.parent, prefix=f".{self._path.name}."
         )

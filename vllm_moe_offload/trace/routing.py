@@ -28,18 +28,22 @@ server counted. One entry per token row that the server computed, in the order o
 ``end_steps``             int64 ``[requests]``: the request ended before this step; -1 never
 ``layer_ids``             int64 ``[layers]``: index of each MoE layer in the model
 ``slots, staging_slots``  int: sizes of the server's cache
+``own_experts``           int64 ``[own]``, optional: the experts that this cache is for, by their
+                          place in it; the others were other workers' (expert parallelism)
 ========================  ==============================================================
 """
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_moe_offload.native import NO_EXPERT
 
 Ids = npt.NDArray[np.integer[Any]]
 Int64s = npt.NDArray[np.int64]
@@ -77,6 +81,7 @@ class RecordedSchedule:
     layer_ids: Int64s
     slots: int
     staging_slots: int
+    own_experts: Int64s | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,20 @@ class RoutingTrace:
         if self.schedule is None or not self.schedule.recomputed_ids.size:
             return self.ids
         return np.concatenate([self.ids, self.schedule.recomputed_ids])
+
+    def as_recorded(self) -> RoutingTrace:
+        """What the worker that recorded the schedule served: of its own experts, by their places.
+
+        Ids of other workers' experts are ``native.NO_EXPERT``. The trace itself, if it had all.
+        """
+        schedule = self.schedule
+        if schedule is None or schedule.own_experts is None:
+            return self
+        own = schedule.own_experts
+        place = np.full(self.num_experts, NO_EXPERT, np.int32)
+        place[own] = np.arange(own.size)
+        again = replace(schedule, recomputed_ids=place[schedule.recomputed_ids])
+        return replace(self, ids=place[self.ids], num_experts=own.size, schedule=again)
 
     @property
     def num_requests(self) -> int:
@@ -204,7 +223,26 @@ def _schedule(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> Recorded
         layer_ids=arrays["layer_ids"],
         slots=int(arrays["slots"]),
         staging_slots=int(arrays["staging_slots"]),
+        own_experts=_own_experts(path, arrays),
     )
+
+
+def _own_experts(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> Int64s | None:
+    own = arrays.get("own_experts")
+    if own is None:
+        return None
+    num_experts = int(arrays["num_experts"])
+    _require(
+        path,
+        own.ndim == 1 and own.dtype.kind in "ui" and 0 < own.size == np.unique(own).size,
+        "own_experts must be a vector of different integers",
+    )
+    _require(
+        path,
+        int(own.min()) >= 0 and int(own.max()) < num_experts,
+        f"own_experts must lie in [0, num_experts = {num_experts})",
+    )
+    return own.astype(np.int64)
 
 
 def _require(path: str | Path, condition: bool, message: str) -> None:

@@ -61,6 +61,32 @@ def test_a_model_that_sees_is_more_than_its_language_model():
         shape_of_config(config | {"text_config": text}, "c")
 
 
+@pytest.mark.parametrize("name", known_models())
+def test_layers_and_ends_are_all_there_is(name):
+    shape = shape_of_config(config_of(name), "c")
+    ends = shape.ends
+    assert len(shape.layers) == shape.num_layers
+    in_layers = sum(layer.dense_bytes for layer in shape.layers)
+    in_ends = ends.embedding_bytes + ends.head_bytes + ends.rest_bytes
+    assert in_layers + in_ends == shape.dense_bytes
+    assert ends.embedding_bytes == shape.lookup_bytes or not ends.head_bytes
+    assert 0 < ends.rest_bytes < shape.dense_bytes / 5
+    for layer in shape.layers:
+        assert 0 < layer.whole_bytes < layer.dense_bytes
+
+
+def test_layers_of_several_kinds_are_told_apart():
+    deepseek = shape_of_config(config_of("DeepSeek-V3"), "c").layers
+    assert deepseek[2].dense_bytes > deepseek[3].dense_bytes  # an MLP for one shared expert
+    assert len(set(deepseek)) == 2
+    assert {layer.kv_heads for layer in deepseek} == {0}
+    sliding, full = shape_of_config(config_of("gpt-oss-20b"), "c").layers[:2]
+    assert (sliding.kv.per_token, full.kv.window_per_token) == (0, 0)
+    assert sliding.kv.window_per_token == full.kv.per_token == 2 * 8 * 64
+    qwen = shape_of_config(config_of("Qwen3-Next-80B-A3B"), "c").layers
+    assert [bool(layer.kv.state_per_request) for layer in qwen[:4]] == [True] * 3 + [False]
+
+
 def test_other_names_of_the_same_fields():
     config = config_of("Qwen3-30B-A3B")
     config["num_local_experts"] = config.pop("num_experts")

@@ -14,12 +14,28 @@ from vllm_moe_offload.plan.shapes.fields import ConfigFields
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """Of one layer.
+
+    Attributes:
+        parameters: of its matrices, biases and norms of its own.
+        kv: KV cache.
+        kv_heads: see :class:`LayerShape`.
+        whole: of its parameters, projections that tensor-parallel ranks do not split.
+    """
+
+    parameters: int
+    kv: KvShape
+    kv_heads: int
+    whole: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """What distinguishes one architecture from another.
 
     Attributes:
-        attention: parameters of all layers' attention.
-        kv: KV cache.
+        attention: of each layer.
         moe_layers: layers with routed experts.
         expert_width: of one routed expert.
         dense_width: of the MLP of layers without experts.
@@ -30,10 +46,10 @@ class Parts:
         norms: parameters of one norm over the hidden state.
         head_biases: of the output layer.
         vision: parameters of the encoder of images.
+        has_ends_everywhere: see ``in_every_stage`` of :class:`EndsShape`.
     """
 
-    attention: int
-    kv: KvShape
+    attention: tuple[Attention, ...]
     moe_layers: tuple[int, ...]
     expert_width: int
     dense_width: int = 0
@@ -45,6 +61,7 @@ class Parts:
     norms: int | None = None
     head_biases: int = 0
     vision: int = 0
+    has_ends_everywhere: bool = True
 
 
 def _every_layer(fields: ConfigFields) -> tuple[int, ...]:
@@ -58,34 +75,31 @@ def _heads(fields: ConfigFields) -> tuple[int, int, int]:
     return heads, fields.integer("num_key_value_heads", default=heads), head
 
 
-def _attention(fields: ConfigFields, bias: bool = False, gate: bool = False) -> tuple[int, int]:
-    """Parameters of one layer's grouped-query attention; KV elements per token."""
+def _attention(
+    fields: ConfigFields, *, bias: bool = False, gate: bool = False, more: int = 0
+) -> Attention:
+    """Of one layer with grouped queries; ``more`` parameters beside matrices and biases."""
     hidden = fields.integer("hidden_size")
     heads, kv_heads, head = _heads(fields)
     queries, keys = heads * head, kv_heads * head
     count = hidden * (queries * (3 if gate else 2) + 2 * keys)
     if bias:
         count += queries + 2 * keys + hidden
-    return count, 2 * keys
+    return Attention(count + more, KvShape(2 * keys), kv_heads)
 
 
 def _mixtral(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields)
     layers = _every_layer(fields)
     return Parts(
-        attention * len(layers),
-        KvShape(kv * len(layers)),
-        layers,
-        fields.integer("intermediate_size"),
+        (_attention(fields),) * len(layers), layers, fields.integer("intermediate_size")
     )
 
 
 def _phimoe(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields, bias=fields.flag("attention_bias"))
+    attention = _attention(fields, bias=fields.flag("attention_bias"))
     layers = _every_layer(fields)
     return Parts(
-        attention * len(layers),
-        KvShape(kv * len(layers)),
+        (attention,) * len(layers),
         layers,
         fields.integer("intermediate_size"),
         routing="other",
@@ -95,16 +109,11 @@ def _phimoe(fields: ConfigFields) -> Parts:
 
 
 def _olmoe(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields, bias=fields.flag("attention_bias"))
     layers = _every_layer(fields)
     heads, kv_heads, head = _heads(fields)
     qk_norms = (heads + kv_heads) * head
-    return Parts(
-        (attention + qk_norms) * len(layers),
-        KvShape(kv * len(layers)),
-        layers,
-        fields.integer("intermediate_size"),
-    )
+    attention = _attention(fields, bias=fields.flag("attention_bias"), more=qk_norms)
+    return Parts((attention,) * len(layers), layers, fields.integer("intermediate_size"))
 
 
 def _sparse_layers(fields: ConfigFields) -> tuple[int, ...]:
@@ -119,12 +128,10 @@ def _sparse_layers(fields: ConfigFields) -> tuple[int, ...]:
 
 
 def _qwen3_moe(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields, bias=fields.flag("attention_bias"))
     _, _, head = _heads(fields)
-    count = fields.integer("num_hidden_layers")
+    attention = _attention(fields, bias=fields.flag("attention_bias"), more=2 * head)
     return Parts(
-        (attention + 2 * head) * count,
-        KvShape(kv * count),
+        (attention,) * fields.integer("num_hidden_layers"),
         _sparse_layers(fields),
         fields.integer("moe_intermediate_size"),
         dense_width=fields.integer("intermediate_size", default=0, least=0),
@@ -136,16 +143,13 @@ def _qwen3_next(fields: ConfigFields) -> Parts:
     kinds = fields.layer_kinds(
         lambda layer: "linear_attention" if (layer + 1) % interval else "full_attention"
     )
-    num_linear = kinds.count("linear_attention")
-    num_full = len(kinds) - num_linear
-    full, kv = _attention(fields, bias=fields.flag("attention_bias"), gate=True)
     _, _, head = _heads(fields)
-    linear, state = _gated_delta_net(fields)
+    full = _attention(fields, bias=fields.flag("attention_bias"), gate=True, more=2 * head)
+    linear = _gated_delta_net(fields)
     hidden = fields.integer("hidden_size")
     shared_width = fields.integer("shared_expert_intermediate_size", default=0, least=0)
     return Parts(
-        num_full * (full + 2 * head) + num_linear * linear,
-        KvShape(kv * num_full, state_per_request=state * num_linear),
+        tuple(linear if kind == "linear_attention" else full for kind in kinds),
         _sparse_layers(fields),
         fields.integer("moe_intermediate_size"),
         dense_width=fields.integer("intermediate_size", default=0, least=0),
@@ -171,8 +175,8 @@ def _vision(fields: ConfigFields) -> int:
     return embeddings + blocks + 2 * hidden + merged * merged + merged + merged * out + out
 
 
-def _gated_delta_net(fields: ConfigFields) -> tuple[int, int]:
-    """Parameters and state elements of one linear-attention layer of Qwen3-Next."""
+def _gated_delta_net(fields: ConfigFields) -> Attention:
+    """Of one linear-attention layer of Qwen3-Next."""
     hidden = fields.integer("hidden_size")
     key_heads = fields.integer("linear_num_key_heads")
     value_heads = fields.integer("linear_num_value_heads")
@@ -183,7 +187,8 @@ def _gated_delta_net(fields: ConfigFields) -> tuple[int, int]:
     channels = 2 * keys + values
     projections = hidden * (2 * keys + 2 * values + 2 * value_heads) + values * hidden
     parameters = projections + channels * kernel + 2 * value_heads + value_head
-    return parameters, channels * (kernel - 1) + value_heads * key_head * value_head
+    state = channels * (kernel - 1) + value_heads * key_head * value_head
+    return Attention(parameters, KvShape(0, state_per_request=state), key_heads)
 
 
 def _deepseek(fields: ConfigFields) -> Parts:
@@ -192,25 +197,27 @@ def _deepseek(fields: ConfigFields) -> Parts:
     nope, rope = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
     value, latent = fields.integer("v_head_dim"), fields.integer("kv_lora_rank")
     queries = heads * (nope + rope)
+    whole = hidden * (latent + rope) + latent
     if fields.has("q_lora_rank"):
         rank = fields.integer("q_lora_rank")
-        count = hidden * rank + rank + rank * queries
+        whole += hidden * rank + rank
+        count = rank * queries
     else:
         count = hidden * queries
-    count += hidden * (latent + rope) + latent
     count += latent * heads * (nope + value) + heads * value * hidden
+    kv = KvShape(latent + rope)  # the latent; heads are computed from it
     layers = _every_layer(fields)
     first = fields.integer("first_k_dense_replace", default=0, least=0)
     frequency = fields.integer("moe_layer_freq", default=1)
     width = fields.integer("moe_intermediate_size")
     shared = fields.integer("n_shared_experts", default=0, least=0)
     return Parts(
-        count * len(layers),
-        KvShape((latent + rope) * len(layers)),  # the latent; heads are computed from it
+        (Attention(count + whole, kv, kv_heads=0, whole=whole),) * len(layers),
         tuple(layer for layer in layers if layer >= first and layer % frequency == 0),
         width,
         dense_width=fields.integer("intermediate_size"),
         shared=3 * hidden * width * shared,
+        has_ends_everywhere=False,
     )
 
 
@@ -221,56 +228,55 @@ def _deepseek_v3(fields: ConfigFields) -> Parts:
 
 
 def _glm4_moe(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields)
     heads, kv_heads, head = _heads(fields)
+    more = 0
     if fields.flag("attention_bias"):
-        attention += (heads + 2 * kv_heads) * head  # none of the output
+        more += (heads + 2 * kv_heads) * head  # none of the output
     if fields.flag("use_qk_norm"):
-        attention += 2 * head
+        more += 2 * head
     layers = _every_layer(fields)
     first = fields.integer("first_k_dense_replace", default=1, least=0)
     width = fields.integer("moe_intermediate_size")
     shared = fields.integer("n_shared_experts", default=1, least=0)
     return Parts(
-        attention * len(layers),
-        KvShape(kv * len(layers)),
+        (_attention(fields, more=more),) * len(layers),
         layers[first:],
         width,
         dense_width=fields.integer("intermediate_size"),
         shared=3 * fields.integer("hidden_size") * width * shared,
         router_biases=fields.num_experts(),
         routing="grouped_sigmoid",
+        has_ends_everywhere=False,
     )
 
 
 def _minimax_m2(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields)
     heads, kv_heads, head = _heads(fields)
+    qk_norms = (heads + kv_heads) * head
     layers = _every_layer(fields)
     return Parts(
-        (attention + (heads + kv_heads) * head) * len(layers),  # norms of queries and keys
-        KvShape(kv * len(layers)),
+        (_attention(fields, more=qk_norms),) * len(layers),
         layers,
         fields.integer("intermediate_size"),
         router_biases=fields.num_experts(),
         routing="other",
+        has_ends_everywhere=False,
     )
 
 
 def _gpt_oss(fields: ConfigFields) -> Parts:
-    attention, kv = _attention(fields, bias=fields.flag("attention_bias", default=True))
     heads, _, _ = _heads(fields)
+    bias = fields.flag("attention_bias", default=True)
+    full = _attention(fields, bias=bias, more=heads)  # a sink per head
     kinds = fields.layer_kinds(
         lambda layer: "full_attention" if layer % 2 else "sliding_attention"
     )
-    num_sliding = kinds.count("sliding_attention")
+    sliding = full
+    if "sliding_attention" in kinds:
+        window = KvShape(0, full.kv.per_token, fields.integer("sliding_window"))
+        sliding = replace(full, kv=window)
     return Parts(
-        (attention + heads) * len(kinds),  # a sink per head
-        KvShape(
-            kv * (len(kinds) - num_sliding),
-            window_per_token=kv * num_sliding,
-            window_tokens=fields.integer("sliding_window") if num_sliding else 0,
-        ),
+        tuple(sliding if kind == "sliding_attention" else full for kind in kinds),
         tuple(range(len(kinds))),
         fields.integer("intermediate_size"),
         router_biases=fields.num_experts(),

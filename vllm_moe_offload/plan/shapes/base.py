@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vllm_moe_offload.plan.shapes.kernel_form import BF16, ExpertFormat, ExpertShape
@@ -45,6 +46,54 @@ class KvShape:
         has_window = self.window_tokens > 0
         return SERVED_BYTES * (self.state_per_request + (window if has_window else 0))
 
+    @classmethod
+    def total(cls, layers: Iterable[KvShape]) -> KvShape:
+        """Of several layers together; those with a window have the same one."""
+        layers = tuple(layers)
+        return cls(
+            sum(layer.per_token for layer in layers),
+            sum(layer.window_per_token for layer in layers),
+            max((layer.window_tokens for layer in layers), default=0),
+            sum(layer.state_per_request for layer in layers),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """A decoder layer without its routed experts.
+
+    Attributes:
+        dense_bytes: attention, norms, router, shared experts or MLP, as served.
+        whole_bytes: of these, what every tensor-parallel rank holds whole: norms, the router,
+            projections to a latent.
+        kv: what it takes in the KV cache.
+        kv_heads: key-value heads, which tensor-parallel ranks share; 0: a latent, which each
+            of them holds whole.
+    """
+
+    dense_bytes: int
+    whole_bytes: int
+    kv: KvShape
+    kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndsShape:
+    """What is in front of the decoder layers and behind them.
+
+    Attributes:
+        embedding_bytes: input embeddings.
+        head_bytes: the output layer; 0 if it is the input embeddings.
+        rest_bytes: the last norm, an encoder of images.
+        in_every_stage: whether vLLM's code makes embeddings and output layer in all stages of a
+            pipeline, used there or not; otherwise in the first and in the last.
+    """
+
+    embedding_bytes: int
+    head_bytes: int
+    rest_bytes: int
+    in_every_stage: bool
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -61,8 +110,11 @@ class ModelShape:
         refusal: what that is, and what is served; empty if it is.
         dense_parameters: everything else: attention, embeddings, routers, shared experts.
         dense_bytes: of these, as served.
-        lookup_parameters: of those, input embeddings: one row is read per token.
-        kv: KV cache.
+        lookup_parameters: of those, what a token does not read: input embeddings but for one row;
+            of a rank also an output layer that it does not use.
+        layers: the decoder layers, one by one.
+        ends: what is before and behind them.
+        attention_heads: of queries.
         max_tokens: longest request the model is made for.
         extra_expert_layers: decoder layers behind the last one (multi-token prediction) whose
             experts are in the checkpoint and not served.
@@ -79,9 +131,16 @@ class ModelShape:
     dense_parameters: int
     dense_bytes: int
     lookup_parameters: int
-    kv: KvShape
+    layers: tuple[LayerShape, ...]
+    ends: EndsShape
+    attention_heads: int
     max_tokens: int
     extra_expert_layers: tuple[int, ...] = ()
+
+    @property
+    def kv(self) -> KvShape:
+        """KV cache of all layers."""
+        return KvShape.total(layer.kv for layer in self.layers)
 
     @property
     def total_experts(self) -> int:

@@ -87,7 +87,7 @@ def count_checkpoint(
         return Checkpoint(shape, False, 0, (), ())
     layers: Counter[int] = Counter()
     dtypes = set()
-    dense: list[TensorRange] = []
+    dense: list[tuple[str, TensorRange]] = []
     for name, where in tensors:
         if name.startswith(DRAFTERS):
             continue
@@ -96,7 +96,7 @@ def count_checkpoint(
             layers[layer] += math.prod(where.shape)
             dtypes.add(where.dtype)
         elif (layer_number(name) or 0) < shape.num_layers:
-            dense.append(where)
+            dense.append((name, where))
     found = tuple(sorted(dtypes))
     if layers:
         shape = _with_dtypes(shape, directory, found)
@@ -150,7 +150,10 @@ def checkpoint_tensors(directory: Path) -> Iterator[tuple[str, TensorRange]]:
 
 
 def _recount(
-    shape: ModelShape, directory: Path, layers: Counter[int], dense: Sequence[TensorRange]
+    shape: ModelShape,
+    directory: Path,
+    layers: Counter[int],
+    dense: Sequence[tuple[str, TensorRange]],
 ) -> ModelShape:
     """The shape with what the files hold."""
     served = {layer: count for layer, count in layers.items() if layer < shape.num_layers}
@@ -168,13 +171,48 @@ def _recount(
                 f"parameters are {expected:,} elements a layer, the layers' expert tensors hold "
                 f"{dict(sorted(served.items()))}"
             )
-        parameters = sum(math.prod(where.shape) for where in dense)
+        parameters = sum(math.prod(where.shape) for _, where in dense)
+    shape = _with_dense(
+        shape, [(name, _served_bytes(where, shape.is_quantized)) for name, where in dense]
+    )
     return replace(
         shape,
         dense_parameters=parameters,
-        dense_bytes=sum(_served_bytes(where, shape.is_quantized) for where in dense),
         extra_expert_layers=tuple(sorted(layers.keys() - served.keys())),
     )
+
+
+def _with_dense(shape: ModelShape, tensors: Sequence[tuple[str, int]]) -> ModelShape:
+    """The shape with the bytes of dense tensors where they belong."""
+    found: Counter[int | str] = Counter()
+    for name, nbytes in tensors:
+        found[_part(name)] += nbytes
+    dense_bytes = found.total()
+    layers = tuple(
+        replace(
+            layer,
+            dense_bytes=found[index],
+            whole_bytes=min(layer.whole_bytes, found[index]),
+        )
+        for index, layer in enumerate(shape.layers)
+    )
+    ends = replace(
+        shape.ends,
+        embedding_bytes=found["embedding"],
+        head_bytes=found["head"],
+        rest_bytes=found["rest"],
+    )
+    return replace(shape, dense_bytes=dense_bytes, layers=layers, ends=ends)
+
+
+def _part(name: str) -> int | str:
+    """The decoder layer that a dense tensor is in; or ``embedding``, ``head`` or ``rest``."""
+    layer = layer_number(name)
+    if layer is not None and "visual" not in name:
+        return layer
+    if "embed_tokens" in name:
+        return "embedding"
+    return "head" if name.startswith("lm_head") or ".lm_head." in name else "rest"
 
 
 def _served_bytes(where: TensorRange, is_quantized: bool) -> int:

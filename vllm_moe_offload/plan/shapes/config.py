@@ -10,11 +10,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_moe_offload.plan.shapes.architectures import MODEL_TYPES
-from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ModelShape, ShapeError
+from vllm_moe_offload.plan.shapes.architectures import MODEL_TYPES, Parts
+from vllm_moe_offload.plan.shapes.base import (
+    SERVED_BYTES,
+    EndsShape,
+    LayerShape,
+    ModelShape,
+    ShapeError,
+)
 from vllm_moe_offload.plan.shapes.fields import ConfigFields
 from vllm_moe_offload.plan.shapes.kernel_form import ExpertShape
-from vllm_moe_offload.plan.shapes.quantization import quantization_of
+from vllm_moe_offload.plan.shapes.quantization import Quantization, quantization_of
+
+_ATTENTION, _SHARED, _MLP = r"attn", r"shared_expert", r"\bmlp\W.*_proj"
+"""Modules with dense matrices, as lists of what is not quantised name them."""
 
 
 def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
@@ -50,15 +59,18 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     rest += norm * (2 * num_layers + 1) + parts.vision
     rest += num_moe * (hidden * num_experts + parts.router_biases)
     linear = {
-        r"attn": parts.attention,
-        r"shared_expert": num_moe * parts.shared,
-        r"\bmlp\W.*_proj": (num_layers - num_moe) * 3 * hidden * parts.dense_width,
+        _ATTENTION: sum(attention.parameters for attention in parts.attention),
+        _SHARED: num_moe * parts.shared,
+        _MLP: (num_layers - num_moe) * 3 * hidden * parts.dense_width,
     }
     quantization = quantization_of(config, source)
     dense_bytes = rest * SERVED_BYTES + sum(
         math.ceil(count * quantization.dense_bytes_of(module))
         for module, count in linear.items()
     )
+    layers = _layers(parts, hidden, num_experts, 2 * norm, quantization)
+    embedding_bytes = vocabulary * hidden * SERVED_BYTES
+    head_bytes = 0 if is_tied else embedding_bytes + parts.head_biases * SERVED_BYTES
     extra = fields.integer("num_nextn_predict_layers", default=0, least=0)
     return ModelShape(
         model_type=model_type,
@@ -78,7 +90,40 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
         dense_parameters=rest + sum(linear.values()),
         dense_bytes=dense_bytes,
         lookup_parameters=0 if is_tied else vocabulary * hidden,
-        kv=parts.kv,
+        layers=layers,
+        ends=EndsShape(
+            embedding_bytes,
+            head_bytes,
+            rest_bytes=dense_bytes
+            - embedding_bytes
+            - head_bytes
+            - sum(layer.dense_bytes for layer in layers),
+            in_every_stage=parts.has_ends_everywhere,
+        ),
+        attention_heads=fields.integer("num_attention_heads"),
         max_tokens=fields.integer("max_position_embeddings"),
         extra_expert_layers=tuple(range(num_layers, num_layers + extra)),
     )
+
+
+def _layers(
+    parts: Parts, hidden: int, num_experts: int, norms: int, quantization: Quantization
+) -> tuple[LayerShape, ...]:
+    """Each decoder layer; ``norms``: parameters of its two."""
+    moe = norms + hidden * num_experts + parts.router_biases
+    shared = parts.shared * quantization.dense_bytes_of(_SHARED)
+    mlp = 3 * hidden * parts.dense_width * quantization.dense_bytes_of(_MLP)
+    of_attention = quantization.dense_bytes_of(_ATTENTION)
+
+    def layer(index: int) -> LayerShape:
+        attention, has_experts = parts.attention[index], index in parts.moe_layers
+        whole = (moe if has_experts else norms) * SERVED_BYTES
+        dense = whole + attention.parameters * of_attention + (shared if has_experts else mlp)
+        return LayerShape(
+            dense_bytes=math.floor(dense),
+            whole_bytes=math.floor(whole + attention.whole * of_attention),
+            kv=attention.kv,
+            kv_heads=attention.kv_heads,
+        )
+
+    return tuple(map(layer, range(len(parts.attention))))

@@ -1,0 +1,52 @@
+"""Which part of the model this worker has, from vLLM's groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.utils import get_pp_indices
+
+from vllm_moe_offload.rank import Rank
+from vllm_moe_offload.store.checkpoint_reader import layer_number
+
+
+def rank_of(layer: Any) -> Rank:
+    """This worker's; ``layer``: any of its RoutedExperts."""
+    stage, parallel = get_pp_group(), layer.moe_config.moe_parallel_config
+    return Rank(
+        pp=stage.rank_in_group,
+        pp_size=stage.world_size,
+        tp=parallel.tp_rank,
+        tp_size=parallel.tp_size,
+        ep=parallel.ep_rank,
+        ep_size=parallel.ep_size,
+    )
+
+
+def stages_of(vllm_config: Any) -> tuple[int, ...]:
+    """First decoder layer of every pipeline stage, as vLLM divides them
+    (``VLLM_PP_LAYER_PARTITION`` is one way to)."""
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    return tuple(get_pp_indices(num_layers, stage, size)[0] for stage in range(size))
+
+
+def decoder_layers(layers: list[Any]) -> list[int]:
+    """Of a worker's RoutedExperts, their places in the whole model."""
+    numbers = [layer_number(f"{layer.layer_name}.") for layer in layers]
+    return [number for number in numbers if number is not None]
+
+
+def own_experts(layers: list[Any]) -> list[int] | None:
+    """Which experts of each layer a worker has; None: all."""
+    share = layers[0].share
+    return None if share is None else share.experts
+
+
+def ranks_here(vllm_config: Any) -> int:
+    """Workers of this server on this machine."""
+    parallel = vllm_config.parallel_config
+    if parallel.distributed_executor_backend == "ray" and parallel.assigned_physical_gpu_ids:
+        return len(parallel.assigned_physical_gpu_ids)
+    return int(parallel.local_world_size)
