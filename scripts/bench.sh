@@ -39,6 +39,7 @@ run scripts/bench_resident.py "$@"
 run scripts/bench_llamacpp.py "$@"
 run scripts/bench_prefetch.py "$@"
 run scripts/bench_scrape.py "$@"
+run scripts/bench_counters.py "$@"
 run scripts/bench_start.py "$@"
 run scripts/bench_memory.py "$@"
 

@@ -44,9 +44,12 @@ already are left alone. Files are those of the installed `vllm`, and one of `pro
 |---|---|
 | `arguments.py`, `install_worker_hook`, `install_failure_hooks` | all |
 | `install_model_patches`, `install_runner_patches`, `loading.py` | workers with offload |
+| `remote_counters.py: install_in_worker` | workers with offload |
 | `cpu_kernels.py` | workers with offload and `cpu_kernels=avx512` |
 | `install_cuda_patches`, `marlin_slots.py` | workers with offload, on a GPU |
 | `endpoint.py` | servers with offload |
+| `ended_ranks.py` | engine cores with offload |
+| `remote_counters.py: begin` | engine cores with offload, and workers on other hosts |
 
 With `off`, or without `--moe-offload`, only the first row is there: options are added, and each of
 its other replacements looks at the mode and calls the original. Models, kernels, loaders and runners

@@ -43,7 +43,7 @@ def runtime_of(
     mode: str = "trace",
     predictor=None,
     *,
-    counter_file=None,
+    published=None,
 ) -> OffloadRuntime:
     policy = make_policy(mode, store.num_layers, store.num_experts)
     shape = CacheShape(store.num_layers, store.num_experts, slots, staging)
@@ -57,7 +57,7 @@ def runtime_of(
         transfer=transfer,
         policy=policy,
         prefetcher=prefetcher,
-        counter_file=counter_file,
+        published=published,
     )
 
 

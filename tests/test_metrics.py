@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import stat
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from vllm_moe_offload.metrics import (
     GAUGES,
     VALUES,
     CounterFile,
+    Counters,
     hit_rate,
     merge,
     merge_by_labels,
@@ -154,6 +156,34 @@ def test_a_killed_worker_keeps_its_counters_and_loses_its_gauges(tmp_path):
     assert last.values["hits"] == 11
 
 
+def test_what_a_worker_tells_others_is_in_its_memory_too(tmp_path):
+    file = CounterFile(tmp_path / "rank0.counters", LABELS, INFO, "pid 7, host b")
+    for counters in (file, Counters(LABELS, INFO, "pid 7, host b")):
+        assert set(counters.values) == {0.0}
+        counters.write(values_of(hits=3))
+        assert counters.values == tuple(values_of(hits=3))
+        assert (counters.labels, counters.info) == (LABELS, INFO)
+        assert counters.worker == "pid 7, host b"
+        counters.close()
+
+
+def test_values_that_may_be_old_say_since_when(tmp_path):
+    old = CounterFile(tmp_path / "remote.counters", LABELS, INFO, "pid 7, host b")
+    new = CounterFile(tmp_path / "own.counters", LABELS, INFO, "pid 8, host a")
+    old.write(values_of(hits=1), time.monotonic() - 30)
+    own, remote = read_counters(tmp_path)
+    assert own.age_seconds == 0
+    assert 30 <= remote.age_seconds < 40
+    assert remote.name == "rank 0 (pid 7, host b)"
+    assert merge([own, remote]).age_seconds == remote.age_seconds
+    assert merge([own, remote]).workers == ("pid 8, host a", "pid 7, host b")
+    old.close()
+    (own, remote) = read_counters(tmp_path)
+    assert remote.age_seconds == 0  # nobody counts on
+    assert merge([own, remote]).workers == ("pid 8, host a",)
+    new.close()
+
+
 def test_workers_of_different_labels_stay_apart(tmp_path):
     kept = []
     for engine in range(2):
@@ -202,7 +232,7 @@ def test_the_runtime_publishes_from_its_start_to_its_end(tmp_path, slots):
     store = build(tmp_path / "store", layout_of(8192, 12), LAYERS, EXPERTS)
     everything = slots == LAYERS * EXPERTS
     file = CounterFile(tmp_path / "rank0.counters", LABELS)
-    runtime = runtime_of(store, slots, 0 if everything else 2, "lrfu", counter_file=file)
+    runtime = runtime_of(store, slots, 0 if everything else 2, "lrfu", published=file)
 
     def published():
         (reading,) = read_counters(tmp_path)

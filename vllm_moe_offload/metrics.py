@@ -6,6 +6,10 @@ snapshots of all values, written in turn. A snapshot carries a number and a chec
 take the newest whole one, so that what they see belongs together, without locks, even if the
 worker is killed while it writes. The worker holds a lock on its file (flock) as long as it
 runs; the system lets go of it however the worker ends.
+
+A worker on another host cannot write where API servers read. Its counters stay in its memory
+(:class:`Counters`); the engine core asks for them and writes the file in its place
+(``integration/remote_counters.py``). Such a file says since when it may be out of date.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import logging
 import mmap
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,29 +47,72 @@ VALUES = (*COUNTERS, *GAUGES)
 """What a counter file holds, in order."""
 SUFFIX = ".counters"
 
-_CONTENT = struct.Struct(f"=Q{len(VALUES)}d")  # number of the snapshot, values
+SETTLE_SECONDS = 1.0
+"""How long readers wait at most for the last figures of an engine that has just gone idle."""
+
+# Number of the snapshot, values, and two times of the host's monotonic clock (0: none): since when
+# the values may be out of date, and since when the last ones are on their way.
+_CONTENT = struct.Struct(f"=Q{len(VALUES)}d2d")
 _CHECKSUM = struct.Struct("=I")
 _OFFSETS = (HEADER_BYTES, HEADER_BYTES + (FILE_BYTES - HEADER_BYTES) // 2)
 _READ_ATTEMPTS = 100
+_SETTLE_INTERVAL_SECONDS = 0.0005
 
 
-class CounterFile:
-    """The worker's end."""
+class Counters:
+    """What a worker counts, in its own memory.
+
+    Attributes:
+        labels: whose counters they are; the same after a restart.
+        info: what else is to be known of this worker, such as its policy.
+        worker: which process that is, in words: ``pid 17, host a``.
+        path: the file that others read them from; None without.
+        values: those written last, in the order of :data:`VALUES`.
+    """
 
     def __init__(
-        self, path: Path, labels: Mapping[str, str], info: Mapping[str, str] | None = None
+        self, labels: Mapping[str, str], info: Mapping[str, str] | None = None, worker: str = ""
+    ) -> None:
+        """All values are 0."""
+        self.labels = dict(labels)
+        self.info = dict(info or {})
+        self.worker = worker
+        self.path: Path | None = None
+        self.values: tuple[float, ...] = (0.0,) * len(VALUES)
+
+    def write(self, values: Sequence[float]) -> None:
+        """Remembers ``values``, in the order of :data:`VALUES`."""
+        self.values = tuple(values)
+
+    def close(self) -> None:
+        """The worker ends. Safe to repeat."""
+
+
+class CounterFile(Counters):
+    """What a worker counts, in a file that other processes of the host read."""
+
+    path: Path
+
+    def __init__(
+        self,
+        path: Path,
+        labels: Mapping[str, str],
+        info: Mapping[str, str] | None = None,
+        worker: str = "",
     ) -> None:
         """Creates ``path`` (0600), all values 0.
 
         Args:
             path: the file; its name ends in :data:`SUFFIX`.
-            labels: whose counters they are; the same after a restart.
-            info: what else is to be known of this worker, such as its policy.
+            labels, info, worker: see :class:`Counters`.
 
         Raises:
-            ValueError: labels and info do not fit in 2 KiB.
+            ValueError: labels, info and worker do not fit in 2 KiB.
         """
-        header = json.dumps({"labels": dict(labels), "info": dict(info or {})}).encode()
+        super().__init__(labels, info, worker)
+        header = json.dumps(
+            {"labels": self.labels, "info": self.info, "worker": worker}
+        ).encode()
         if len(header) > HEADER_BYTES:
             raise ValueError(
                 f"labels and info of {len(header)} bytes do not fit in {HEADER_BYTES}"
@@ -81,10 +129,21 @@ class CounterFile:
         self.write([0.0] * len(VALUES))
         os.rename(temporary, path)  # readers never see a file without labels and values
 
-    def write(self, values: Sequence[float]) -> None:
-        """Makes ``values``, in the order of :data:`VALUES`, what readers see."""
+    def write(
+        self, values: Sequence[float], stale_since: float = 0.0, settling_since: float = 0.0
+    ) -> None:
+        """Makes ``values`` what readers see.
+
+        Args:
+            values: in the order of :data:`VALUES`.
+            stale_since: ``time.monotonic()`` since when the worker may have counted more than
+                that; 0 if the values are those of now.
+            settling_since: since when the worker has nothing to do and its last values are on
+                their way, for which readers wait; 0 if none are.
+        """
+        super().write(values)
         self._number += 1
-        content = _CONTENT.pack(self._number, *values)
+        content = _CONTENT.pack(self._number, *self.values, stale_since, settling_since)
         snapshot = content + _CHECKSUM.pack(zlib.crc32(content))
         begin = _OFFSETS[self._number % 2]
         self._map[begin : begin + len(snapshot)] = snapshot
@@ -104,17 +163,32 @@ class CounterReading:
         infos: what is known of the workers, of each kind once.
         values: by their names in :data:`VALUES`.
         is_running: whether a worker stands behind them still.
+        workers: which processes those are, in words.
+        age_seconds: for how long a worker may have counted on since; 0 if it writes its
+            counters itself, if it has nothing to do, and after its end.
     """
 
     labels: dict[str, str]
     infos: tuple[dict[str, str], ...]
     values: dict[str, float]
     is_running: bool
+    workers: tuple[str, ...] = ()
+    age_seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """How messages name the worker."""
+        return name_of(self.labels, "; ".join(self.workers))
 
     @property
     def hit_rate(self) -> float:
         """Hits over distinct experts needed; 1.0 before anything was needed."""
         return hit_rate(self.values["hits"], self.values["misses"])
+
+
+def name_of(labels: Mapping[str, str], worker: str) -> str:
+    """How messages name a worker: ``rank 1 (pid 17, host a)``."""
+    return f"rank {labels['rank']}" + (f" ({worker})" if worker else "")
 
 
 def hit_rate(hits: float, misses: float) -> float:
@@ -135,14 +209,22 @@ def read_counters(directory: Path) -> Iterator[CounterReading]:
         with file:
             header = os.pread(file.fileno(), HEADER_BYTES, 0).rstrip(b"\0")
             described = json.loads(header)
-            values = _newest_values(file.fileno())
+            snapshot = _settled_snapshot(file.fileno())
             is_running = _is_locked(file.fileno())
-        if values is None:
+        if snapshot is None:
             if path not in _damaged:
                 _damaged.add(path)
                 logger.warning("MoE offload: %s holds no whole counters; left out", path)
             continue
-        yield CounterReading(described["labels"], (described["info"],), values, is_running)
+        *values, stale_since, _ = snapshot
+        yield CounterReading(
+            described["labels"],
+            (described["info"],),
+            dict(zip(VALUES, values, strict=True)),
+            is_running,
+            tuple(filter(None, [described["worker"]])),
+            time.monotonic() - stale_since if stale_since and is_running else 0.0,
+        )
 
 
 _damaged: set[Path] = set()
@@ -164,7 +246,14 @@ def merge(
     infos: list[dict[str, str]] = []
     for reading in current:
         infos += [info for info in reading.infos if info not in infos]
-    return CounterReading(dict(labels or {}), tuple(infos), values, bool(running))
+    return CounterReading(
+        dict(labels or {}),
+        tuple(infos),
+        values,
+        bool(running),
+        tuple(dict.fromkeys(worker for reading in current for worker in reading.workers)),
+        max((reading.age_seconds for reading in current), default=0.0),
+    )
 
 
 def merge_by_labels(readings: Iterable[CounterReading]) -> list[CounterReading]:
@@ -175,7 +264,22 @@ def merge_by_labels(readings: Iterable[CounterReading]) -> list[CounterReading]:
     return [merge(group, group[0].labels) for group in groups.values()]
 
 
-def _newest_values(descriptor: int) -> dict[str, float] | None:
+def _settled_snapshot(descriptor: int) -> tuple[float, ...] | None:
+    """The newest snapshot; of an engine that has just gone idle, the one with its last figures.
+
+    Whoever got the last answer may read at once, before those figures have come from another
+    host. They come after the length of a message, or of a step that was begun in vain.
+    """
+    while True:
+        snapshot = _newest_snapshot(descriptor)
+        settling_since = snapshot[-1] if snapshot is not None else 0.0
+        if not settling_since or time.monotonic() - settling_since > SETTLE_SECONDS:
+            return snapshot
+        time.sleep(_SETTLE_INTERVAL_SECONDS)
+
+
+def _newest_snapshot(descriptor: int) -> tuple[float, ...] | None:
+    """Values and the two times behind them."""
     size = _CONTENT.size + _CHECKSUM.size
     for _ in range(_READ_ATTEMPTS):
         newest: tuple[float, ...] = ()
@@ -185,7 +289,7 @@ def _newest_values(descriptor: int) -> dict[str, float] | None:
             if checksum == _CHECKSUM.pack(zlib.crc32(content)):
                 newest = max(newest, _CONTENT.unpack(content))
         if newest:
-            return dict(zip(VALUES, newest[1:], strict=True))
+            return newest[1:]
         # Both were written while they were read: the worker went on by two steps meanwhile.
     return None
 

@@ -23,7 +23,7 @@ from vllm_moe_offload.cache.planner import (
 )
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.layer_calls import LayerCalls
-from vllm_moe_offload.metrics import CounterFile
+from vllm_moe_offload.metrics import Counters
 from vllm_moe_offload.policy.base import Policy
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.collection_file import CollectionFile
@@ -41,6 +41,7 @@ class OffloadRuntime:
         cache: page table and counters.
         pool: the slots that kernels read.
         stall_ns: time that layer calls spent waiting for reads.
+        published: what other processes see of the counters: those of the end of the last step.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class OffloadRuntime:
         prefetcher: Prefetcher | None = None,
         collection_file: CollectionFile | None = None,
         recorder: TraceRecorder | None = None,
-        counter_file: CounterFile | None = None,
+        published: Counters | None = None,
     ) -> None:
         policy.bind(cache)
         self.cache = cache
@@ -68,7 +69,7 @@ class OffloadRuntime:
         self._copies_ns = 0
         self._collection_file = collection_file
         self._recorder = recorder
-        self._counter_file = counter_file
+        self.published = published
         self._last_layer = cache.shape.num_layers - 1
         # Everything fits: a layer's parameters are a view in logical order, ids need no map.
         self._passes_ids_through = cache.shape.holds_everything
@@ -329,9 +330,9 @@ class OffloadRuntime:
         return self._transfer.read_bytes
 
     def _publish(self) -> None:
-        if self._counter_file is None:
+        if self.published is None:
             return
-        self._counter_file.write(
+        self.published.write(
             (
                 *self.cache.counters.tolist(),
                 self.read_bytes,
@@ -351,8 +352,8 @@ class OffloadRuntime:
             return
         self._closed = True
         self._publish()
-        if self._counter_file is not None:
-            self._counter_file.close()
+        if self.published is not None:
+            self.published.close()
         if self._recorder is not None:
             self._recorder.close()
         if self._collection_file is not None:

@@ -7,8 +7,9 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,7 @@ SHAPE = {
 }
 
 Job = dict[str, Any]
-Run = Callable[[list[Job]], list[dict[str, Any]]]
+Run = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,9 +82,12 @@ def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs jobs (see engine_driver.py) one after the other in one fresh process."""
+    """Runs jobs (see engine_driver.py) one after the other in one fresh process, if told to with
+    more in its environment."""
 
-    def run(jobs: list[Job]) -> list[dict[str, Any]]:
+    def run(
+        jobs: list[Job], environment: Mapping[str, str] = MappingProxyType({})
+    ) -> list[dict[str, Any]]:
         directory = tmp_path_factory.mktemp("run")
         (directory / "jobs.json").write_text(json.dumps(jobs))
         done = subprocess.run(
@@ -93,7 +97,7 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 str(directory / "jobs.json"),
                 str(directory / "out.json"),
             ],
-            env=ENGINES,
+            env={**ENGINES, **environment},
             capture_output=True,
             text=True,
             timeout=1200,

@@ -9,8 +9,10 @@ with the line ``done``, so that one process, which takes long to import vLLM, se
 JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM,
 "batches": [[prompt token ids, ...], ...], "max_tokens": n}``. OUT gets, per engine, per batch
 and per prompt, the generated ids and for every generated token the top logprobs as exact
-hexadecimal floats; facts about the engine's layers and counters; and, if the engine has
-``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``.
+hexadecimal floats; facts about the engine's layers and counters, unless the job says
+``"facts": false`` (workers in processes of their own cannot be asked for them); and, if the
+engine has ``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``. With
+a worker extension, which is one of :mod:`tests.integration.worker_probe`, what its workers say.
 """
 
 from __future__ import annotations
@@ -62,6 +64,24 @@ def facts(llm: LLM) -> dict[str, Any]:
     return {**ranks[0], "ranks": ranks}
 
 
+def metrics(llm: LLM) -> dict[str, Any]:
+    """The plugin's part of what ``LLM.get_metrics`` says, of the last rank and of each; and the
+    names of the files that it comes from."""
+    from vllm_moe_offload.integration.counters_dir import counters_dir
+
+    directory = counters_dir()
+    by_rank: dict[str, dict[str, float]] = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith("vllm:moe_offload_"):
+            of_rank = by_rank.setdefault(metric.labels["rank"], {})
+            of_rank[metric.name.removeprefix("vllm:moe_offload_")] = metric.value
+    return {
+        "metrics": list(by_rank.values())[-1],
+        "metrics_by_rank": by_rank,
+        "counter_files": sorted(path.name for path in directory.iterdir()) if directory else [],
+    }
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One engine: start, all batches, stop."""
     began = time.perf_counter()
@@ -75,13 +95,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         result["batches"] = [
             generate(llm, batch, job["max_tokens"]) for batch in job["batches"]
         ]
-        result["facts"] = facts(llm)
+        if job.get("facts", True):
+            result["facts"] = facts(llm)
         if not job["llm"].get("disable_log_stats", True):
-            result["metrics"] = {
-                metric.name.removeprefix("vllm:moe_offload_"): metric.value
-                for metric in llm.get_metrics()
-                if metric.name.startswith("vllm:moe_offload_")
-            }
+            result |= metrics(llm)
+        if "worker_extension_cls" in job["llm"]:
+            result["truth"] = llm.collective_rpc("moe_offload_truth")
     except Exception as error:  # noqa: BLE001 (as above)
         result |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     result["run_seconds"] = time.perf_counter() - started

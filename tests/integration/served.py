@@ -97,6 +97,7 @@ def scrape(server: Server) -> dict[str, dict[str, float]]:
             expected = {"model_name": "demo", "engine": "0"}
             if name == "policy_info":
                 expected |= {"policy": "trace", "prefetch": "on", "version": __version__}
+                assert labels.pop("part")
             assert labels == expected
     return found
 

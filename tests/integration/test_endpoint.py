@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.show_dashboard import queries
-from vllm_moe_offload.integration.endpoint import OffloadCollector
-from vllm_moe_offload.metrics import GAUGES, VALUES, CounterFile
+from vllm_moe_offload.integration.endpoint import (
+    OVERDUE_SECONDS,
+    OffloadCollector,
+    warn_of_overdue,
+)
+from vllm_moe_offload.metrics import GAUGES, VALUES, CounterFile, read_counters
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "examples" / "grafana-dashboard.json").read_text())
@@ -32,9 +37,13 @@ METRICS = {
         "slots",
         "resident_experts",
         "cache_bytes",
+        "up",
+        "counters_age_seconds",
         "policy_info",
     )
 }
+STATES = {f"vllm:moe_offload_{name}" for name in ("up", "counters_age_seconds", "policy_info")}
+"""What is no value of a counter file."""
 
 
 def worker(directory, rank, policy="trace", name=None, **values):
@@ -42,7 +51,7 @@ def worker(directory, rank, policy="trace", name=None, **values):
     file = CounterFile(
         directory / f"{name or rank}.counters",
         {"model_name": "demo", "engine": "0", "rank": str(rank)},
-        {"policy": policy, "prefetch": "off", "version": "1.2"},
+        {"policy": policy, "prefetch": "off", "version": "1.2", "part": "tp0of1"},
     )
     file.write([values.get(value, 0) for value in VALUES])
     return file
@@ -77,7 +86,7 @@ def test_every_value_arrives_under_its_own_name(tmp_path):
     kept = worker(tmp_path, 0, **values)
     samples = scrape(tmp_path)
     assert {name for name, _ in samples} == METRICS
-    for name in METRICS - {"vllm:moe_offload_policy_info"}:
+    for name in METRICS - STATES:
         short = name.removeprefix("vllm:moe_offload_")
         assert of(samples, short) == values[short.removesuffix("_total")]
         assert short.endswith("_total") == (short not in GAUGES)
@@ -89,6 +98,7 @@ def test_every_value_arrives_under_its_own_name(tmp_path):
         "policy": "trace",
         "prefetch": "off",
         "version": "1.2",
+        "part": "tp0of1",
     }
     kept.close()
 
@@ -109,6 +119,42 @@ def test_a_restarted_worker_is_one_series(tmp_path):
     assert of(samples, "slots") == 6
     assert {dict(labels).get("policy") for _, labels in samples} == {None, "trace"}
     second.close()
+
+
+def test_a_worker_is_up_until_it_ends(tmp_path):
+    first, second = (worker(tmp_path, rank) for rank in range(2))
+    samples = scrape(tmp_path)
+    assert [of(samples, "up", rank) for rank in range(2)] == [1, 1]
+    second.close()
+    samples = scrape(tmp_path)
+    assert [of(samples, "up", rank) for rank in range(2)] == [1, 0]
+    first.close()
+
+
+def test_figures_that_do_not_arrive_have_an_age_and_are_named_once(tmp_path, caplog):
+    kept = worker(tmp_path, 0)
+    remote = CounterFile(
+        tmp_path / "remote1.counters",
+        {"model_name": "demo", "engine": "0", "rank": "1"},
+        {"policy": "trace", "prefetch": "off", "version": "1.2", "part": "tp1of2"},
+        "pid 7, host b",
+    )
+    known = frozenset()
+    for age, warnings in ((OVERDUE_SECONDS / 2, 0), (12.5, 1), (14, 1), (0, 1), (99, 2)):
+        remote.write([0.0] * len(VALUES), time.monotonic() - age if age else 0.0)
+        samples = scrape(tmp_path)
+        assert of(samples, "counters_age_seconds", 0) == 0
+        assert of(samples, "counters_age_seconds", 1) == pytest.approx(age, abs=0.4)
+        known = warn_of_overdue(list(read_counters(tmp_path)), known)
+        assert known == ({"rank 1 (pid 7, host b)"} if age > OVERDUE_SECONDS else set())
+        assert len(caplog.records) == warnings
+    assert caplog.records[0].getMessage() == (
+        "MoE offload: no counters of rank 1 (pid 7, host b) for 12 s; what is shown of it is "
+        "that old"
+    )
+    remote.close()
+    assert of(scrape(tmp_path), "counters_age_seconds", 1) == 0  # it is down, not late
+    kept.close()
 
 
 def test_without_workers_there_are_families_and_no_samples(tmp_path):

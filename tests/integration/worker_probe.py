@@ -7,6 +7,7 @@ with ``VLLM_SERVER_DEV_MODE=1`` answers ``POST /collective_rpc {"method": "moe_o
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm_moe_offload.cache.planner import COUNTER_NAMES
@@ -42,5 +43,11 @@ class WorkerProbe:
             "slots": cache.shape.num_slots,
             "resident_experts": resident,
             "cache_bytes": sum(tensor.nbytes for tensor in runtime.pool.tensors.values()),
+            "up": 1,
+            "counters_age_seconds": 0,
             "policy_info": 1,
         }
+
+    def moe_offload_process(self) -> dict[str, int]:
+        """Which process the worker is."""
+        return {"pid": os.getpid()}

@@ -89,6 +89,15 @@ ELSEWHERE = {
     + "tests/transfer/test_prefetch.py::test_a_failed_prefetch_is_a_warning",
     "smaller than what one layer call needs": WARNING
     + "tests/integration/test_engine.py::test_a_cache_smaller_than_a_layer_serves_in_waves",
+    "... ended: killed by ...": "needs a rank that is killed: tests/integration/test_ended_ranks.py"
+    "::test_a_killed_rank_is_named_and_a_restart_serves",
+    "... ended: exit status ...": "needs a rank that crashes: "
+    "tests/integration/test_ended_ranks.py::test_how_it_ended",
+    "... ended: Ray's actor is gone": "needs a cluster that loses a node: "
+    "tests/integration/test_ended_ranks.py::"
+    "test_actors_of_ray_are_asked_for_what_became_of_them",
+    "MoE offload: no counters of": WARNING + "tests/integration/test_endpoint.py::"
+    "test_figures_that_do_not_arrive_have_an_age_and_are_named_once",
     "holds no whole counters": WARNING
     + "tests/test_metrics.py::test_a_damaged_file_is_left_out_with_one_warning",
     "Waiting for connections to close": "vLLM's, and no error",

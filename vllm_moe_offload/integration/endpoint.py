@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +12,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import REGISTRY, Collector
 
-from vllm_moe_offload.integration import patching
+from vllm_moe_offload.integration import failures, patching
 from vllm_moe_offload.integration.counters_dir import at_exit_of_creator, counters_dir
-from vllm_moe_offload.metrics import hit_rate, merge, merge_by_labels, read_counters
+from vllm_moe_offload.metrics import (
+    CounterReading,
+    hit_rate,
+    merge,
+    merge_by_labels,
+    read_counters,
+)
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -37,7 +43,19 @@ EXPORTED_GAUGES = {
     "resident_experts": "Experts that are in the cache.",
     "cache_bytes": "Memory of cache slots and staging slots.",
 }
+EXPORTED_STATES: dict[str, tuple[str, Callable[[CounterReading], float]]] = {
+    "up": (
+        "1 while the worker runs, 0 after its end.",
+        lambda reading: float(reading.is_running),
+    ),
+    "counters_age_seconds": (
+        "How old the figures of a worker on another host are while it works; else 0.",
+        lambda reading: reading.age_seconds,
+    ),
+}
 INFO_LABELS = ("policy", "prefetch", "version", "part")
+OVERDUE_SECONDS = 10.0
+"""Figures of a worker that works are said to be missing when they are older than this."""
 
 
 class OffloadCollector(Collector):
@@ -60,6 +78,11 @@ class OffloadCollector(Collector):
             family = GaugeMetricFamily(PREFIX + name, documentation, labels=LABELS)
             for of_worker, reading in zip(labels, readings, strict=True):
                 family.add_metric(of_worker, reading.values[name])
+            yield family
+        for name, (documentation, state) in EXPORTED_STATES.items():
+            family = GaugeMetricFamily(PREFIX + name, documentation, labels=LABELS)
+            for of_worker, reading in zip(labels, readings, strict=True):
+                family.add_metric(of_worker, state(reading))
             yield family
         # A gauge, as vLLM's cache_config_info is: LLM.get_metrics() knows no other type.
         family = GaugeMetricFamily(
@@ -110,19 +133,54 @@ def _log_with_offload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     result = original(self, *args, **kwargs)
     directory = counters_dir()
     if directory is not None:
-        totals = Counter(merge(read_counters(directory)).values)
+        readings = list(read_counters(directory))
+        totals = Counter(merge(readings).values)
         previous = cast(Counter[str], getattr(self, "_moe_offload_totals", Counter()))
         self._moe_offload_totals = totals
         line = stats_line(totals, previous)
         if line:
             logger.info("%s", line)
+        self._moe_offload_overdue = warn_of_overdue(
+            readings, getattr(self, "_moe_offload_overdue", frozenset())
+        )
     return result
+
+
+def warn_of_overdue(
+    readings: Sequence[CounterReading], known: frozenset[str]
+) -> frozenset[str]:
+    """Names workers whose figures do not arrive, once until they arrive again.
+
+    Args:
+        readings: of all workers.
+        known: names of those that were overdue last time.
+
+    Returns:
+        Names of those that are.
+    """
+    overdue = {
+        reading.name: reading.age_seconds
+        for reading in readings
+        if reading.age_seconds > OVERDUE_SECONDS
+    }
+    for name, seconds in overdue.items():
+        if name not in known:
+            logger.warning(
+                "MoE offload: no counters of %s for %d s; what is shown of it is that old",
+                name,
+                seconds,
+            )
+    return frozenset(overdue)
 
 
 def _log_summary(directory: Path) -> None:
     line = stats_line(Counter(merge(read_counters(directory)).values), Counter())
-    if line:
-        logger.info("%s", line.replace("MoE offload:", "MoE offload, all in all:", 1))
+    if not line:
+        return
+    failure = failures.known_failure()
+    if failure is not None and failure.ended_ranks:
+        line += f", ended before: {', '.join(failure.ended_ranks)}"
+    logger.info("%s", line.replace("MoE offload:", "MoE offload, all in all:", 1))
 
 
 def stats_line(totals: Counter[str], previous: Counter[str]) -> str:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,12 @@ class Failure:
     Attributes:
         reason: one line.
         is_option: whether an option is to blame.
+        ended_ranks: names of ranks that ended by themselves and took the engine with them.
     """
 
     reason: str
     is_option: bool
+    ended_ranks: tuple[str, ...] = ()
 
 
 def begin() -> None:
@@ -70,14 +72,13 @@ def begin() -> None:
 def known_failure() -> Failure | None:
     """The failure that a process of this server left, if one did."""
     directory = counters_dir()
+    if directory is None:
+        return None
     try:
-        return (
-            None
-            if directory is None
-            else Failure(**json.loads((directory / _NAME).read_text()))
-        )
+        left = json.loads((directory / _NAME).read_text())
     except FileNotFoundError:
         return None
+    return Failure(left["reason"], left["is_option"], tuple(left["ended_ranks"]))
 
 
 def leave_failure(error: Exception) -> Failure:
@@ -93,12 +94,38 @@ def leave_failure(error: Exception) -> Failure:
     if directory is None:
         return failure
     # Whole, or not there: a link to a file that was written before.
-    own = directory / f"{_NAME}.{os.getpid()}"
-    _write_private(own, json.dumps(asdict(failure)))
+    own = _write_own(directory, failure)
     with contextlib.suppress(FileExistsError):
         os.link(own, directory / _NAME)
     own.unlink()
     return known_failure() or failure
+
+
+def leave_ended_ranks(how: Mapping[str, str]) -> None:
+    """Leaves that ranks ended by themselves; what other processes left is told behind it.
+
+    Those failed because of it, usually before anybody knew: messages of the rank were missing.
+
+    Args:
+        how: each of them ended, by its name: ``ended: killed by SIGKILL``.
+    """
+    directory = counters_dir()
+    if directory is None:
+        return
+    reasons = [f"{name} {in_words}" for name, in_words in how.items()]
+    known = known_failure()
+    if known is not None and known.is_option:
+        return  # such processes end as well, and that is why
+    if known is not None:
+        reasons.append(f"then: {known.reason}")
+    own = _write_own(directory, Failure("; ".join(reasons), False, tuple(how)))
+    os.replace(own, directory / _NAME)
+
+
+def _write_own(directory: Path, failure: Failure) -> Path:
+    own = directory / f"{_NAME}.{os.getpid()}"
+    _write_private(own, json.dumps(asdict(failure)))
+    return own
 
 
 def _write_private(path: Path, text: str) -> None:

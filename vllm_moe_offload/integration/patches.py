@@ -30,7 +30,7 @@ def install_worker_hook() -> None:
 
 
 def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    from vllm_moe_offload.integration import cpu_kernels
+    from vllm_moe_offload.integration import cpu_kernels, remote_counters
     from vllm_moe_offload.integration.arguments import options_of
 
     options = options_of(vllm_config)
@@ -39,6 +39,7 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
             cpu_kernels.install()
         install_model_patches()
         install_runner_patches()
+        remote_counters.install_in_worker()
         wrap(type(self), "init_device", failures.in_child)
         wrap(type(self), "load_model", failures.in_child)
     original(self, vllm_config, *args, **kwargs)
@@ -104,8 +105,26 @@ def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
         return
     from vllm.v1.engine.core import EngineCore
 
-    wrap(EngineCore, "_initialize_kv_caches", failures.in_child)
+    from vllm_moe_offload.integration import ended_ranks
+
+    wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
+    ended_ranks.install(type(self))
     failures.in_child(original, self, vllm_config)
+
+
+def _initialize_kv_caches(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The last part of an engine core's start that needs workers."""
+    return failures.in_child(_start_workers, original, self, *args, **kwargs)
+
+
+def _start_workers(original: Any, engine_core: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm_moe_offload.integration import remote_counters
+    from vllm_moe_offload.integration.arguments import options_of
+
+    result = original(engine_core, *args, **kwargs)
+    if options_of(engine_core.vllm_config).enabled:
+        remote_counters.begin(engine_core)
+    return result
 
 
 # --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.integration.placement import decoder_layers, own_experts
-from vllm_moe_offload.metrics import SUFFIX, CounterFile
+from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters
 from vllm_moe_offload.plan.fit import amount
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
 from vllm_moe_offload.rank import Rank
@@ -65,7 +66,7 @@ def start_runtime(
         prefetcher=prefetcher,
         collection_file=_collection_file(options, store, policy, layers),
         recorder=_recorder(options, store, shape, layers),
-        counter_file=_counter_file(
+        published=_counter_file(
             vllm_config, options, store.identity.rank, reads_ahead=prefetcher is not None
         ),
     )
@@ -222,10 +223,7 @@ def _recorder(
 
 def _counter_file(
     vllm_config: Any, options: OffloadConfig, rank: Rank, *, reads_ahead: bool
-) -> CounterFile | None:
-    directory = counters_dir()
-    if directory is None:
-        return None
+) -> Counters:
     served = vllm_config.model_config.served_model_name
     labels = {
         "model_name": served if isinstance(served, str) else served[0],
@@ -238,5 +236,9 @@ def _counter_file(
         "version": __version__,
         "part": rank.name,
     }
+    worker = f"pid {os.getpid()}, host {socket.gethostname()}"
+    directory = counters_dir()
+    if directory is None:  # on another host: the engine core asks for them
+        return Counters(labels, info, worker)
     name = f"{rank.name}-{os.getpid()}-{id(rank)}{SUFFIX}"
-    return CounterFile(directory / name, labels, info)
+    return CounterFile(directory / name, labels, info, worker)
