@@ -30,13 +30,17 @@ def install_worker_hook() -> None:
 
 
 def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    from vllm_moe_offload.integration import cpu_kernels
+    from vllm.platforms import current_platform
+
+    from vllm_moe_offload.integration import cpu_kernels, shared_memory
     from vllm_moe_offload.integration.arguments import options_of
 
     options = options_of(vllm_config)
     if options.enabled:
         if options.cpu_kernels == "avx512":
             cpu_kernels.install()
+        if current_platform.is_cpu():
+            shared_memory.install()
         install_model_patches()
         install_runner_patches()
         wrap(type(self), "init_device", failures.in_child)
