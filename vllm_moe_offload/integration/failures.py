@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm.ray.lazy_utils import is_in_ray_actor
+
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.counters_dir import counters_dir
 
@@ -112,6 +114,7 @@ def in_child(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         SystemExit: in a child, because of an option: status 2 and no traceback.
         OptionError, StartError: in the front end, because of a child's.
+        OptionError: in a child of Ray's, which may be on another machine: Ray carries it.
         Exception: else what was raised.
     """
     try:
@@ -119,9 +122,18 @@ def in_child(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except Exception as error:
         if os.getpid() == _front_end:
             raise_known(error)
+        elif is_in_ray_actor():
+            if isinstance(error, OptionError):
+                raise _of_this_node(error) from None
         elif leave_failure(error).is_option:
             raise SystemExit(OPTION_STATUS) from None
         raise
+
+
+def _of_this_node(error: OptionError) -> OptionError:
+    import ray
+
+    return OptionError(f"on Ray node {ray.util.get_node_ip_address()}: {error}")
 
 
 def in_front_end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

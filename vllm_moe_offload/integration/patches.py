@@ -10,6 +10,7 @@ only, and only if ``--moe-offload`` is on.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vllm_moe_offload.integration import failures
@@ -109,6 +110,10 @@ def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
     from vllm.v1.engine.core import EngineCore
 
     wrap(EngineCore, "_initialize_kv_caches", failures.in_child)
+    if vllm_config.parallel_config.use_ray:
+        from vllm_moe_offload.integration import ray_nodes
+
+        original = functools.partial(ray_nodes.start, original)
     failures.in_child(original, self, vllm_config)
 
 

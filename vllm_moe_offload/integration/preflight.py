@@ -170,6 +170,8 @@ def _check_room(
 ) -> None:
     """Raises OptionError if the disk has no room for a store that is to be built."""
     parallel = vllm_config.parallel_config
+    if parallel.use_ray:
+        return  # which ranks, and whether any, will be here, Ray decides; each looks for itself
     ranks_here = parallel.tensor_parallel_size // parallel.nnodes
     _, record_bytes = _bytes(vllm_config, shape)
     store_bytes = ranks_here * shape.total_experts * record_bytes

@@ -5,11 +5,14 @@ A server that silently ran without offload, or with wrong weights, would be wors
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from vllm import envs
+
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import cpu_kernels, formats, supported_gpu
+from vllm_moe_offload.integration import cpu_kernels, formats, ray_platform, supported_gpu
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
@@ -22,6 +25,7 @@ def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None
     problems = [
         *_model_problems(vllm_config),
         *_parallel_problems(vllm_config.parallel_config),
+        *_ray_problems(vllm_config.parallel_config),
         *_loading_problems(vllm_config),
         *_platform_problems(vllm_config, options, requested_graphs),
     ]
@@ -51,8 +55,34 @@ def _platform_problems(
     quantization = config.model_config.quantization
     if quantization is not None and not any(formats.problems(quantization)):
         yield from cpu_kernels.problems(quantization, options.cpu_kernels)
+    if config.parallel_config.use_ray:
+        yield from _ray_on_cpus(current_platform)
     if options.host_gb != "auto":
         yield f"host_gb={options.host_gb!r}: without a GPU experts are cached in RAM; see cache_gb"
+
+
+def _ray_on_cpus(platform: Any) -> Iterator[str]:
+    name = "distributed_executor_backend='ray'"
+    everywhere = "in this command's environment, and before `ray start` on every node"
+    if envs.VLLM_TARGET_DEVICE == "cpu":
+        yield (
+            f"{name} on a CPU with VLLM_TARGET_DEVICE='cpu': vLLM then takes its own platform, which "
+            f"has no workers on Ray; unset it, {everywhere}"
+        )
+    elif not platform.ray_device_key:
+        yield f"{name} on a CPU: set {ray_platform.ENVIRONMENT}=1, {everywhere}"
+
+
+def _ray_problems(parallel: Any) -> Iterator[str]:
+    if not parallel.use_ray:
+        return
+    if importlib.util.find_spec("ray") is None:
+        yield (
+            "distributed_executor_backend='ray': Ray is not installed; "
+            "pip install 'vllm-moe-offload[ray]'"
+        )
+    if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        yield "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported, allowed: 1"
 
 
 def _model_problems(config: Any) -> Iterator[str]:
