@@ -79,16 +79,18 @@ start() {
     trap - ERR INT TERM
 }
 
+# Object stores for the little that vLLM sends. Workers are not niced: Ray does that by 15 unless it is
+# told otherwise, and they would wait for everything else that runs on the machine.
 start_ray() {
     local host role
     for host in 1 2; do
         role=(--address "$(address 1):6379")
         [ "$host" = 1 ] && role=(--head --port 6379 --include-dashboard=false)
-        # An object store for the little that vLLM sends, and one process for each worker.
-        on_host "$host" "${RAY:-ray}" start "${role[@]}" --node-ip-address "$(address "$host")" \
-            --num-cpus 1 --num-gpus 1 --object-store-memory 100000000 \
-            --disable-usage-stats --temp-dir "$dir/local/ray" \
-            >"$dir/ray$host.log" 2>&1 || fail "no Ray on host $host: $(cat "$dir/ray$host.log")"
+        on_host "$host" env RAY_worker_niceness=0 "${RAY:-ray}" start "${role[@]}" \
+            --node-ip-address "$(address "$host")" --num-cpus 1 --num-gpus 1 \
+            --object-store-memory 100000000 --disable-usage-stats \
+            --temp-dir "$dir/local/ray" >"$dir/ray$host.log" 2>&1 ||
+            fail "no Ray on host $host: $(cat "$dir/ray$host.log")"
     done
 }
 

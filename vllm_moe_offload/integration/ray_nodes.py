@@ -62,7 +62,7 @@ def check(parallel_config: Any) -> None:
     if problems:
         raise OptionError(
             "--moe-offload: Ray nodes do not run what this process runs: "
-            f"{', and '.join(problems)}. Make them equal (variables: before `ray start`), or leave "
+            f"{', and '.join(problems)}. Make them equal (variables: before 'ray start'), or leave "
             "such nodes out"
         )
 

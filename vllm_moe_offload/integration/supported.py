@@ -62,15 +62,17 @@ def _platform_problems(
 
 
 def _ray_on_cpus(platform: Any) -> Iterator[str]:
-    name = "distributed_executor_backend='ray'"
-    everywhere = "in this command's environment, and before `ray start` on every node"
     if envs.VLLM_TARGET_DEVICE == "cpu":
         yield (
-            f"{name} on a CPU with VLLM_TARGET_DEVICE='cpu': vLLM then takes its own platform, which "
-            f"has no workers on Ray; unset it, {everywhere}"
+            "distributed_executor_backend='ray' with VLLM_TARGET_DEVICE='cpu': vLLM's own platform, "
+            "which is then taken, has no workers on Ray; unset the variable, here and before "
+            "'ray start' on every node"
         )
     elif not platform.ray_device_key:
-        yield f"{name} on a CPU: set {ray_platform.ENVIRONMENT}=1, {everywhere}"
+        yield (
+            f"distributed_executor_backend='ray' on a CPU: set {ray_platform.ENVIRONMENT}=1, here "
+            "and before 'ray start' on every node"
+        )
 
 
 def _ray_problems(parallel: Any) -> Iterator[str]:
