@@ -148,6 +148,7 @@ def _run(
         done = subprocess.run(
             [*prefix, sys.executable, str(DRIVER), *map(str, paths[:2])],
             env=environment,
+            cwd=directory,  # Ray's workers look for modules where their driver is
             stdout=log,
             stderr=subprocess.STDOUT,
             timeout=400,

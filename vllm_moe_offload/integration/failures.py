@@ -88,9 +88,7 @@ def leave_failure(error: Exception) -> Failure:
     Returns:
         The failure that stays.
     """
-    is_option = isinstance(error, OptionError)
-    text = " ".join(str(error).split())
-    failure = Failure(text if is_option else f"{type(error).__name__}: {text}", is_option)
+    failure = Failure(_reason(error), isinstance(error, OptionError))
     directory = counters_dir()
     if directory is None:
         return failure
@@ -114,7 +112,7 @@ def in_child(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         SystemExit: in a child, because of an option: status 2 and no traceback.
         OptionError, StartError: in the front end, because of a child's.
-        OptionError: in a child of Ray's, which may be on another machine: Ray carries it.
+        OptionError, StartError: in a child of Ray's, maybe on another machine: Ray carries it.
         Exception: else what was raised.
     """
     try:
@@ -123,17 +121,29 @@ def in_child(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if os.getpid() == _front_end:
             raise_known(error)
         elif is_in_ray_actor():
-            if isinstance(error, OptionError):
-                raise _of_this_node(error) from None
+            raise _of_this_node(error) from error
         elif leave_failure(error).is_option:
             raise SystemExit(OPTION_STATUS) from None
         raise
 
 
-def _of_this_node(error: OptionError) -> OptionError:
+def _of_this_node(error: Exception) -> OptionError | StartError:
     import ray
 
-    return OptionError(f"on Ray node {ray.util.get_node_ip_address()}: {error}")
+    address = ray.util.get_node_ip_address()
+    if isinstance(error, OptionError):
+        return OptionError(f"on Ray node {address}: {error}")
+    return StartError(f"the engine did not start: on Ray node {address}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """In one line, as :class:`Failure` has it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OptionError):
+        return text
+    if isinstance(error, StartError):  # of a child's child; who raises it says this again
+        return text.removeprefix("the engine did not start: ")
+    return f"{type(error).__name__}: {text}"
 
 
 def in_front_end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
