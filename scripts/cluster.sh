@@ -43,9 +43,10 @@ start_host() {
     local host=$1
     mkdir -p "$dir/host$host/tmp"
     # Its first process: when it is killed, the kernel kills all others of the host. It waits for
-    # children that others left, or they would stay in the table of processes.
+    # children that others left, or they would stay in the table of processes. It ends when its
+    # directory is gone: "start" may be killed where "stop" cannot find this process yet.
     setsid unshare --mount --net --ipc --pid --fork --kill-child --mount-proc \
-        bash -c 'while :; do sleep 1 & wait; done' "cluster-host$host" "$dir" \
+        bash -c 'while [ -d "$1" ]; do sleep 1 & wait; done' "cluster-host$host" "$dir" \
         >"$dir/host$host.log" 2>&1 </dev/null &
     for _ in $(seq 100); do
         holder "$host" >/dev/null && break

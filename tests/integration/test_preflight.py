@@ -37,7 +37,7 @@ def config_of(model: Path | str, *, ranks: int = 1, **load: Any) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(model=str(model), revision=None, dtype=torch.bfloat16),
         load_config=SimpleNamespace(**load),
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, nnodes=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks, nnodes=1, use_ray=False),
     )
 
 
@@ -122,6 +122,15 @@ def test_a_store_that_is_there_needs_no_room(model, tmp_path, fill_disk):
     shutil.rmtree(store.directory)
     with pytest.raises(OptionError, match=r"it needs 2359296 bytes; 0 are free; set store_dir"):
         check(config_of(model), tmp_path)
+
+
+def test_rays_workers_look_for_room_where_they_are(model, tmp_path, fill_disk):
+    config = config_of(model, ranks=2)
+    fill_disk()
+    with pytest.raises(OptionError, match="are free; set store_dir"):
+        check(config, tmp_path)
+    config.parallel_config.use_ray = True
+    check(config, tmp_path)
 
 
 @pytest.mark.parametrize(
