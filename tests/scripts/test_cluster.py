@@ -1,4 +1,4 @@
-"""scripts/cluster.sh: two hosts that are two, and nothing of them stays."""
+"""scripts/cluster.sh: two hosts that are two, and nothing of them stays. Needs root, as they do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.clusters import CLUSTER, short_directory
+
+pytestmark = pytest.mark.slow
 
 
 def call(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
