@@ -1,7 +1,8 @@
 """What a node of a Ray cluster would run, told by code that is sent there.
 
 Ray sends this module's functions whole (``ray_nodes.py``), because the node may lack the package. So
-nothing but Python's own library is imported here.
+nothing but Python's own library is imported here, and the variable of ``ray_platform.py`` is
+written out.
 """
 
 from __future__ import annotations
