@@ -55,10 +55,24 @@ def _platform_problems(
     quantization = config.model_config.quantization
     if quantization is not None and not any(formats.problems(quantization)):
         yield from cpu_kernels.problems(quantization, options.cpu_kernels)
-    if config.parallel_config.use_ray:
-        yield from _ray_on_cpus(current_platform)
     if options.host_gb != "auto":
         yield f"host_gb={options.host_gb!r}: without a GPU experts are cached in RAM; see cache_gb"
+
+
+def _ray_problems(parallel: Any) -> Iterator[str]:
+    if not parallel.use_ray:
+        return
+    if importlib.util.find_spec("ray") is None:
+        yield (
+            "distributed_executor_backend='ray': Ray is not installed; "
+            "pip install 'vllm-moe-offload[ray]'"
+        )
+    if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        yield "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported, allowed: 1"
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        yield from _ray_on_cpus(current_platform)
 
 
 def _ray_on_cpus(platform: Any) -> Iterator[str]:
@@ -73,18 +87,6 @@ def _ray_on_cpus(platform: Any) -> Iterator[str]:
             f"distributed_executor_backend='ray' on a CPU: set {ray_platform.ENVIRONMENT}=1, here "
             "and before 'ray start' on every node"
         )
-
-
-def _ray_problems(parallel: Any) -> Iterator[str]:
-    if not parallel.use_ray:
-        return
-    if importlib.util.find_spec("ray") is None:
-        yield (
-            "distributed_executor_backend='ray': Ray is not installed; "
-            "pip install 'vllm-moe-offload[ray]'"
-        )
-    if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
-        yield "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported, allowed: 1"
 
 
 def _model_problems(config: Any) -> Iterator[str]:
