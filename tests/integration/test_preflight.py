@@ -44,7 +44,7 @@ def config_of(
         "tensor_parallel_size": ranks,
         "pipeline_parallel_size": 1,
         "enable_expert_parallel": False,
-        "distributed_executor_backend": "mp",
+        "use_ray": False,
         "nnodes": 1,
         "node_rank": 0,
         **(parallel or {}),
@@ -193,6 +193,15 @@ def test_a_store_that_is_there_needs_no_room(model, tmp_path, fill_disk):
         check(config_of(model), tmp_path)
 
 
+def test_rays_workers_look_for_room_where_they_are(model, tmp_path, fill_disk):
+    config = config_of(model, ranks=2)
+    fill_disk()
+    with pytest.raises(OptionError, match="are free; set store_dir"):
+        check(config, tmp_path)
+    config.parallel_config.use_ray = True
+    check(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     "difference",
     [{"checkpoint": "another"}, {"vllm_version": "0.1"}, {"rank": Rank(tp_size=2)}],
@@ -237,7 +246,7 @@ def test_room_is_needed_for_the_ranks_of_this_machine(
 
 def test_only_ray_knows_which_ranks_are_here(model, tmp_path, fill_disk):
     fill_disk()
-    check(config_of(model, ranks=2, parallel={"distributed_executor_backend": "ray"}), tmp_path)
+    check(config_of(model, ranks=2, parallel={"use_ray": True}), tmp_path)
 
 
 def test_every_rank_that_is_here_must_have_its_part(model, tmp_path, fill_disk):

@@ -44,6 +44,11 @@ ELSEWHERE = {
     "would run on ...": GPU + "tests/integration/test_supported_gpu.py",
     "instead of RAM": GPU
     + "tests/integration/test_loading_boundary.py::test_kernel_form_must_be_in_ram",
+    # Several machines
+    "Ray nodes do not run what this process runs": "needs a Ray cluster: "
+    "tests/integration/test_ray.py::test_nodes_that_differ_are_refused",
+    "on Ray node ...: ...": "needs a Ray cluster: "
+    "tests/integration/test_ray.py::test_a_worker_on_another_node_says_why_it_does_not_start",
     # The model or its checkpoint
     "is not a directory": "what is served has a directory: tests/store/test_identity.py",
     "cannot fingerprint": DISK + "tests/store/test_identity.py",

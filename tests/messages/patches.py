@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,3 +64,11 @@ def nothing_but_stores_writable() -> None:
 def full_disk() -> None:
     """A file system with one block left."""
     os.statvfs = lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096)  # type: ignore[assignment]
+
+
+def without_ray() -> None:
+    """A machine where only vLLM was installed."""
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *more: (  # type: ignore[assignment]
+        None if name == "ray" else find_spec(name, *more)
+    )

@@ -168,6 +168,17 @@ SERVE: dict[str, Case] = {
     "pipeline_parallel_size=... with enforce_eager=True: vLLM's CPU worker makes room for what a "
     "stage is sent when it warms up compiled code, and fails at the first request without; leave "
     "enforce_eager out": given("--pipeline-parallel-size", "2", "--enforce-eager"),
+    "distributed_executor_backend='ray': Ray is not installed; "
+    "pip install 'vllm-moe-offload[ray]'": given(
+        "--distributed-executor-backend=ray", patch="without_ray"
+    ),
+    "distributed_executor_backend='ray' on a CPU: set ...=1, here and before 'ray start' on "
+    "every node": given("--distributed-executor-backend=ray"),
+    "distributed_executor_backend='ray' with VLLM_TARGET_DEVICE='cpu': vLLM's own platform, which "
+    "is then taken, has no workers on Ray; unset the variable, here and before 'ray start' on "
+    "every node": given(
+        "--distributed-executor-backend=ray", environment={"VLLM_TARGET_DEVICE": "cpu"}
+    ),
     "load_format=... is not supported, allowed: ...": given("--load-format", "sharded_state"),
     "cpu_offload_gb=...: vLLM's own offloader cannot hold the same weights": given(
         "--cpu-offload-gb", "1"

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm.ray.lazy_utils import is_in_ray_actor
+
 from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.counters_dir import counters_dir
 
@@ -87,9 +89,7 @@ def leave_failure(error: Exception) -> Failure:
     Returns:
         The failure that stays.
     """
-    is_option = isinstance(error, OptionError)
-    text = " ".join(str(error).split())
-    failure = Failure(text if is_option else f"{type(error).__name__}: {text}", is_option)
+    failure = Failure(_reason(error), isinstance(error, OptionError))
     directory = counters_dir()
     if directory is None:
         return failure
@@ -139,6 +139,7 @@ def in_child(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Raises:
         SystemExit: in a child, because of an option: status 2 and no traceback.
         OptionError, StartError: in the front end, because of a child's.
+        OptionError, StartError: in a child of Ray's, maybe on another machine: Ray carries it.
         Exception: else what was raised.
     """
     try:
@@ -146,9 +147,30 @@ def in_child(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except Exception as error:
         if os.getpid() == _front_end:
             raise_known(error)
+        elif is_in_ray_actor():
+            raise _of_this_node(error) from error
         elif leave_failure(error).is_option:
             raise SystemExit(OPTION_STATUS) from None
         raise
+
+
+def _of_this_node(error: Exception) -> OptionError | StartError:
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    if isinstance(error, OptionError):
+        return OptionError(f"on Ray node {address}: {error}")
+    return StartError(f"the engine did not start: on Ray node {address}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """In one line, as :class:`Failure` has it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OptionError):
+        return text
+    if isinstance(error, StartError):  # of a child's child; who raises it says this again
+        return text.removeprefix("the engine did not start: ")
+    return f"{type(error).__name__}: {text}"
 
 
 def in_front_end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

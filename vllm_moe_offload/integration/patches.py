@@ -10,6 +10,7 @@ only, and only if ``--moe-offload`` is on.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from vllm_moe_offload.integration import failures
@@ -30,13 +31,17 @@ def install_worker_hook() -> None:
 
 
 def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    from vllm_moe_offload.integration import cpu_kernels, remote_counters
+    from vllm.platforms import current_platform
+
+    from vllm_moe_offload.integration import cpu_kernels, remote_counters, shared_memory
     from vllm_moe_offload.integration.arguments import options_of
 
     options = options_of(vllm_config)
     if options.enabled:
         if options.cpu_kernels == "avx512":
             cpu_kernels.install()
+        if current_platform.is_cpu():
+            shared_memory.install()
         install_model_patches()
         install_runner_patches()
         remote_counters.install_in_worker()
@@ -109,6 +114,10 @@ def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
 
     wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     ended_ranks.install(type(self))
+    if vllm_config.parallel_config.use_ray:
+        from vllm_moe_offload.integration import ray_nodes
+
+        original = functools.partial(ray_nodes.start, original)
     failures.in_child(original, self, vllm_config)
 
 

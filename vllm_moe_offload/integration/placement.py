@@ -47,6 +47,6 @@ def own_experts(layers: list[Any]) -> list[int] | None:
 def ranks_here(vllm_config: Any) -> int:
     """Workers of this server on this machine."""
     parallel = vllm_config.parallel_config
-    if parallel.distributed_executor_backend == "ray" and parallel.assigned_physical_gpu_ids:
+    if parallel.use_ray and parallel.assigned_physical_gpu_ids:
         return len(parallel.assigned_physical_gpu_ids)
     return int(parallel.local_world_size)

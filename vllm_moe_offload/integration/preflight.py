@@ -218,7 +218,7 @@ def _parts_here(
     parallel: Any, parts: Mapping[Rank, ModelShape]
 ) -> Mapping[Rank, ModelShape] | None:
     """Those of workers on this machine; None if only Ray knows where they will run."""
-    if parallel.distributed_executor_backend == "ray":
+    if parallel.use_ray:
         return None
     split = replace(_split(parallel), nodes=parallel.nnodes)
     here = split.ranks_of_node(parallel.node_rank)

@@ -5,13 +5,15 @@ A server that silently ran without offload, or with wrong weights, would be wors
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from vllm import envs
 from vllm.config import CompilationMode
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import cpu_kernels, formats, supported_gpu
+from vllm_moe_offload.integration import cpu_kernels, formats, ray_platform, supported_gpu
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
@@ -24,6 +26,7 @@ def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None
     problems = [
         *_model_problems(vllm_config),
         *_parallel_problems(vllm_config.parallel_config),
+        *_ray_problems(vllm_config.parallel_config),
         *_loading_problems(vllm_config),
         *_platform_problems(vllm_config, options, requested_graphs),
     ]
@@ -67,6 +70,36 @@ def _cpu_stage_problems(config: Any) -> Iterator[str]:
             f"pipeline_parallel_size={stages} with enforce_eager=True: vLLM's CPU worker makes "
             "room for what a stage is sent when it warms up compiled code, and fails at the first "
             "request without; leave enforce_eager out"
+        )
+
+
+def _ray_problems(parallel: Any) -> Iterator[str]:
+    if not parallel.use_ray:
+        return
+    if importlib.util.find_spec("ray") is None:
+        yield (
+            "distributed_executor_backend='ray': Ray is not installed; "
+            "pip install 'vllm-moe-offload[ray]'"
+        )
+    if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        yield "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported, allowed: 1"
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        yield from _ray_on_cpus(current_platform)
+
+
+def _ray_on_cpus(platform: Any) -> Iterator[str]:
+    if envs.VLLM_TARGET_DEVICE == "cpu":
+        yield (
+            "distributed_executor_backend='ray' with VLLM_TARGET_DEVICE='cpu': vLLM's own platform, "
+            "which is then taken, has no workers on Ray; unset the variable, here and before "
+            "'ray start' on every node"
+        )
+    elif not platform.ray_device_key:
+        yield (
+            f"distributed_executor_backend='ray' on a CPU: set {ray_platform.ENVIRONMENT}=1, here "
+            "and before 'ray start' on every node"
         )
 
 

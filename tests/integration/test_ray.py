@@ -1,0 +1,111 @@
+"""Several machines: tensor parallel over Ray nodes, and over two simulated hosts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration import clusters
+from tests.integration.conftest import DRIVER, ENGINES, Job, engine
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+
+
+def offloaded(model: Path, store_dir: Path, **extra: Any) -> Job:
+    """A job on two Ray workers, with half of the experts cached; its counters are told."""
+    offload = {"mode": "trace", "cache_gb": "50%", "store_dir": str(store_dir)}
+    job = engine(
+        model, eager=True, offload=offload, disable_log_stats=False, **{**RAY, **extra}
+    )
+    return {**job, "facts": False}
+
+
+@pytest.fixture(scope="module")
+def plain(
+    demo_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Plain vLLM with two ranks of its own on this machine."""
+    directory = tmp_path_factory.mktemp("plain")
+    jobs, out = directory / "jobs.json", directory / "out.json"
+    job = engine(demo_model("mixtral"), eager=True, tensor_parallel_size=2) | {"facts": False}
+    jobs.write_text(json.dumps([job]))
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), str(jobs), str(out)],
+        env={**ENGINES, **clusters.two_cores()},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    (result,) = json.loads(out.read_text())
+    assert "error" not in result, result
+    return result
+
+
+def assert_served(result: dict[str, Any], plain: dict[str, Any]) -> None:
+    """The output is plain vLLM's, and experts were cached for it."""
+    assert "error" not in result, result
+    assert result["batches"] == plain["batches"]
+    assert result["metrics"]["misses"] > 0
+
+
+def test_two_ray_nodes(plain, demo_model, tmp_path):
+    """Features: Ray on CPUs; two ranks that build their stores in one store_dir at once."""
+    stores = tmp_path / "stores"
+    job = offloaded(demo_model("mixtral"), stores)
+    with clusters.ray_nodes({}, {}) as address:
+        (result,) = clusters.run_on(address, [job], tmp_path)
+    assert_served(result, plain)
+    assert sorted(path.parent.name for path in stores.glob("*/*/experts.bin")) == [
+        "tp0of2",
+        "tp1of2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[clusters.Hosts]:
+    with clusters.two_hosts() as found:
+        yield found
+
+
+def test_two_hosts(hosts, plain, demo_model, tmp_path):
+    """Features: hosts that share no memory; each builds its own part of the store."""
+    job = offloaded(demo_model("mixtral"), hosts.local / "stores")
+    (result,) = hosts.run([job], tmp_path)
+    assert_served(result, plain)
+    for host, rank in ((1, "tp0of2"), (2, "tp1of2")):
+        built = hosts.files(host, "stores/*/*/experts.bin")
+        assert [Path(path).parent.name for path in built] == [rank]
+
+
+def test_a_worker_on_another_node_says_why_it_does_not_start(hosts, demo_model, tmp_path):
+    hosts.call("run", "2", "sh", "-c", f"echo > {hosts.local}/taken")
+    job = offloaded(demo_model("mixtral"), hosts.local / "taken")
+    (result,) = hosts.run([job], tmp_path)
+    assert result["error"].startswith(
+        "StartError: the engine did not start: on Ray node 10.77.0.2: StoreError: cannot create "
+        f"{hosts.local}/taken for the expert store"
+    )
+
+
+def test_nodes_that_differ_are_refused(demo_model, tmp_path):
+    older = tmp_path / "older" / "vllm_moe_offload"
+    older.mkdir(parents=True)
+    (older / "__init__.py").write_text('__version__ = "0.0.1"\n')
+    path = f"{older.parent}:{ENGINES['PYTHONPATH']}"
+    job = offloaded(demo_model("mixtral"), tmp_path / "stores")
+    with clusters.ray_nodes({"VLLM_PLUGINS": ""}, {"PYTHONPATH": path}) as address:
+        (result,) = clusters.run_on(address, [job], tmp_path)
+    assert result["error"].startswith("OptionError: --moe-offload: Ray nodes do not run what")
+    assert "has plugin: switched off by VLLM_PLUGINS='', here: installed" in result["error"]
+    assert "has vllm-moe-offload: 0.0.1, here: " in result["error"]
+    assert not list((tmp_path / "stores").glob("*")), "nothing was loaded"
