@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts.harness.server import free_port
+from scripts.harness.server import Server, free_port
 from tests.integration.conftest import DRIVER, ENGINES, ROOT, Job
 from vllm_moe_offload.integration.ray_platform import ENVIRONMENT
 
@@ -22,6 +23,7 @@ CLUSTER = ROOT / "scripts" / "cluster.sh"
 RAY_PROGRAM = str(Path(sys.executable).with_name("ray"))
 OBJECT_STORE_BYTES = 100_000_000
 START_SECONDS = 120
+CLONE_NEWNET = 0x40000000
 FOR_RAY = {
     ENVIRONMENT: "1",
     "RAY_worker_niceness": "0",
@@ -120,10 +122,50 @@ class Hosts:
         prefix = [str(CLUSTER), "run", str(self.directory), "1"]
         return _run(prefix, {**ENGINES, **FOR_RAY}, jobs, directory)
 
+    def serve(self, model: Path, log: Path, *more: str) -> Server:
+        """`vllm serve` on host 1; it is reached from within :meth:`network`."""
+        return Server(
+            model,
+            more,
+            log=log,
+            environment={**ENGINES, **FOR_RAY, "VLLM_SERVER_DEV_MODE": "1"},
+            prefix=[str(CLUSTER), "run", str(self.directory), "1"],
+        )
+
+    @contextlib.contextmanager
+    def network(self, host: int) -> Iterator[None]:
+        """The calling thread has the network of a host: its loopback, its addresses."""
+        inode = self.call("run", str(host), "stat", "-Lc", "%i", "/proc/self/ns/net").strip()
+        (path, *_) = (
+            path for path in Path("/proc").glob("[0-9]*/ns/net") if _inode(path) == int(inode)
+        )
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        theirs = os.open(path, os.O_RDONLY)
+        try:
+            _enter(theirs)
+            yield
+        finally:
+            _enter(own)
+            os.close(own)
+            os.close(theirs)
+
     def files(self, host: int, pattern: str) -> list[str]:
         """Paths of a host's own folder that fit a pattern, relative to it."""
         own = self.directory / f"host{host}"
         return sorted(str(path.relative_to(own)) for path in own.glob(pattern))
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:  # the process ended meanwhile
+        return -1
+
+
+def _enter(namespace: int) -> None:
+    """setns(2), which Python has from 3.12 on."""
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ class Machine:
 def rows(host_gb="auto", ranks=1):
     memory = object.__new__(gpu_memory.GpuMemory)
     memory._vllm_config = SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=ranks)
+        parallel_config=SimpleNamespace(use_ray=False, local_world_size=ranks)
     )
     store = SimpleNamespace(
         num_layers=LAYERS, num_experts=EXPERTS, layout=SimpleNamespace(record_bytes=RECORD)

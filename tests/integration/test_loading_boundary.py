@@ -28,6 +28,7 @@ class Experts(OffloadedExperts, Dense):
 
     layer_name = "model.layers.0.mlp.experts"
     local_num_experts = 3
+    expert_map = None
 
 
 def test_expert_parameters_are_built_in_ram():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,14 @@ import pytest
 
 from tests.integration import clusters
 from tests.integration.conftest import DRIVER, ENGINES, Job, engine
+from tests.integration.served import (
+    ARGUMENTS,
+    PROBE,
+    PROMPTS,
+    assert_equal_while_nothing_runs,
+    complete,
+    offload,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -82,9 +93,39 @@ def test_two_hosts(hosts, plain, demo_model, tmp_path):
     job = offloaded(demo_model("mixtral"), hosts.local / "stores")
     (result,) = hosts.run([job], tmp_path)
     assert_served(result, plain)
+    needed = [told["hits"] + told["misses"] for told in result["metrics_by_rank"].values()]
+    assert len(needed) == 2, "counters of the rank on host 2 are not there"
+    assert needed[0] == needed[1] > 0, "slices of the same experts need alike, to the last step"
     for host, rank in ((1, "tp0of2"), (2, "tp1of2")):
         built = hosts.files(host, "stores/*/*/experts.bin")
         assert [Path(path).parent.name for path in built] == [rank]
+
+
+def test_a_rank_killed_on_another_host(hosts, demo_model, tmp_path):
+    """Features: `vllm serve` over two hosts: metrics of both; who was killed; a restart serves."""
+    model, stores = demo_model("mixtral"), hosts.local / "stores"
+    options = offload(stores, "--moe-offload-config.cache_gb", "50%")
+    layout = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "ray"]
+    arguments = [*ARGUMENTS, *PROBE, *options, *layout]
+    with hosts.serve(model, tmp_path / "log", *arguments) as server, hosts.network(1):
+        server.wait_healthy()
+        expected = complete(server, PROMPTS[0])
+        told = assert_equal_while_nothing_runs(server)
+        assert told["0"]["hits_total"] + told["0"]["misses_total"] > 0
+        hosts.call("run", "2", "pkill", "-KILL", "-f", "ray::RayWorkerProc")
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            complete(server, PROMPTS[1])
+        server.process.wait(90)
+        lines = server.log.splitlines()
+    (summary,) = (line for line in lines if "MoE offload, all in all" in line)
+    assert ", ended before: rank 1 (pid " in summary
+    assert "MoE offload: the engine ended: rank 1 (pid " in lines[-1]
+
+    with hosts.serve(model, tmp_path / "again", *arguments) as server, hosts.network(1):
+        server.wait_healthy()
+        assert complete(server, PROMPTS[0]) == expected
+        os.killpg(server.process.pid, signal.SIGINT)
+        server.process.wait(60)
 
 
 def test_a_worker_on_another_node_says_why_it_does_not_start(hosts, demo_model, tmp_path):

@@ -28,6 +28,7 @@ def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=dtype, quantization=quantization),
         kernel_config=KernelConfig(moe_backend=moe_backend),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         compilation_config=compilation,
     )
 
