@@ -128,7 +128,12 @@ class Hosts:
             model,
             more,
             log=log,
-            environment={**ENGINES, **FOR_RAY, "VLLM_SERVER_DEV_MODE": "1"},
+            environment={
+                **ENGINES,
+                **FOR_RAY,
+                "VLLM_SERVER_DEV_MODE": "1",
+                "VLLM_LOGGING_LEVEL": "INFO",
+            },
             prefix=[str(CLUSTER), "run", str(self.directory), "1"],
         )
 

@@ -93,6 +93,17 @@ def test_a_killed_rank_is_the_reason(server_directory):
     assert failures.known_failure().ended_ranks == (NAMES[1],)
 
 
+def test_a_step_that_failed_names_it_before_the_front_end_hears_and_nobody_again():
+    failures.leave_failure(RuntimeError("Connection closed by peer"))
+    executor, engine = executor_of([None, -signal.SIGKILL]), Engine()
+    ended_ranks.remember(executor, engine, NAMES)
+    ended_ranks.name_ended(executor)
+    named = failures.known_failure()
+    assert named.ended_ranks == (NAMES[1],)
+    executor.shutdown()
+    assert failures.known_failure() == named
+
+
 def test_what_other_ranks_left_is_told_behind_it():
     failures.leave_failure(RuntimeError("Connection closed by peer"))
     executor, engine = executor_of([-signal.SIGSEGV, None]), Engine()

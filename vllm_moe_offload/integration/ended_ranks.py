@@ -60,18 +60,30 @@ def _shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, *args, **kwargs)
     end = getattr(self, "moe_offload_end", None)
     if not getattr(self, "shutting_down", False):
-        ended = dict(_ended_by_themselves(self))
-        if end is not None:
-            end(ended)
-        if ended:
-            names = getattr(self, "moe_offload_names", {})
-            failures.leave_ended_ranks(
-                {names.get(index, f"rank {index}"): how for index, how in ended.items()}
-            )
+        name_ended(self)
     result = original(self, *args, **kwargs)
     if end is not None:
         end(range(self.parallel_config.world_size))
     return result
+
+
+def name_ended(executor: Any) -> None:
+    """Leaves for the front end which ranks ended by themselves, if any did; the first time it knows.
+
+    To be called before the front end hears of a failure: it ends the engine core then, at once.
+    """
+    if getattr(executor, "moe_offload_has_named", False):
+        return
+    ended = dict(_ended_by_themselves(executor))
+    end = getattr(executor, "moe_offload_end", None)
+    if end is not None:
+        end(ended)
+    if ended:
+        executor.moe_offload_has_named = True
+        names = getattr(executor, "moe_offload_names", {})
+        failures.leave_ended_ranks(
+            {names.get(index, f"rank {index}"): how for index, how in ended.items()}
+        )
 
 
 def _ended_by_themselves(executor: Any) -> Iterator[tuple[int, str]]:

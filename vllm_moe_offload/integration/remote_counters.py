@@ -193,8 +193,12 @@ def _step(original: Any, self: Any) -> Any:
     if remote is None:
         return original(self)
     remote.before_step(has_requests=self.scheduler.has_unfinished_requests())
-    # A worker elsewhere cannot leave its reason where the front end looks: it is in the answer.
-    result = failures.while_serving(original, self)
+    try:
+        # A worker elsewhere cannot leave its reason where the front end looks: it is in the answer.
+        result = failures.while_serving(original, self)
+    except Exception:
+        ended_ranks.name_ended(self.model_executor)
+        raise
     remote.after_step(has_requests=self.scheduler.has_unfinished_requests())
     return result
 
