@@ -44,9 +44,13 @@ def plain(
     demo_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """Plain vLLM with two ranks of its own on this machine."""
-    directory = tmp_path_factory.mktemp("plain")
-    jobs, out = directory / "jobs.json", directory / "out.json"
     job = engine(demo_model("mixtral"), eager=True, tensor_parallel_size=2) | {"facts": False}
+    return run_here(job, tmp_path_factory.mktemp("plain"))
+
+
+def run_here(job: Job, directory: Path) -> dict[str, Any]:
+    """An engine with two workers that vLLM starts itself, on this machine."""
+    jobs, out = directory / "jobs.json", directory / "out.json"
     jobs.write_text(json.dumps([job]))
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(jobs), str(out)],
@@ -80,6 +84,32 @@ def test_two_ray_nodes(plain, demo_model, tmp_path):
         "tp0of2",
         "tp1of2",
     ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"pipeline_parallel_size": 2, "enforce_eager": False},
+    ],
+    ids=["experts", "layers"],
+)
+def test_other_layouts_on_two_ray_nodes(layout, demo_model, tmp_path):
+    """Features: whole experts, and stages, over Ray nodes: as on workers that vLLM starts."""
+    offload = {"mode": "trace", "cache_gb": "100%", "store_dir": str(tmp_path / "stores")}
+    job = engine(demo_model("mixtral"), eager=True, offload=offload, disable_log_stats=False)
+    job = {**job, "llm": {**job["llm"], **layout}, "facts": False}
+    here = run_here(job, tmp_path)
+    job["llm"]["distributed_executor_backend"] = "ray"
+    with clusters.ray_nodes({}, {}) as address:
+        (result,) = clusters.run_on(address, [job], tmp_path)
+    assert "error" not in result, result
+    assert result["batches"] == here["batches"]
+    hits = [
+        [told["hits"] for told in one["metrics_by_rank"].values()] for one in (result, here)
+    ]
+    assert hits[0] == hits[1]
+    assert min(hits[0]) > 0
 
 
 @pytest.fixture(scope="module")
