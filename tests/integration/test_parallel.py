@@ -175,7 +175,7 @@ def test_slices_of_experts(demo_model, stores, run_workers):
         "mixtral",
         "deepseek_v2",  # shared experts
         pytest.param("qwen3_moe", marks=pytest.mark.slow),
-        pytest.param("gpt_oss", marks=pytest.mark.slow),  # biases
+        pytest.param("olmoe", marks=pytest.mark.slow),
     ],
 )
 def test_experts_divided(arch, demo_model, stores, run_divided, tmp_path):
