@@ -234,6 +234,12 @@ def test_ids_of_other_ranks_experts_lie_with_the_tokens_own(store, slots: int) -
         )
         assert found[1:].tolist() == [[slot_of[2]] * 2, [slot_of[3]] * 2]
         runtime.end_layer(layer)
+    runtime.begin_step(decode_tokens(["a", "b", "c"]))
+    for layer in range(LAYERS):
+        nothing = runtime.begin_layer(layer, torch.full_like(own, -1), None, routed)
+        assert nothing is not None
+        assert not nothing.any(), "no kernel may read before its weights"
+        runtime.end_layer(layer)
     runtime.close()
 
 

@@ -62,16 +62,20 @@ class Rank(BaseModel):
         """Whether the worker sees the routing of all experts of all layers."""
         return self.pp_size == self.ep_size == 1
 
-    @property
-    def writes_traces(self) -> bool:
-        """Whether what this worker sees of the routing is its to write: slices of one expert
-        are routed to alike."""
-        return self.tp == 0
+    def trace_file(self, path: Path, *, first_slice: int = 0) -> Path:
+        """Where what this worker sees of the routing is kept.
 
-    def trace_file(self, path: Path) -> Path:
-        """Where to keep what this worker sees of the routing: ``path``, or for a part of the
-        model ``path`` with the part before its suffix, ``traces.pp0of2.npz``."""
-        if self.sees_all:
+        ``path``, or for a part of the model ``path`` with the part before its suffix,
+        ``traces.pp0of2.npz``. Slices of the same experts are routed to alike, so one of them keeps
+        it for all.
+
+        Args:
+            path: of a worker that sees everything.
+            first_slice: which slice that is. On another machine than slice 0 the first one there:
+                files are not shared.
+        """
+        size = self.tp_size if first_slice else 1
+        seen = self.model_copy(update={"tp": first_slice, "tp_size": size})
+        if seen.num_parts == 1:
             return path
-        seen = self.model_copy(update={"tp": 0, "tp_size": 1})
         return path.with_name(f"{path.stem}.{seen.name}{path.suffix}")

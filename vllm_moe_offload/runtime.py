@@ -190,11 +190,23 @@ class OffloadRuntime:
             if not self._calls.plan_again(layer, topk_ids, slot_ids):
                 return None
         self._fill(layer, hidden)
+        return self._slots_of_parameters(layer, topk_ids, slot_ids, routed_ids)
+
+    def _slots_of_parameters(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        slot_ids: torch.Tensor,
+        routed_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Slots of the pool as rows of the layer's parameters, which are all or a part of it."""
         if not self._passes_ids_through:
             return slot_ids
-        # Ids are their own slots, but for other ranks', which have a stand-in.
-        begin = layer * self.cache.shape.num_experts
-        return topk_ids if routed_ids is None else slot_ids - begin
+        if routed_ids is None:
+            return topk_ids
+        # Ids are their own slots, but for other ranks', which have a stand-in: of the whole pool, and
+        # slot 0 of it, before this layer's, where the call needs nothing.
+        return (slot_ids - layer * self.cache.shape.num_experts).clamp_(min=0)
 
     def end_layer(self, layer: int) -> None:
         """The kernel of the layer is done with its slots."""

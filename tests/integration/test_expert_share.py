@@ -27,7 +27,6 @@ def test_every_expert_is_one_ranks(placement, ranks):
     )
     ids = torch.arange(EXPERTS, dtype=torch.int32).view(-1, 1)
     for share in shares:
-        assert share.num_experts == EXPERTS
         own = share.own_ids(ids).flatten()
         assert own[share.experts].tolist() == list(range(len(share.experts)))
         assert (own == NO_EXPERT).sum() == EXPERTS - len(share.experts)
@@ -98,13 +97,23 @@ def test_a_token_of_other_ranks_experts_is_zero_here():
     assert out.tolist() == [[0.0] * HIDDEN, [1.0] * HIDDEN]
 
 
-def test_for_a_token_without_any_own_expert_no_kernel_runs():
-    own = torch.full((1, 2), NO_EXPERT, dtype=torch.int32)
-    x = torch.ones(1, HIDDEN, dtype=torch.bfloat16)
+def test_whose_experts_they_are_is_kept_in_ram_whatever_the_default():
+    """vLLM builds models with the device as torch's default."""
+    _, expert_map, _ = determine_expert_map(2, 0, EXPERTS, "linear")
+    with torch.device("meta"):
+        share = ExpertShare(expert_map)
+        ids = torch.zeros((1, 1), dtype=torch.int32, device="cpu")
+        assert share.own_ids(ids).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_where_no_token_has_an_own_expert_no_kernel_runs(tokens):
+    own = torch.full((tokens, 2), NO_EXPERT, dtype=torch.int32)
+    x = torch.ones(tokens, HIDDEN, dtype=torch.bfloat16)
 
     def never(*_):
         raise AssertionError("there is nothing to compute")
 
-    out = ExpertShare.apply(never, x, torch.ones(1, 2), own, torch.zeros_like(own))
+    out = ExpertShare.apply(never, x, torch.ones(tokens, 2), own, torch.zeros_like(own))
     assert out.dtype == x.dtype
     assert not out.any()

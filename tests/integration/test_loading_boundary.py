@@ -98,3 +98,17 @@ def test_dummy_experts_are_drawn_where_plain_vllm_draws_them(monkeypatch):
     with pytest.raises(NotImplementedError, match="meta"):  # has no values to bring to RAM
         loading._initialize_dummy(torch.empty(3))
     assert drawn_on == [torch.device("cpu"), DEVICE]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_stage_may_be_without_experts_and_a_model_not(stages, caplog):
+    config = SimpleNamespace(
+        additional_config={"moe_offload": {"mode": "trace"}},
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+    )
+    if stages == 1:
+        with pytest.raises(OptionError, match="Dense was built without a single routed expert"):
+            loading._begin(config, Dense(size=1))
+        return
+    assert loading._begin(config, Dense(size=1)) is None
+    assert "this pipeline stage has no routed experts" in caplog.text

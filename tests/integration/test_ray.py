@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.integration import clusters
-from tests.integration.conftest import DRIVER, ENGINES, Job, engine
+from tests.integration.conftest import DRIVER, ENGINES, Job, assert_recorded, engine
 from tests.integration.served import (
     ARGUMENTS,
     PROBE,
@@ -74,42 +74,19 @@ def assert_served(result: dict[str, Any], plain: dict[str, Any]) -> None:
 
 
 def test_two_ray_nodes(plain, demo_model, tmp_path):
-    """Features: Ray on CPUs; two ranks that build their stores in one store_dir at once."""
-    stores = tmp_path / "stores"
+    """Features: Ray on CPUs; two ranks that build their stores in one store_dir at once; a trace."""
+    stores, trace = tmp_path / "stores", tmp_path / "routing.npz"
     job = offloaded(demo_model("mixtral"), stores)
+    job["llm"]["additional_config"]["moe_offload"]["record_trace"] = str(trace)
     with clusters.ray_nodes({}, {}) as address:
         (result,) = clusters.run_on(address, [job], tmp_path)
     assert_served(result, plain)
+    prompts = [prompt for batch in job["batches"] for prompt in batch]
+    assert_recorded(trace, prompts, job["max_tokens"])
     assert sorted(path.parent.name for path in stores.glob("*/*/experts.bin")) == [
         "tp0of2",
         "tp1of2",
     ]
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-        {"pipeline_parallel_size": 2, "enforce_eager": False},
-    ],
-    ids=["experts", "layers"],
-)
-def test_other_layouts_on_two_ray_nodes(layout, demo_model, tmp_path):
-    """Features: whole experts, and stages, over Ray nodes: as on workers that vLLM starts."""
-    offload = {"mode": "trace", "cache_gb": "100%", "store_dir": str(tmp_path / "stores")}
-    job = engine(demo_model("mixtral"), eager=True, offload=offload, disable_log_stats=False)
-    job = {**job, "llm": {**job["llm"], **layout}, "facts": False}
-    here = run_here(job, tmp_path)
-    job["llm"]["distributed_executor_backend"] = "ray"
-    with clusters.ray_nodes({}, {}) as address:
-        (result,) = clusters.run_on(address, [job], tmp_path)
-    assert "error" not in result, result
-    assert result["batches"] == here["batches"]
-    hits = [
-        [told["hits"] for told in one["metrics_by_rank"].values()] for one in (result, here)
-    ]
-    assert hits[0] == hits[1]
-    assert min(hits[0]) > 0
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +106,32 @@ def test_two_hosts(hosts, plain, demo_model, tmp_path):
     for host, rank in ((1, "tp0of2"), (2, "tp1of2")):
         built = hosts.files(host, "stores/*/*/experts.bin")
         assert [Path(path).parent.name for path in built] == [rank]
+
+
+@pytest.mark.parametrize(
+    ("layout", "cache_gb"),
+    [
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, "60%"),
+        ({"pipeline_parallel_size": 2, "enforce_eager": False}, "100%"),
+    ],
+    ids=["experts", "layers"],
+)
+def test_other_layouts_on_two_hosts(layout, cache_gb, hosts, demo_model, tmp_path):
+    """Features: whole experts, and stages, on two hosts: as on workers that vLLM starts."""
+    options = {"mode": "trace", "cache_gb": cache_gb, "store_dir": str(tmp_path / "stores")}
+    job = engine(demo_model("mixtral"), eager=True, offload=options, disable_log_stats=False)
+    job = {**job, "llm": {**job["llm"], **layout}, "facts": False}
+    here = run_here(job, tmp_path)
+    job["llm"]["distributed_executor_backend"] = "ray"
+    (result,) = hosts.run([job], tmp_path)
+    assert "error" not in result, result
+    assert result["batches"] == here["batches"]
+    needed = [
+        [told["hits"] + told["misses"] for told in one["metrics_by_rank"].values()]
+        for one in (result, here)
+    ]
+    assert needed[0] == needed[1]
+    assert min(needed[0]) > 0
 
 
 def test_a_rank_killed_on_another_host(hosts, demo_model, tmp_path):

@@ -22,12 +22,11 @@ from tests.integration.served import (
     serve,
 )
 from vllm_moe_offload import metrics
-from vllm_moe_offload.integration import failures, remote_counters
+from vllm_moe_offload.integration import failures, remote_counters, shared_memory
 from vllm_moe_offload.integration.counters_dir import ENVIRONMENT
 from vllm_moe_offload.integration.remote_counters import (
     POLL_SECONDS,
     RemoteCounters,
-    boot_id,
     files_of_remote,
 )
 from vllm_moe_offload.metrics import CounterFile, Counters, read_counters
@@ -299,9 +298,9 @@ def test_a_worker_without_offloaded_layers_has_no_counters():
 
 
 def test_a_start_of_this_host_has_one_name(monkeypatch, tmp_path):
-    assert boot_id() == boot_id()
-    monkeypatch.setattr(remote_counters, "_BOOT_ID", tmp_path / "missing")
-    assert boot_id() == ""
+    assert shared_memory.boot_id() == shared_memory.boot_id()
+    monkeypatch.setattr(shared_memory, "_BOOT_ID", tmp_path / "missing")
+    assert shared_memory.boot_id() == ""
 
 
 # ---- the engine core's part --------------------------------------------------------------

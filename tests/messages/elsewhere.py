@@ -47,6 +47,10 @@ ELSEWHERE = {
     # Several machines
     "Ray nodes do not run what this process runs": "needs a Ray cluster: "
     "tests/integration/test_ray.py::test_nodes_that_differ_are_refused",
+    "MoE offload: workers on Ray did not close": WARNING
+    + "tests/integration/test_ray_shutdown.py",
+    "MoE offload: this pipeline stage has no routed experts": WARNING
+    + "tests/integration/test_loading_boundary.py",
     "on Ray node ...: ...": "needs a Ray cluster: "
     "tests/integration/test_ray.py::test_a_worker_on_another_node_says_why_it_does_not_start",
     # The model or its checkpoint

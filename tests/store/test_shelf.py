@@ -51,6 +51,7 @@ def test_a_part_of_the_format_before_is_listed(tmp_path: Path) -> None:
     store.directory.rename(store.directory.with_name("rank0of1"))
     (shelved,) = shelved_models(tmp_path)
     assert "has format version 1, this code reads 2" in shelved.state
+    assert not shelved.is_leftover, "it stays where it is, and is no room for another"
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
@@ -72,6 +73,7 @@ def test_a_build_that_was_killed_is_not_finished(tmp_path: Path) -> None:
     store.directory.rename(store.directory.with_name("whole.building-1-00"))
     (shelved,) = shelved_models(tmp_path)
     assert shelved.state == "not finished"
+    assert shelved.is_leftover
     assert shelved.nbytes >= store.file_bytes
 
 

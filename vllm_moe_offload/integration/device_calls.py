@@ -81,8 +81,11 @@ class DeviceCalls:
             runtime.pass_layer(layer.moe_layer)
             return out
         routed, hidden = self._bring(topk_ids, x)
-        ids = routed if layer.share is None else layer.share.own_ids(routed)
-        if runtime.begin_layer(layer.moe_layer, ids, hidden, routed) is None:
+        if layer.share is None:
+            ids, others = routed, None
+        else:
+            ids, others = layer.share.own_ids(routed), routed
+        if runtime.begin_layer(layer.moe_layer, ids, hidden, others) is None:
             return self._in_waves(layer, x, topk_weights, topk_ids, ids)
         try:
             if shows_all:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import wait
 from typing import Any
 
-from vllm_moe_offload.integration import failures
+from vllm_moe_offload.integration import failures, ray_shutdown
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.patching import wrap
 
@@ -61,6 +61,8 @@ def _shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     end = getattr(self, "moe_offload_end", None)
     if not getattr(self, "shutting_down", False):
         name_ended(self)
+        if not getattr(self, "moe_offload_has_named", False):
+            ray_shutdown.close_workers(self)
     result = original(self, *args, **kwargs)
     if end is not None:
         end(range(self.parallel_config.world_size))

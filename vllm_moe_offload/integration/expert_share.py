@@ -22,18 +22,16 @@ class ExpertShare:
     """The experts of one layer that this rank has, as vLLM placed them.
 
     Attributes:
-        num_experts: of the whole layer.
         experts: ids of the own ones in the model, by place.
     """
 
     def __init__(self, expert_map: torch.Tensor) -> None:
         """``expert_map``: vLLM's, int32 ``[num_experts]``: place of each own expert, else -1."""
         places = expert_map.to("cpu", torch.int32)
-        self.num_experts = places.numel()
         own = torch.nonzero(places >= 0).flatten()
         self.experts: list[int] = own[places[own].argsort()].tolist()
         # One entry more: what the index NO_EXPERT, which is -1, finds.
-        self._place_of = torch.cat([places, torch.tensor([NO_EXPERT], dtype=torch.int32)])
+        self._place_of = torch.cat([places, places.new_tensor([NO_EXPERT])])
 
     @classmethod
     def of(cls, layer: Any) -> ExpertShare | None:
@@ -71,7 +69,7 @@ class ExpertShare:
         """
         is_other = own_ids == NO_EXPERT
         has_none = is_other.all(dim=1, keepdim=True)
-        if len(x) == 1 and has_none:
+        if has_none.all():
             return torch.zeros_like(x)
         out = kernel(x, topk_weights.masked_fill(is_other, 0), slots)
         return out.masked_fill_(has_none, 0)

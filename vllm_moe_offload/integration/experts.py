@@ -64,7 +64,7 @@ class OffloadedExperts:
         """
         with torch.device("cpu"):
             super().__init__(*args, **kwargs)
-        self.share = ExpertShare.of(self)
+            self.share = ExpertShare.of(self)
 
     def forward_modular(
         self,

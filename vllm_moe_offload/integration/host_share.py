@@ -25,10 +25,14 @@ RESERVE_SHARE = 0.02
 """Of all memory: what comes and goes on large machines."""
 
 
-def fit(vllm_config: Any) -> None:
+def fit(vllm_config: Any, workers_here: int) -> None:
     """Lowers ``gpu_memory_utilization`` (of RAM, on a CPU) to what a worker can have, and says so.
 
     Only where it was left at vLLM's default and the KV cache's size is open, too.
+
+    Args:
+        vllm_config: of the server.
+        workers_here: of its workers, those on this machine.
     """
     config = vllm_config.cache_config
     default = require(CacheConfig, "gpu_memory_utilization")
@@ -38,7 +42,7 @@ def fit(vllm_config: Any) -> None:
         cpu_resource_utils.get_memory_node_info(node)
         for node in cpu_resource_utils.get_visible_memory_node()
     ]
-    workers = math.ceil(vllm_config.parallel_config.local_world_size / len(nodes))
+    workers = math.ceil(workers_here / len(nodes))
     share = min(share_of(node.total_memory, node.available_memory, workers) for node in nodes)
     if share >= default:
         return

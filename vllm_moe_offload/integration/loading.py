@@ -125,7 +125,11 @@ def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
         return None
     layers = offloaded_layers(model)
     if not layers and vllm_config.parallel_config.pipeline_parallel_size > 1:
-        return None  # a stage of dense layers alone
+        logger.warning(
+            "MoE offload: this pipeline stage has no routed experts; it runs as in plain vLLM and "
+            "has no counters of its own"
+        )
+        return None
     if not layers:
         raise OptionError(
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "

@@ -33,15 +33,27 @@ def install_worker_hook() -> None:
 def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     from vllm.platforms import current_platform
 
-    from vllm_moe_offload.integration import cpu_kernels, remote_counters, shared_memory
+    from vllm_moe_offload.integration import (
+        cpu_kernels,
+        host_share,
+        ray_shutdown,
+        remote_counters,
+        shared_memory,
+    )
     from vllm_moe_offload.integration.arguments import options_of
 
     options = options_of(vllm_config)
     if options.enabled:
         if options.cpu_kernels == "avx512":
             cpu_kernels.install()
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and vllm_config.parallel_config.world_size > 1:
             shared_memory.install()
+        if vllm_config.parallel_config.use_ray:
+            ray_shutdown.install_in_worker()
+        if current_platform.is_cpu() and vllm_config.parallel_config.use_ray:
+            host_share.fit(
+                vllm_config, len(vllm_config.parallel_config.assigned_physical_gpu_ids)
+            )
         install_model_patches()
         install_runner_patches()
         remote_counters.install_in_worker()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group, get_world_group
 from vllm.distributed.utils import get_pp_indices
 
 from vllm_moe_offload.rank import Rank
@@ -22,6 +22,12 @@ def rank_of(layer: Any) -> Rank:
         ep=parallel.ep_rank,
         ep_size=parallel.ep_size,
     )
+
+
+def first_slice_here(rank: Rank) -> int:
+    """Of the workers with slices of the same experts, the first one on this machine: vLLM's workers
+    are numbered so that those of a machine follow each other."""
+    return max(rank.tp - int(get_world_group().local_rank), 0)
 
 
 def stages_of(vllm_config: Any) -> tuple[int, ...]:

@@ -253,7 +253,7 @@ def _check_room(
         ]
         if any(_is_built(here, directory, shelved) for shelved in stores):
             return
-        unfinished = sum(shelved.nbytes for shelved in stores if shelved.state != "complete")
+        unfinished = sum(shelved.nbytes for shelved in stores if shelved.is_leftover)
         try:
             check_room(place, store_bytes, store_dir, unfinished)
         except StoreError as error:

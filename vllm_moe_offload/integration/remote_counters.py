@@ -43,13 +43,13 @@ from vllm_moe_offload.integration import ended_ranks, failures
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.patching import wrap
 from vllm_moe_offload.integration.requests import runtime_of
+from vllm_moe_offload.integration.shared_memory import boot_id
 from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters, name_of
 
 logger = logging.getLogger("vllm.moe_offload")
 
 POLL_SECONDS = 1.0
 """How often workers are asked while there is work."""
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _engines = itertools.count()
 
@@ -94,11 +94,6 @@ def moe_offload_counters(worker: Any) -> tuple[float, ...] | None:
 def _counters_of(worker: Any) -> Counters | None:
     runtime = runtime_of(worker.model_runner)
     return None if runtime is None else runtime.published
-
-
-def boot_id() -> str:
-    """Which start of which host this is; empty where the system does not tell."""
-    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 # ---- in the engine core ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from vllm_moe_offload.integration.patching import wrap
 
 logger = logging.getLogger("vllm.moe_offload")
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SHARED = Path("/dev/shm")
 
 
@@ -40,7 +40,12 @@ def memory_of_this_process() -> tuple[str, int]:
     Raises:
         OSError: one of them cannot be asked.
     """
-    return BOOT_ID.read_text().strip(), os.stat(SHARED).st_dev
+    return boot_id(), os.stat(SHARED).st_dev
+
+
+def boot_id() -> str:
+    """Which start of which machine this is; empty where the system does not tell."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def _share_memory(original: Any, self: Any) -> bool:

@@ -19,7 +19,11 @@ from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
-from vllm_moe_offload.integration.placement import decoder_layers, own_experts
+from vllm_moe_offload.integration.placement import (
+    decoder_layers,
+    first_slice_here,
+    own_experts,
+)
 from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters
 from vllm_moe_offload.plan.fit import amount
 from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
@@ -190,10 +194,11 @@ def _collection_file(
         policy.forecast.collection.fingerprint += (
             f" {identity.rank.name} {decoder_layers(layers)} {own_experts(layers)}"
         )
+    first_slice = first_slice_here(identity.rank)
     file = CollectionFile(
-        identity.rank.trace_file(path),
+        identity.rank.trace_file(path, first_slice=first_slice),
         policy.forecast.collection,
-        writes=identity.rank.writes_traces,
+        writes=identity.rank.tp == first_slice,
     )
     policy.forecast.collection = file.load()
     return file

@@ -18,8 +18,9 @@ from vllm_moe_offload.store.expert_store import ExpertStore, open_store
 logger = logging.getLogger("vllm.moe_offload")
 
 _MODEL = re.compile(r"(?P<model>.+)-[0-9a-f]{16}")
+_OLDER = "rank*of*"
+"""What directories of parts are called in format version 1, which no start opens any more."""
 _PARTS = re.compile(rf"{NAME_PATTERN.pattern}|rank\d+of\d+")
-"""Directories of parts; the last form is that of format version 1, which no start opens any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class ShelvedModel:
         faults: what is wrong with a rank's part, one line each.
         nbytes: disk space that the directory takes, unfinished builds included.
         built: seconds since the epoch of the newest part; 0 if there is none.
+        is_older: whether there are parts of format version 1, which no start opens or deletes.
     """
 
     directory: Path
@@ -39,6 +41,7 @@ class ShelvedModel:
     faults: tuple[str, ...]
     nbytes: int
     built: float
+    is_older: bool = False
 
     @property
     def model(self) -> str:
@@ -55,6 +58,11 @@ class ShelvedModel:
         if self.num_missing:
             return f"{len(self.parts)} of {len(self.parts) + self.num_missing} parts are here"
         return "complete"
+
+    @property
+    def is_leftover(self) -> bool:
+        """Whether nothing in it opens, and a start that wants its place will delete it."""
+        return not self.parts and not self.is_older
 
     @property
     def num_missing(self) -> int:
@@ -104,7 +112,8 @@ def _look_at(directory: Path) -> ShelvedModel | None:
         nbytes = _disk_bytes(directory)
     except OSError as error:
         return ShelvedModel(directory, (), (f"cannot be read: {error}",), 0, 0.0)
-    return ShelvedModel(directory, tuple(parts), tuple(faults), nbytes, built)
+    is_older = any(directory.glob(_OLDER))
+    return ShelvedModel(directory, tuple(parts), tuple(faults), nbytes, built, is_older)
 
 
 def _disk_bytes(directory: Path) -> int:
