@@ -20,7 +20,7 @@ from tests.integration.test_engine import experts_of, flip_bytes
 from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.config import OptionError
-from vllm_moe_offload.integration import cpu_kernels, formats, loading
+from vllm_moe_offload.integration import cpu_kernels, expert_tensors, formats
 from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
 from vllm_moe_offload.plan.shapes.kernel_form import Platform
@@ -342,4 +342,4 @@ def test_parameters_without_a_byte_per_expert_are_not_stored():
     layer.local_num_experts, layer.layer_name = 4, "experts"
     layer.register_parameter("w", torch.nn.Parameter(torch.zeros(4, 8)))
     layer.register_parameter("g_idx", torch.nn.Parameter(torch.zeros(4, 0)))
-    assert list(loading._expert_tensors(layer)) == ["w"]
+    assert list(expert_tensors.expert_tensors(layer)) == ["w"]

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.model_loader.utils import device_loading_context
 
 from vllm_moe_offload.config import OptionError
-from vllm_moe_offload.integration import loading
+from vllm_moe_offload.integration import expert_tensors, loading
 from vllm_moe_offload.integration.experts import OffloadedExperts
 
 DEVICE = torch.device("meta")
@@ -65,10 +65,10 @@ def test_runtime_is_made_in_ram_whatever_the_default(monkeypatch):
 def test_kernel_form_must_be_in_ram():
     layer = Experts(size=3)
     layer.quant_method = SimpleNamespace()
-    loading._check_on_host(layer, loading._expert_tensors(layer))
+    expert_tensors.check_on_host(layer, expert_tensors.expert_tensors(layer))
     layer.w13_weight = torch.nn.Parameter(torch.empty(3, 4, device=DEVICE))
     with pytest.raises(OptionError) as caught:
-        loading._check_on_host(layer, loading._expert_tensors(layer))
+        expert_tensors.check_on_host(layer, expert_tensors.expert_tensors(layer))
     assert "w13_weight" in str(caught.value)
     assert "meta" in str(caught.value)
 

@@ -14,27 +14,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 from vllm.platforms import current_platform
 
-from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout, TensorSpec
+from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout
 from vllm_moe_offload.cache.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import patching
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
-from vllm_moe_offload.integration.experts import offloaded_layers
-from vllm_moe_offload.integration.formats import (
-    expert_parameters,
-    format_of,
-    pack,
-    take_stored_form,
+from vllm_moe_offload.integration.expert_tensors import (
+    as_bytes,
+    check_on_host,
+    expert_tensors,
+    free,
+    layout_of,
 )
+from vllm_moe_offload.integration.experts import offloaded_layers
+from vllm_moe_offload.integration.formats import format_of, pack, take_stored_form
 from vllm_moe_offload.integration.model_files import model_name, with_config
 from vllm_moe_offload.integration.placement import decoder_layers, rank_of, stages_of
 from vllm_moe_offload.integration.routers import routers_of
@@ -102,7 +103,7 @@ def load_dummy_weights(
         if load.open_store() is None:
             with load.builder() as builder, BackgroundWriter(builder) as writer:
                 for index in load.progress():
-                    for tensor in _expert_tensors(load.layers[index]).values():
+                    for tensor in expert_tensors(load.layers[index]).values():
                         _initialize_dummy(tensor)
                     load.store_layer(writer, index)
                 writer.wait()
@@ -247,7 +248,7 @@ class ExpertLoad:
         vLLM allocated memory for every layer, but nothing touched it yet. Page faults of
         fresh memory take longer than copying the weights. ``num_elements``: in the checkpoint.
         """
-        tensors = _expert_tensors(self.layers[index])
+        tensors = expert_tensors(self.layers[index])
         if any(tensor.device.type != "cpu" for tensor in tensors.values()):
             return
         sizes = [tensor.nbytes + -tensor.nbytes % ALIGNMENT for tensor in tensors.values()]
@@ -278,9 +279,9 @@ class ExpertLoad:
         if self._landing is None or self._landing.nbytes > OVERLAPPED_LAYER_BYTES:
             writer.wait()
         pack(layer, self._formats[index])
-        tensors = _expert_tensors(layer)
-        _check_on_host(layer, tensors)
-        layout = _layout_of(tensors)
+        tensors = expert_tensors(layer)
+        check_on_host(layer, tensors)
+        layout = layout_of(tensors)
         if self._layout is None:
             self._layout = layout
         elif layout != self._layout:
@@ -291,9 +292,9 @@ class ExpertLoad:
         writer.write_layer(
             index,
             layout,
-            {name: _as_bytes(self._leave_landing(tensor)) for name, tensor in tensors.items()},
+            {name: as_bytes(self._leave_landing(tensor)) for name, tensor in tensors.items()},
         )
-        _free(layer)
+        free(layer)
 
     def commit(self, builder: StoreBuilder) -> None:
         """Makes the store the one that later starts open."""
@@ -334,16 +335,6 @@ def _already_processed(layer: torch.nn.Module) -> None:
     del layer
 
 
-def _check_on_host(layer: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """What is written to the store must lie in RAM."""
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            raise OptionError(
-                f"--moe-offload: {type(layer.quant_method).__name__} left {name} of "
-                f"{layer.layer_name} on {tensor.device} instead of RAM; use --moe-offload=off"
-            )
-
-
 def _identity(vllm_config: Any, layer: Any, model_dir: Path) -> StoreIdentity:
     model_config = vllm_config.model_config
     method = layer.quant_method
@@ -365,45 +356,3 @@ def _identity(vllm_config: Any, layer: Any, model_dir: Path) -> StoreIdentity:
         expert_placement=layer.expert_placement_strategy,
         vllm_version=patching.vllm_version(),
     )
-
-
-def _expert_tensors(layer: Any) -> dict[str, torch.Tensor]:
-    """Parameters with one row per expert, in registration order."""
-    tensors = {}
-    for name in expert_parameters(layer):
-        parameter = getattr(layer, name)
-        if parameter.shape[:1] != (layer.local_num_experts,):
-            raise OptionError(
-                f"--moe-offload: parameter {name} of {layer.layer_name} has shape "
-                f"{tuple(parameter.shape)}, not one row for each of "
-                f"{layer.local_num_experts} experts; use --moe-offload=off"
-            )
-        if parameter[0].numel():
-            tensors[name] = parameter.data
-    return tensors
-
-
-def _layout_of(tensors: dict[str, torch.Tensor]) -> ExpertLayout:
-    return ExpertLayout(
-        tuple(
-            TensorSpec(
-                name,
-                tuple(tensor.shape[1:]),
-                str(tensor.dtype).removeprefix("torch."),
-                tensor[0].numel() * tensor.element_size(),
-            )
-            for name, tensor in tensors.items()
-        )
-    )
-
-
-def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    rows = tensor.contiguous().view(tensor.shape[0], -1)
-    return rows.view(torch.uint8).numpy()
-
-
-def _free(layer: Any) -> None:
-    """Gives a layer's own expert memory back; its slots come from the pool."""
-    for name in expert_parameters(layer):
-        parameter = getattr(layer, name)
-        parameter.data = parameter.data.new_empty((layer.local_num_experts, 0))
