@@ -78,7 +78,8 @@ def flip_bytes(path: Path) -> None:
 
 def test_off_and_unused_leave_vllm_alone(alone):
     """Feature: `off`."""
-    assert alone.unused["facts"] == alone.off["facts"] == {"classes": ["RoutedExperts"]}
+    untouched = {"classes": ["RoutedExperts"]}
+    assert alone.unused["facts"] == alone.off["facts"] == {**untouched, "ranks": [untouched]}
     assert alone.unused["batches"] == alone.off["batches"]
     # The same process serves with offload afterwards: `off` is a matter of configuration.
     assert alone.first["facts"]["classes"] == ["OffloadedRoutedExperts"]

@@ -107,7 +107,9 @@ class SortedCheckpoint:
                 for name, name_in_file in names:
                     yield name, tensors.get_tensor(name_in_file)
 
-    def experts(self, numbers: Sequence[int], own: Collection[int] | None) -> TensorStream:
+    def experts(
+        self, numbers: Sequence[int], own: Collection[int] | None = None
+    ) -> TensorStream:
         """The routed experts' tensors of decoder layers, a group per layer.
 
         ``own``: the experts that are wanted, None for all; tensors of several come whole.
