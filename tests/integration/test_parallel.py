@@ -173,7 +173,7 @@ def test_slices_of_experts(demo_model, stores, run_workers):
     "arch",
     [
         "mixtral",
-        "deepseek_v2",  # shared experts
+        pytest.param("deepseek_v2", marks=pytest.mark.slow),  # shared experts
         pytest.param("qwen3_moe", marks=pytest.mark.slow),
         pytest.param("olmoe", marks=pytest.mark.slow),
     ],
@@ -191,6 +191,7 @@ def test_experts_divided(arch, demo_model, stores, run_divided, tmp_path):
     assert sum(counted(ours)) == needed_per_layer(trace)
 
 
+@pytest.mark.slow
 def test_what_a_worker_recorded_replays_to_what_it_counted(
     demo_model, stores, run_workers, tmp_path
 ):
@@ -236,6 +237,7 @@ def test_experts_dealt_out_in_turn(demo_model, stores, run_divided, tmp_path):
 # ---- layers ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_layers_divided(stores, run_workers, tmp_path):
     """Features: pipeline parallel, bitwise plain vLLM's; a trace and a collection per stage."""
     model = tmp_path / "mixtral"
