@@ -114,8 +114,11 @@ def assert_same_up_to_ties(
     split = [move for moved, _ in moves(sliced, alone) for move in moved]
     ours = [move for moved, _ in moves(sliced, got) for move in moved]
     assert len(ours) > len(split) / 2
-    assert np.median(ours) < 2 * np.median(split)
-    assert max(ours) < 2 * max(split)
+    for share in (0.5, 0.95):
+        assert np.quantile(ours, share) < 2 * np.quantile(split, share)
+    assert max(ours) < 4 * max(
+        split
+    )  # logits are bfloat16: a step is twice as far where they double
     assert max(gap for _, gap in moves(sliced, got)) < 2 * max(split)
 
 
