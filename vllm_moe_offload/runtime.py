@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -122,6 +122,15 @@ class OffloadRuntime:
             self._recorder.end_step()
         self.busy_ns += time.perf_counter_ns() - self._step_began_ns
         self._publish()
+
+    def settle(self, ends: Mapping[str, int]) -> None:
+        """Says which drafted tokens of the steps so far are their requests'; before the next step,
+        and before :meth:`end_request`. ``ends``: see :meth:`StepTokens.is_verified`."""
+        if self._is_dummy:
+            return
+        self.policy.settle(ends)
+        if self._recorder is not None:
+            self._recorder.settle(ends)
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""

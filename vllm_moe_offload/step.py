@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_moe_offload.native import check, core
 
 IdArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.float32]
@@ -25,6 +27,9 @@ class StepTokens:
         weights: float32 ``[tokens]``; a request's tokens share one vote, so that a prefill
             chunk of 512 tokens weighs as much as a decode token:
             ``1 / (tokens of the request) / (requests in the step)``.
+        num_drafted: int32 ``[requests]``, how many of the request's tokens, from the end, are a
+            drafter's guesses: whether they are part of the request is known after the step. None:
+            nobody's are.
     """
 
     requests: Sequence[str]
@@ -32,6 +37,7 @@ class StepTokens:
     positions: npt.NDArray[np.int64]
     is_prefill: npt.NDArray[np.bool_]
     weights: FloatArray
+    num_drafted: npt.NDArray[np.int32] | None = None
 
     @classmethod
     def of_lengths(
@@ -40,6 +46,7 @@ class StepTokens:
         lengths: npt.NDArray[np.integer[Any]],
         first_positions: npt.NDArray[np.integer[Any]],
         is_prefill: npt.NDArray[np.bool_],
+        num_drafted: npt.NDArray[np.int32] | None = None,
     ) -> StepTokens:
         """Tokens of a step in which request i computes ``lengths[i]`` tokens in a row."""
         count = len(requests)
@@ -55,4 +62,62 @@ class StepTokens:
             positions,
             is_prefill,
             share.astype(np.float32)[request_of_token],
+            num_drafted if num_drafted is not None and num_drafted.any() else None,
         )
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """int64 ``[requests]``, tokens of each."""
+        return np.bincount(self.request_of_token, minlength=len(self.requests))
+
+    def is_drafted(self) -> npt.NDArray[np.bool_]:
+        """bool ``[tokens]``, a new array."""
+        if self.num_drafted is None:
+            return np.zeros(self.request_of_token.size, np.bool_)
+        until_end = np.cumsum(self.lengths)[self.request_of_token] - np.arange(
+            self.request_of_token.size
+        )
+        return np.asarray(until_end <= self.num_drafted[self.request_of_token], np.bool_)
+
+    def is_verified(self, ends: Mapping[str, int]) -> npt.NDArray[np.bool_]:
+        """Which tokens turned out to be their requests': bool ``[tokens]``, a new array.
+
+        Args:
+            ends: per request the position at which what is verified of it ends. Of a request that
+                is not named no drafted token counts.
+        """
+        end = np.array([ends.get(request, 0) for request in self.requests], np.int64)
+        return ~self.is_drafted() | (self.positions < end[self.request_of_token])
+
+    def only(self, is_kept: npt.NDArray[np.bool_]) -> StepTokens:
+        """Some of the tokens, none of which is a guess any more; they share votes afresh."""
+        owners = self.request_of_token[is_kept]
+        lengths = np.bincount(owners, minlength=len(self.requests))
+        share = 1.0 / (np.maximum(lengths, 1) * max(len(self.requests), 1))
+        return StepTokens(
+            self.requests,
+            owners,
+            self.positions[is_kept],
+            self.is_prefill,
+            share.astype(np.float32)[owners],
+        )
+
+
+def count_votes(ids: npt.NDArray[np.int32], weights: FloatArray, votes: FloatArray) -> None:
+    """Sums the tokens' weights per expert that they chose, in the order and precision of serving.
+
+    Args:
+        ids: contiguous ``[tokens, top_k]``, of one layer.
+        weights: ``[tokens]``, as :class:`StepTokens` has them.
+        votes: float32 ``[num_experts]``, is overwritten.
+    """
+    check(
+        core.vmo_expert_histogram(
+            ids.ctypes.data,
+            *ids.shape,
+            ids.itemsize,
+            weights.ctypes.data,
+            votes.size,
+            votes.ctypes.data,
+        )
+    )

@@ -14,6 +14,7 @@ from tests.policy.test_policies import EXPERTS, LAYERS, TOP_K, rows_of, some_ids
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.policy.trace import TracePolicy
 from vllm_moe_offload.replay.run import replay
+from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 
@@ -47,6 +48,52 @@ def test_a_request_is_predicted_on_its_first_iteration() -> None:
     policy.catch_up()
     assert (policy.scores[:, [3, 4]] > 0).all()
     assert policy.scores[:, [3, 4]].min() > np.delete(policy.scores, [3, 4], axis=1).max()
+
+
+def drafted_rows(length: int, drafted: int, position: int) -> StepTokens:
+    return StepTokens.of_lengths(
+        ["a"],
+        np.array([length]),
+        np.array([position]),
+        np.array([False]),
+        np.array([drafted], np.int32),
+    )
+
+
+@pytest.mark.parametrize("holds_everything", [False, True])
+def test_what_a_drafter_guessed_wrong_teaches_nothing(holds_everything: bool) -> None:
+    """The state after three guesses, one of them right, is that after a step of those tokens."""
+    generator = np.random.default_rng(5)
+    ids = [some_ids(generator, rows) for rows in (1, 4, 1)]
+    forecasts = []
+    for guesses in (True, False):
+        slots = LAYERS * EXPERTS if holds_everything else 6
+        policy = TracePolicy(LAYERS, EXPERTS)
+        cache = ExpertCache(CacheShape(LAYERS, EXPERTS, slots), policy.rules)
+        policy.bind(cache)
+        step(policy, drafted_rows(1, 0, 0), ids[0])
+        if guesses:
+            step(policy, drafted_rows(4, 3, 1), ids[1])
+            policy.settle({"a": 3})
+        else:
+            step(policy, drafted_rows(2, 0, 1), np.ascontiguousarray(ids[1][:, :2]))
+        step(policy, drafted_rows(1, 0, 3), ids[2])
+        policy.settle({"a": 4})
+        policy.end_request("a")
+        forecasts.append(policy.forecast)
+    with_guesses, without_guesses = forecasts
+    assert np.array_equal(
+        with_guesses.collection.distribution(0), without_guesses.collection.distribution(0)
+    )
+    assert with_guesses.collection.entry(0).counts.sum() == LAYERS * TOP_K * 4
+    assert np.array_equal(with_guesses.scores, without_guesses.scores)
+
+
+def test_of_a_request_of_which_nothing_is_said_only_certain_tokens_count() -> None:
+    policy = TracePolicy(LAYERS, EXPERTS)
+    step(policy, drafted_rows(4, 3, 0), some_ids(np.random.default_rng(5), 4))
+    policy.end_request("a")
+    assert policy.forecast.collection.entry(0).counts.sum() == LAYERS * TOP_K
 
 
 def test_the_collection_grows_by_every_finished_request_of_a_batch() -> None:

@@ -188,6 +188,10 @@ class Server:
             self.cache.complete(row, True)
         self.cache.finish()
 
+    def settle(self, ends: dict[str, int]) -> None:
+        self.policy.settle(ends)
+        self.recorder.settle(ends)
+
     def end(self, request: str) -> None:
         self.policy.end_request(request)
         self.recorder.end_request(request)
@@ -195,26 +199,32 @@ class Server:
 
 @pytest.mark.parametrize("slots", [5, 12, 30])
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "trace"])
+@pytest.mark.parametrize("most_drafted", [0, 3])
 def test_a_recorded_trace_replays_to_what_the_server_counted(
-    tmp_path: Path, policy: str, slots: int
+    tmp_path: Path, policy: str, slots: int, most_drafted: int
 ) -> None:
     server = Server(tmp_path / "trace.npz", policy, slots, 4)
     generator = np.random.default_rng(slots)
     running: dict[str, int] = {}
+    reached: dict[str, int] = {}  # whatever was preempted since
     prompts: dict[str, int] = {}
     for count in range(150):
         if len(running) < 4 and generator.random() < 0.3:
             running[f"r{count}"] = 0
             prompts[f"r{count}"] = int(generator.integers(1, 12))
-        for name in [name for name in running if generator.random() < 0.05]:
-            server.end(name)
-            del running[name]
+        ended = [name for name in running if generator.random() < 0.05]
         preempted = [name for name in running if generator.random() < 0.03]
         for name in preempted:
             running[name] = 0
-        scheduled = [name for name in running if generator.random() < 0.8]
+        scheduled = [name for name in running if generator.random() < 0.8 and name not in ended]
         if not scheduled:
             continue
+        server.settle(
+            {name: reached.get(name, 0) for name in ended} | {n: running[n] for n in scheduled}
+        )
+        for name in ended:
+            server.end(name)
+            del running[name]
         generator.shuffle(scheduled)
         lengths = [
             int(min(prompts[name] - running[name], 6)) if running[name] < prompts[name] else 1
@@ -222,12 +232,16 @@ def test_a_recorded_trace_replays_to_what_the_server_counted(
         ]
         first = np.array([running[name] for name in scheduled])
         is_prefill = np.array([running[name] < prompts[name] for name in scheduled])
-        rows = StepTokens.of_lengths(scheduled, np.array(lengths), first, is_prefill)
+        drafted = np.where(is_prefill, 0, generator.integers(0, most_drafted + 1, first.size))
+        drafted = drafted.astype(np.int32)
+        lengths = [length + int(more) for length, more in zip(lengths, drafted, strict=True)]
+        rows = StepTokens.of_lengths(scheduled, np.array(lengths), first, is_prefill, drafted)
         centre = generator.integers(0, 16, (3, sum(lengths), 1))
         ids = (centre + np.array([0, 3])) % 16
         server.step(rows, ids.astype(np.int32))
-        for name, length in zip(scheduled, lengths, strict=True):
-            running[name] += length
+        for name, length, more in zip(scheduled, lengths, drafted, strict=True):
+            running[name] += length - int(generator.integers(0, more + 1))
+            reached[name] = max(reached.get(name, 0), running[name])
     server.recorder.close()
     result = replay_recorded(load_trace(tmp_path / "trace.npz"), policy)
     assert (result.hits, result.misses) == (

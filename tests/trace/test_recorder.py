@@ -44,11 +44,13 @@ def step(
     *parts: tuple[str, int, int, bool],
     again: int = 0,
     layers: int = LAYERS,
+    drafted: tuple[int, ...] | None = None,
 ) -> None:
     """Parts are (request, first position, tokens, is prefill)."""
     names, first, lengths, prefill = zip(*parts, strict=True)
+    num_drafted = None if drafted is None else np.array(drafted, np.int32)
     tokens = StepTokens.of_lengths(
-        list(names), np.array(lengths), np.array(first), np.array(prefill)
+        list(names), np.array(lengths), np.array(first), np.array(prefill), num_drafted
     )
     table = np.array(
         [
@@ -111,6 +113,62 @@ def test_recomputed_positions_are_kept_apart(tmp_path: Path) -> None:
     assert schedule.row_token.tolist() == [0, 1, 2, 5, 6, 7, 3, 4]
 
 
+def test_what_a_drafter_guessed_wrong_is_kept_apart(tmp_path: Path) -> None:
+    """Of ``a`` one guess of three was right; all of ``b``'s, which ended within them."""
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True), ("b", 0, 1, True))
+    step(target, ("a", 2, 4, False), ("b", 1, 3, False), drafted=(3, 2), again=1)
+    target.settle({"a": 4, "b": 3})
+    target.end_request("b")
+    step(target, ("a", 4, 2, False), drafted=(1,))
+    target.close()  # nobody said what became of the last guess
+    trace = load_trace(path)
+    assert trace.lens.tolist() == [5, 3]
+    assert trace.prefill_lens.tolist() == [2, 1]
+    a, b = map(ord, "ab")
+    schedule = trace.schedule
+    assert trace.ids[:5].tolist() == [
+        ids_of(a, position, again=int(position in (2, 3))) for position in range(5)
+    ]
+    assert schedule.recomputed_ids.tolist() == [
+        ids_of(a, 4, again=1),
+        ids_of(a, 5, again=1),
+        ids_of(b, 3, again=1),
+        ids_of(a, 5),
+    ]
+    assert schedule.row_position.tolist() == [0, 1, 0, 2, 3, 4, 5, 1, 2, 3, 4, 5]
+    assert schedule.row_token.tolist() == [0, 1, 5, 2, 3, 8, 9, 6, 7, 10, 4, 11]
+    assert np.flatnonzero(schedule.row_is_draft).tolist() == [4, 5, 6, 8, 9, 11]
+
+
+def test_guesses_wait_while_their_request_pauses(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 1, True), ("b", 0, 1, True))
+    step(target, ("a", 1, 3, False), ("b", 1, 1, False), drafted=(2, 0))
+    target.settle({"b": 2})
+    step(target, ("b", 2, 1, False))
+    target.settle({"a": 4, "b": 3})
+    step(target, ("a", 4, 1, False))
+    target.close()
+    assert load_trace(path).lens.tolist() == [5, 3]
+
+
+def test_a_preempted_request_computes_its_guesses_again(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True))
+    step(target, ("a", 2, 3, False), drafted=(2,))  # both right, then preempted
+    target.settle({"a": 0})
+    step(target, ("a", 0, 6, True))
+    target.close()
+    trace = load_trace(path)
+    assert trace.lens.tolist() == [6]
+    assert trace.prefill_lens.tolist() == [2]
+    assert len(trace.schedule.recomputed_ids) == 5
+
+
 def test_cached_prefixes_leave_their_number(tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     target = recorder(path)
@@ -148,7 +206,7 @@ def test_a_step_that_broke_off_is_dropped(tmp_path: Path) -> None:
 
 def test_the_limit_stops_recording_with_one_warning(tmp_path: Path, caplog) -> None:
     path = tmp_path / "trace.npz"
-    row_bytes = LAYERS * TOP_K + 21
+    row_bytes = LAYERS * TOP_K + 22
     target = recorder(path, limit_bytes=4 * row_bytes)
     with caplog.at_level(logging.WARNING, logger="vllm.moe_offload"):
         step(target, ("a", 0, 3, True))

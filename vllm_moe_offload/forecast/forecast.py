@@ -217,18 +217,21 @@ class Forecast:
         self.tracer.begin_step(tokens)
         self.tracer.observe_step(ids)
 
-    def take_in(self, ids: npt.NDArray[np.int32], votes: FloatArray) -> None:
+    def take_in(
+        self, tokens: StepTokens, ids: npt.NDArray[np.int32], votes: FloatArray
+    ) -> None:
         """Learns from a complete step.
 
         Args:
+            tokens: those of :meth:`begin_step`, or as many of them as count.
             ids: ``[layers, tokens, top_k]``.
             votes: ``[layers, experts]``, share of the requests that used each expert.
         """
         self._top_k = ids.shape[2]
-        self.trace(self._step, ids)
+        self.trace(tokens, ids)
         used = votes.reshape(-1)
         self._mixture.learn(used)
-        uses = StepUses.of_step(ids, self._step, self._running, self.num_experts)
+        uses = StepUses.of_step(ids, tokens, self._running, self.num_experts)
         gained = 1.0 - self._popularity_keep
         keys = np.unique(uses.keys)
         self._popularity.fade(self._popularity_keep)

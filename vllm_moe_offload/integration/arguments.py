@@ -16,6 +16,7 @@ from vllm_moe_offload.integration import (
     failures,
     host_share,
     patching,
+    speculation,
     supported,
     supported_gpu,
 )
@@ -127,6 +128,7 @@ def _create_engine_config(
     vllm_config: VllmConfig = original(self, *args, **kwargs)
     if options.enabled:
         supported.check(vllm_config, options, requested_graphs)
+        speculation.prepare(vllm_config)
         if current_platform.is_cuda():
             supported_gpu.prepare(vllm_config, current_platform.get_device_capability())
         elif not vllm_config.parallel_config.use_ray:  # else each worker does, where it is

@@ -122,9 +122,11 @@ def _executor_init(original: Any, self: Any, vllm_config: Any) -> None:
         return
     from vllm.v1.engine.core import EngineCore
 
-    from vllm_moe_offload.integration import ended_ranks
+    from vllm_moe_offload.integration import ended_ranks, verified
 
     wrap(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
+    if vllm_config.speculative_config is not None:
+        verified.install()
     ended_ranks.install(type(self))
     if vllm_config.parallel_config.use_ray:
         from vllm_moe_offload.integration import ray_nodes

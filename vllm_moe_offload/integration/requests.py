@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from vllm_moe_offload.integration import failures
+from vllm_moe_offload.integration import failures, verified
 from vllm_moe_offload.integration.experts import find_runtime
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.step import StepTokens
@@ -37,33 +38,47 @@ def v1_prepare_inputs(
     if runtime is not None:
         batch = self.input_batch
         count = batch.num_reqs
+        requests = list(batch.req_ids[:count])
         computed = batch.num_computed_tokens_cpu[:count]
         runtime.begin_step(
             StepTokens.of_lengths(
-                list(batch.req_ids[:count]),
+                requests,
                 num_scheduled_tokens[:count],
                 computed,
                 computed < batch.num_prompt_tokens[:count],
+                _num_drafted(scheduler_output, requests),
             )
         )
     return original(self, scheduler_output, num_scheduled_tokens, *args)
 
 
-def v2_prepare_inputs(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+def v2_prepare_inputs(
+    original: Any, self: Any, scheduler_output: Any, *args: Any, **kwargs: Any
+) -> Any:
     """V2: the prepared batch itself names its requests."""
-    batch = original(self, *args, **kwargs)
+    batch = original(self, scheduler_output, *args, **kwargs)
     runtime = runtime_of(self)
     if runtime is not None:
         count = batch.num_reqs
+        requests = list(batch.req_ids[:count])
         runtime.begin_step(
             StepTokens.of_lengths(
-                list(batch.req_ids[:count]),
+                requests,
                 np.asarray(batch.num_scheduled_tokens[:count]),
                 np.asarray(batch.num_computed_tokens_np[:count]),
                 np.asarray(batch.is_prefilling_np[:count]),
+                _num_drafted(scheduler_output, requests),
             )
         )
     return batch
+
+
+def _num_drafted(scheduler_output: Any, requests: list[str]) -> npt.NDArray[np.int32] | None:
+    """Of each request's tokens in the step, those at the end that a drafter guessed."""
+    drafted = scheduler_output.scheduled_spec_decode_tokens
+    if not drafted:
+        return None
+    return np.array([len(drafted.get(request, ())) for request in requests], np.int32)
 
 
 def execute_model(
@@ -75,6 +90,8 @@ def execute_model(
     """
     runtime = runtime_of(self)
     if runtime is not None:
+        if self.speculative_config is not None:
+            runtime.settle(verified.ends_of(scheduler_output))
         for request in scheduler_output.finished_req_ids:
             runtime.end_request(request)
         return failures.while_serving(original, self, scheduler_output, *args, **kwargs)

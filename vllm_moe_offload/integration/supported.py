@@ -13,7 +13,13 @@ from vllm import envs
 from vllm.config import CompilationMode
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import cpu_kernels, formats, ray_platform, supported_gpu
+from vllm_moe_offload.integration import (
+    cpu_kernels,
+    formats,
+    ray_platform,
+    speculation,
+    supported_gpu,
+)
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
@@ -113,8 +119,7 @@ def _model_problems(config: Any) -> Iterator[str]:
     yield from formats.problems(model.quantization)
     if config.lora_config is not None:
         yield "enable_lora=True: LoRA on experts is not supported"
-    if config.speculative_config is not None:
-        yield f"speculative_config (method {config.speculative_config.method!r}) is not supported"
+    yield from speculation.problems(config)
     if getattr(model, "enable_sleep_mode", False):
         yield "enable_sleep_mode=True is not supported"
     elif getattr(model, "enable_cumem_allocator", False):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -25,7 +26,8 @@ class Policy(ABC):
 
     The calls of one step, in order: :meth:`begin_step`; :meth:`observe` before each layer
     is planned; :meth:`end_step`. :meth:`end_request` when a request will never run again.
-    Between begin and end of a step, :meth:`catch_up` once, as soon as there is time.
+    Before either, :meth:`settle` where a drafter guesses tokens. Between begin and end of a
+    step, :meth:`catch_up` once, as soon as there is time.
     """
 
     name: ClassVar[str]
@@ -82,6 +84,14 @@ class Policy(ABC):
 
     def end_step(self) -> None:
         """All layers of the step ran."""
+
+    def settle(self, ends: Mapping[str, int]) -> None:
+        """Says which of the last step's drafted tokens are their requests'.
+
+        Args:
+            ends: see :meth:`StepTokens.is_verified`.
+        """
+        del ends
 
     def end_request(self, request: str) -> None:
         """``request`` ended: it must stop counting."""

@@ -13,6 +13,7 @@ scoring all layers afresh, is put off to the first moment in which serving waits
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from vllm_moe_offload.cache.planner import ExpertCache, PlannerRules
 from vllm_moe_offload.forecast.forecast import Forecast
 from vllm_moe_offload.native import Observer
 from vllm_moe_offload.policy.base import Policy, fade_and_gain
-from vllm_moe_offload.step import FloatArray, IdArray, StepTokens
+from vllm_moe_offload.step import FloatArray, IdArray, StepTokens, count_votes
 
 DISTANCE_WEIGHT = 0.5
 """What the distance to the next visit counts: the logarithm by which a score shrinks over one
@@ -64,6 +65,7 @@ class TracePolicy(Policy):
         self._is_behind = False  # scores are not refreshed since the step began
         self._layers_followed = 0  # of this step, whose routing the other layers' scores know
         self._has_past = False  # the step before was not learned from
+        self._ends: Mapping[str, int] = {}  # where its requests' verified tokens end
 
     @property
     def full_score(self) -> float:
@@ -153,17 +155,31 @@ class TracePolicy(Policy):
         self._ids, self._past_ids = self._past_ids, self._ids
         self._votes, self._past_votes = self._past_votes, self._votes
         self._past_tokens = self.tokens
+        self._ends = {}
         self._has_past = True
         self._place_step()
+
+    def settle(self, ends: Mapping[str, int]) -> None:
+        """See :meth:`Policy.settle`. What a drafter guessed wrong was computed, and needed its
+        experts; it says nothing of what its request uses."""
+        self._ends = ends
 
     def _take_in(self) -> None:
         if not self._has_past:
             return
         self._has_past = False
+        tokens, ids, votes = self._past_tokens, self._past_ids, self._past_votes
+        if tokens.num_drafted is not None:
+            is_verified = tokens.is_verified(self._ends)
+            if not is_verified.all():
+                tokens, ids = tokens.only(is_verified), ids.compress(is_verified, axis=1)
+                votes = np.zeros_like(votes)
+                for of_layer, votes_of_layer in zip(ids, votes, strict=True):
+                    count_votes(of_layer, tokens.weights, votes_of_layer)
         if self.is_scoring:
-            self.forecast.take_in(self._past_ids, self._past_votes)
+            self.forecast.take_in(tokens, ids, votes)
         else:
-            self.forecast.trace(self._past_tokens, self._past_ids)
+            self.forecast.trace(tokens, ids)
 
     def end_request(self, request: str) -> None:
         """The request stops counting at once; its matrix enters the collection."""

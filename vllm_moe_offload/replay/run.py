@@ -24,7 +24,6 @@ from vllm_moe_offload.cache.planner import (
     CacheShape,
     ExpertCache,
 )
-from vllm_moe_offload.native import check, core
 from vllm_moe_offload.policy import Policy, make_policy
 from vllm_moe_offload.policy.belady import Belady
 from vllm_moe_offload.replay.schedule import (
@@ -33,7 +32,7 @@ from vllm_moe_offload.replay.schedule import (
     decode_schedule,
     recorded_schedule,
 )
-from vllm_moe_offload.step import StepTokens
+from vllm_moe_offload.step import StepTokens, count_votes
 from vllm_moe_offload.trace.routing import RoutingTrace
 
 Progress = Callable[[int], object]
@@ -161,6 +160,8 @@ def _run(
         policy.foresee(schedule.offsets, routed[schedule.token])
         flags |= PLAN_UNPINNED
     for step in range(schedule.num_steps):
+        if schedule.is_draft is not None:
+            policy.settle(schedule.ends(step))
         for request in schedule.ended[step]:
             policy.end_request(str(request))
         tokens = schedule.tokens(step)
@@ -185,7 +186,7 @@ def replay_step(
     votes = np.zeros(cache.shape.num_experts, np.float32)
     policy.begin_step(tokens)
     for layer, layer_ids in enumerate(ids):
-        _count_votes(layer_ids, tokens, votes)
+        count_votes(layer_ids, tokens.weights, votes)
         policy.observe(layer, layer_ids, votes)
         if before_layer is not None:
             before_layer(layer)
@@ -201,19 +202,3 @@ def replay_step(
 def _catch_up(cache: ExpertCache, policy: Policy) -> None:
     if cache.outcome.num_misses:
         policy.catch_up()
-
-
-def _count_votes(
-    ids: npt.NDArray[np.int32], tokens: StepTokens, votes: npt.NDArray[np.float32]
-) -> None:
-    """Sums the weights of the tokens per expert, in the order and precision of serving."""
-    check(
-        core.vmo_expert_histogram(
-            ids.ctypes.data,
-            *ids.shape,
-            ids.itemsize,
-            tokens.weights.ctypes.data,
-            votes.size,
-            votes.ctypes.data,
-        )
-    )

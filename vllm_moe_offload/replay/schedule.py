@@ -26,6 +26,8 @@ class Schedule:
         position: int64 ``[tokens]``, position in the request.
         ended: per step, the requests that ended before it.
         prefill_ends: int64 ``[requests]``, position after each request's prompt.
+        is_draft: bool ``[tokens]``, whether a drafter guessed the token; None: none.
+        last_ends: int64 ``[requests]``, position after each request's last token.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -34,6 +36,8 @@ class Schedule:
     position: npt.NDArray[np.int64]
     ended: list[list[int]]
     prefill_ends: npt.NDArray[np.int64]
+    last_ends: npt.NDArray[np.int64]
+    is_draft: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -46,12 +50,25 @@ class Schedule:
         requests, positions = self.request[tokens], self.position[tokens]
         starts = np.flatnonzero(np.diff(requests, prepend=-1))
         first = positions[starts]
+        num_drafted = None
+        if self.is_draft is not None:
+            num_drafted = np.add.reduceat(self.is_draft[tokens], starts, dtype=np.int32)
         return StepTokens.of_lengths(
             [str(request) for request in requests[starts]],
             np.diff(starts, append=requests.size),
             first,
             first < self.prefill_ends[requests[starts]],
+            num_drafted,
         )
+
+    def ends(self, step: int) -> dict[str, int]:
+        """Where what is verified ends, of all requests of which that shows at ``step``: those
+        that go on there, and those that ended before."""
+        tokens = self.tokens(step)
+        first = tokens.positions[np.cumsum(tokens.lengths) - tokens.lengths]
+        ends = dict(zip(tokens.requests, first.tolist(), strict=True))
+        ends |= {str(request): int(self.last_ends[request]) for request in self.ended[step]}
+        return ends
 
     def ids(self, routed: Ids, step: int) -> npt.NDArray[np.int32]:
         """Routing ``[layers, tokens, top_k]`` of one step; ``routed``: of the whole trace."""
@@ -99,6 +116,7 @@ def decode_schedule(
         position=np.asarray(positions, np.int64),
         ended=ended,
         prefill_ends=np.zeros(trace.num_requests, np.int64) if prefill is None else prefill,
+        last_ends=trace.lens,
     )
 
 
@@ -124,4 +142,6 @@ def recorded_schedule(trace: RoutingTrace) -> Schedule:
         position=recorded.row_position,
         ended=[by_step.get(step, []) for step in range(steps.size)],
         prefill_ends=recorded.first_positions + (0 if prefill is None else prefill),
+        last_ends=recorded.first_positions + trace.lens,
+        is_draft=recorded.row_is_draft,
     )

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,23 @@ logger = logging.getLogger("vllm.moe_offload")
 
 _npy: Any = np.lib.format  # untyped in numpy's stubs
 BLOCK_TOKENS = 4096
-_TOKEN = np.dtype([("step", "<i8"), ("request", "<i4"), ("position", "<i8"), ("is_again", "?")])
+_TOKEN = np.dtype(
+    [
+        ("step", "<i8"),
+        ("request", "<i4"),
+        ("position", "<i8"),
+        ("is_again", "?"),
+        ("is_draft", "?"),
+    ]
+)
 
 
 class TraceRecorder:
     """Spools the routing of every step to disk and writes the trace at :meth:`close`.
 
     One step: :meth:`begin_step`, :meth:`observe` per layer, :meth:`end_step`. A step that
-    ends without all its layers (a failed read) is dropped.
+    ends without all its layers (a failed read) is dropped. Where a drafter guesses tokens,
+    :meth:`settle` before the next step says which of them count.
     """
 
     def __init__(
@@ -77,6 +86,8 @@ class TraceRecorder:
         self._progress: list[RequestProgress] = []
         self._end_steps: list[int] = []
         self._running: dict[str, int] = {}
+        self._drafted: dict[str, tuple[int, npt.NDArray[np.int64]]] = {}  # first row, positions
+        self._rejected: list[int] = []  # rows
         self._step = -1
         self._tokens: StepTokens | None = None
         self._block: npt.NDArray[Any] = np.zeros((0, *self._shape), self._dtype)
@@ -140,7 +151,8 @@ class TraceRecorder:
         entries["step"] = self._step
         entries["position"] = tokens.positions
         indices = np.empty(len(tokens.requests), np.int32)
-        lengths = np.bincount(tokens.request_of_token, minlength=len(tokens.requests))
+        entries["is_draft"] = tokens.is_drafted()
+        lengths, num_drafted = tokens.lengths, tokens.num_drafted
         start = 0
         for place, name in enumerate(tokens.requests):
             end = start + int(lengths[place])
@@ -151,8 +163,13 @@ class TraceRecorder:
                 self._progress.append(RequestProgress(first))
                 self._end_steps.append(-1)
             indices[place] = index = self._running[name]
+            certain = end
+            if num_drafted is not None and num_drafted[place]:
+                self._reject(name)  # nobody said anything of those before
+                certain -= int(num_drafted[place])
+                self._drafted[name] = self._num_tokens + certain, tokens.positions[certain:end]
             num_again, _ = self._progress[index].advance(
-                tokens.positions[start:end], bool(tokens.is_prefill[place])
+                tokens.positions[start:certain], bool(tokens.is_prefill[place])
             )
             entries["is_again"][start : start + num_again] = True
             start = end
@@ -166,8 +183,23 @@ class TraceRecorder:
             return
         self._num_tokens += entries.size
 
+    def settle(self, ends: Mapping[str, int]) -> None:
+        """Which drafted tokens turned out to be their requests' (see ``StepTokens.is_verified``);
+        those of requests that are not named stay open until they are, or end."""
+        for request in self._drafted.keys() & ends.keys():
+            first_row, positions = self._drafted.pop(request)
+            num_verified = int(np.searchsorted(positions, ends[request]))
+            self._progress[self._running[request]].advance(positions[:num_verified], False)
+            self._rejected += range(first_row + num_verified, first_row + positions.size)
+
+    def _reject(self, request: str) -> None:
+        if request in self._drafted:
+            first_row, positions = self._drafted.pop(request)
+            self._rejected += range(first_row, first_row + positions.size)
+
     def end_request(self, request: str) -> None:
         """A request ended: the same name would be another request from now on."""
+        self._reject(request)
         index = self._running.pop(request, None)
         if index is not None:
             self._end_steps[index] = self._step + 1
@@ -199,12 +231,18 @@ class TraceRecorder:
         tokens = np.frombuffer(
             self._tokens_file.read(self._num_tokens * _TOKEN.itemsize), _TOKEN
         )
-        again = np.flatnonzero(tokens["is_again"])
-        own = np.flatnonzero(~tokens["is_again"])
+        for request in list(self._drafted):
+            self._reject(request)
+        is_own = ~tokens["is_again"]
+        rejected = np.array(self._rejected, np.int64)
+        is_own[rejected[rejected < is_own.size]] = (
+            False  # the last step may not be in the spool
+        )
+        extra, own = np.flatnonzero(~is_own), np.flatnonzero(is_own)
         own = own[np.argsort(tokens["request"][own], kind="stable")]  # positions ascend already
         row_token = np.empty(tokens.size, np.int64)
         row_token[own] = np.arange(own.size)
-        row_token[again] = own.size + np.arange(again.size)
+        row_token[extra] = own.size + np.arange(extra.size)
         lens = np.bincount(tokens["request"][own], minlength=len(self._names))
         arrays: dict[str, npt.NDArray[Any]] = {
             "starts": (np.cumsum(lens) - lens).astype(np.int64),
@@ -222,6 +260,8 @@ class TraceRecorder:
             "slots": np.asarray(self._slots[0], np.int64),
             "staging_slots": np.asarray(self._slots[1], np.int64),
         }
+        if tokens["is_draft"].any():
+            arrays["row_is_draft"] = np.ascontiguousarray(tokens["is_draft"])
         if self._own_experts is not None:
             arrays["own_experts"] = np.asarray(self._own_experts, np.int64)
         descriptor, temporary = tempfile.mkstemp(  # 0600
@@ -236,7 +276,7 @@ class TraceRecorder:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         _npy.write_array(member, array, allow_pickle=False)
                 self._write_ids(archive, "ids", own)
-                self._write_ids(archive, "recomputed_ids", again)
+                self._write_ids(archive, "recomputed_ids", extra)
             os.replace(temporary, self._path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -21,8 +21,11 @@ server counted. One entry per token row that the server computed, in the order o
 ``row_position``          int64 ``[rows]``: position of the token in its request
 ``row_token``             int64 ``[rows]``: row of ``ids``; ``ids.shape[0] + i`` stands for
                           row i of ``recomputed_ids``
-``recomputed_ids``        like ``ids``: positions computed again (after a preemption), which
-                          may route differently and belong to no request's tokens
+``recomputed_ids``        like ``ids``: what was computed and belongs to no request's tokens:
+                          positions computed again (after a preemption), which may route
+                          differently, and tokens that a drafter guessed wrong
+``row_is_draft``          bool ``[rows]``, optional: a drafter guessed the row's token; whether
+                          it was right showed after the step
 ``first_positions``       int64 ``[requests]``: position of a request's first row of ``ids``
                           (above 0 where a prefix was cached)
 ``end_steps``             int64 ``[requests]``: the request ended before this step; -1 never
@@ -82,6 +85,7 @@ class RecordedSchedule:
     slots: int
     staging_slots: int
     own_experts: Int64s | None = None
+    row_is_draft: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +202,14 @@ def _schedule(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> Recorded
     missing = [name for name in SCHEDULE if name not in arrays]
     _require(path, not missing, f"its schedule lacks {', '.join(missing)}")
     num_rows = arrays["row_step"].size
-    for name in ("row_request", "row_position", "row_token"):
-        _require(
-            path,
-            arrays[name].shape == (num_rows,),
-            f"{name} must have {num_rows} entries like row_step, has {arrays[name].shape}",
-        )
+    is_draft = arrays.get("row_is_draft")
+    for name in ("row_request", "row_position", "row_token", "row_is_draft"):
+        if name in arrays:
+            _require(
+                path,
+                arrays[name].shape == (num_rows,),
+                f"{name} must have {num_rows} entries like row_step, has {arrays[name].shape}",
+            )
     steps, tokens = arrays["row_step"], arrays["row_token"]
     known = arrays["ids"].shape[0] + arrays["recomputed_ids"].shape[0]
     _require(path, bool(np.all(np.diff(steps) >= 0)), "row_step must be ascending")
@@ -224,6 +230,7 @@ def _schedule(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> Recorded
         slots=int(arrays["slots"]),
         staging_slots=int(arrays["staging_slots"]),
         own_experts=_own_experts(path, arrays),
+        row_is_draft=None if is_draft is None else is_draft.astype(np.bool_),
     )
 
 
