@@ -23,9 +23,9 @@ struct vmo_lookahead {
 };
 
 struct vmo_reader {
-  vmo_reader(const char* path, bool direct, int32_t num_threads,
+  vmo_reader(const std::vector<std::string>& paths, bool direct, int32_t num_threads,
              const std::vector<int32_t>& cpus)
-      : core(path, direct, num_threads, cpus) {}
+      : core(paths, direct, num_threads, cpus) {}
   vmo::FileReader core;
 };
 
@@ -179,11 +179,12 @@ int32_t vmo_follow_values(const vmo_value_step* step) {
   });
 }
 
-vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_threads,
-                            const int32_t* cpus, int32_t num_cpus) {
+vmo_reader* vmo_reader_open(const char* const* paths, int32_t num_paths, int32_t direct,
+                            int32_t num_threads, const int32_t* cpus, int32_t num_cpus) {
   return guarded<vmo_reader*>(nullptr, [&] {
+    const std::vector<std::string> files(paths, paths + num_paths);
     const std::vector<int32_t> affinity(cpus, cpus + num_cpus);
-    return std::make_unique<vmo_reader>(path, direct != 0, num_threads, affinity).release();
+    return std::make_unique<vmo_reader>(files, direct != 0, num_threads, affinity).release();
   });
 }
 

@@ -14,7 +14,7 @@ extern "C" {
 
 // Number of this interface: raised by every change of a function or a struct below. Whoever
 // loads the library compares it with the number that it was written for.
-#define VMO_ABI_VERSION 3
+#define VMO_ABI_VERSION 4
 VMO_API int32_t vmo_abi_version(void);
 
 VMO_API const char* vmo_last_error(void);
@@ -206,7 +206,8 @@ typedef struct vmo_extent {
   uint64_t length;
 } vmo_extent;
 
-// One record read: extents filled from `offset` on. `tag` is the caller's; it is in use
+// One record read: extents filled from `offset` on in the reader's files, one behind the other; of
+// one file only. `tag` is the caller's; it is in use
 // until its completion was taken by vmo_reader_wait, or vmo_reader_drop returned 1.
 typedef struct vmo_read {
   uint64_t offset;
@@ -223,14 +224,14 @@ typedef struct vmo_completion {
   uint64_t bytes;  // bytes that arrived
 } vmo_completion;
 
-// Opens `path` read-only. direct 1: O_DIRECT, error where the file system refuses;
-// 0: page cache. `cpus` (num_cpus entries) is the affinity of the I/O threads; with none
+// Opens `paths` (num_paths entries) read-only. direct 1: O_DIRECT, error where the file system
+// refuses; 0: page cache. `cpus` (num_cpus entries) is the affinity of the I/O threads; with none
 // they inherit that of the calling thread.
-VMO_API vmo_reader* vmo_reader_open(const char* path, int32_t direct, int32_t num_threads,
-                                    const int32_t* cpus, int32_t num_cpus);
+VMO_API vmo_reader* vmo_reader_open(const char* const* paths, int32_t num_paths, int32_t direct,
+                                    int32_t num_threads, const int32_t* cpus, int32_t num_cpus);
 // Waits for chunks that are being read, drops the rest. No other call may be running.
 VMO_API void vmo_reader_close(vmo_reader* reader);
-// Size of the file when it was opened.
+// Size of the files together when they were opened.
 VMO_API int64_t vmo_reader_file_bytes(const vmo_reader* reader);
 
 // Reads that ended and were not taken by vmo_reader_wait yet: a number in place, so that

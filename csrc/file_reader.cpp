@@ -101,27 +101,52 @@ void slice(const std::vector<iovec>& extents, uint64_t begin, uint64_t end,
 
 }  // namespace
 
-FileDescriptor::FileDescriptor(const std::string& path, int flags)
-    : fd_(open(path.c_str(), flags)) {
-  if (fd_ < 0) throw_errno("cannot open ", path, (flags & O_DIRECT) ? " with O_DIRECT" : "");
+OpenFile::OpenFile(const std::string& path, bool direct)
+    : descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0))) {
+  if (descriptor_ < 0) throw_errno("cannot open ", path, direct ? " with O_DIRECT" : "");
+  try {
+    struct stat status{};
+    if (fstat(descriptor_, &status) != 0) throw_errno("cannot stat ", path);
+    if (!S_ISREG(status.st_mode)) throw std::runtime_error(path + " is not a regular file");
+    bytes_ = static_cast<uint64_t>(status.st_size);
+    if (direct) probe_direct(path);
+  } catch (...) {
+    close(descriptor_);
+    throw;
+  }
 }
 
-FileDescriptor::~FileDescriptor() { close(fd_); }
+OpenFile::OpenFile(OpenFile&& other) noexcept
+    : descriptor_(std::exchange(other.descriptor_, -1)), bytes_(other.bytes_) {}
 
-FileReader::FileReader(const std::string& path, bool direct, int32_t num_threads,
+OpenFile::~OpenFile() {
+  if (descriptor_ >= 0) close(descriptor_);
+}
+
+// Some file systems accept O_DIRECT in open() and refuse the first read.
+void OpenFile::probe_direct(const std::string& path) const {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  const std::unique_ptr<void, Free> block(
+      std::aligned_alloc(kDirectAlignment, kDirectAlignment));
+  if (block == nullptr) throw std::bad_alloc();
+  if (pread(descriptor_, block.get(), kDirectAlignment, 0) < 0 && errno == EINVAL) {
+    throw_errno("cannot read ", path, " with O_DIRECT");
+  }
+}
+
+FileReader::FileReader(const std::vector<std::string>& paths, bool direct, int32_t num_threads,
                        const std::vector<int32_t>& cpus)
-    : direct_(direct), file_(path, O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0)) {
-  struct stat status{};
-  if (fstat(file_.get(), &status) != 0) throw_errno("cannot stat ", path);
-  if (!S_ISREG(status.st_mode)) throw std::runtime_error(path + " is not a regular file");
+    : direct_(direct) {
+  if (paths.empty()) throw std::invalid_argument("the file reader needs at least 1 file");
   if (num_threads < 1) {
     throw std::invalid_argument("the file reader needs at least 1 thread, got " +
                                 std::to_string(num_threads));
   }
-  file_bytes_ = static_cast<uint64_t>(status.st_size);
+  for (const std::string& path : paths) files_.emplace_back(path, direct);
   num_threads_ = static_cast<size_t>(num_threads);
   max_prefetch_chunks_ = std::max<size_t>(num_threads_ - 1, 1);
-  if (direct_) probe_direct(path);
   try {
     start_threads(num_threads, cpus);
   } catch (...) {
@@ -132,17 +157,10 @@ FileReader::FileReader(const std::string& path, bool direct, int32_t num_threads
 
 FileReader::~FileReader() { stop_threads(); }
 
-// Some file systems accept O_DIRECT in open() and refuse the first read.
-void FileReader::probe_direct(const std::string& path) const {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  const std::unique_ptr<void, Free> block(
-      std::aligned_alloc(kDirectAlignment, kDirectAlignment));
-  if (block == nullptr) throw std::bad_alloc();
-  if (pread(file_.get(), block.get(), kDirectAlignment, 0) < 0 && errno == EINVAL) {
-    throw_errno("cannot read ", path, " with O_DIRECT");
-  }
+uint64_t FileReader::file_bytes() const {
+  uint64_t bytes = 0;
+  for (const OpenFile& file : files_) bytes += file.bytes();
+  return bytes;
 }
 
 void FileReader::start_threads(int32_t num_threads, const std::vector<int32_t>& cpus) {
@@ -350,6 +368,12 @@ FileReader::ChunkResult FileReader::read_chunk(const Chunk& chunk,
   ChunkResult result;
   const uint64_t wanted = chunk.end - chunk.begin;
   const ReadRequest& read = chunk.request->read;
+  uint64_t offset = read.offset;
+  auto file = files_.begin();
+  while (offset >= file->bytes() && file + 1 != files_.end()) {
+    offset -= file->bytes();
+    ++file;
+  }
   while (result.bytes < wanted) {
     const uint64_t begin = chunk.begin + result.bytes;
     try {
@@ -358,8 +382,9 @@ FileReader::ChunkResult FileReader::read_chunk(const Chunk& chunk,
       result.error = ENOMEM;
       break;
     }
-    const ssize_t got = preadv(file_.get(), vectors.data(), static_cast<int>(vectors.size()),
-                               static_cast<off_t>(read.offset + begin));
+    const ssize_t got =
+        preadv(file->descriptor(), vectors.data(), static_cast<int>(vectors.size()),
+               static_cast<off_t>(offset + begin));
     if (got < 0) {
       if (errno == EINTR) continue;
       result.error = errno;

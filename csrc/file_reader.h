@@ -27,7 +27,8 @@ constexpr uint64_t kDirectAlignment = 4096;
 
 enum class Priority : int32_t { kDemand = 0, kPrefetch = 1 };
 
-// `iov_len` bytes to each extent's address, consecutive in the file from `offset` on.
+// `iov_len` bytes to each extent's address, consecutive from `offset` on in the reader's files,
+// one behind the other; of one file only.
 struct ReadRequest {
   int64_t tag = 0;
   uint64_t offset = 0;
@@ -41,35 +42,42 @@ struct ReadResult {
   uint64_t bytes = 0;  // bytes that arrived
 };
 
-// An open file descriptor.
-class FileDescriptor {
+// An open regular file.
+class OpenFile {
  public:
-  // Throws std::runtime_error naming the path.
-  FileDescriptor(const std::string& path, int flags);
-  ~FileDescriptor();
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  int get() const { return fd_; }
+  // `direct` bypasses the page cache. Throws std::runtime_error naming the path if it is no regular
+  // file, cannot be opened, or its file system refuses O_DIRECT.
+  OpenFile(const std::string& path, bool direct);
+  ~OpenFile();
+  OpenFile(OpenFile&& other) noexcept;
+  OpenFile(const OpenFile&) = delete;
+  OpenFile& operator=(const OpenFile&) = delete;
+  OpenFile& operator=(OpenFile&&) = delete;
+  int descriptor() const { return descriptor_; }
+  uint64_t bytes() const { return bytes_; }
 
  private:
-  int fd_;
+  void probe_direct(const std::string& path) const;
+
+  int descriptor_;
+  uint64_t bytes_ = 0;
 };
 
-// One file and the threads that read it. Safe to call from several threads, except for the
+// Files, one behind the other, and the threads that read them. Safe to call from several threads, except for the
 // destructor, which must not race with anything.
 class FileReader {
  public:
-  // Opens `path` read-only; `direct` bypasses the page cache. Threads run on `cpus`, or
-  // where the calling thread may run if there are none. Throws std::runtime_error if the
-  // file cannot be opened, its file system refuses O_DIRECT, or a thread cannot be started.
-  FileReader(const std::string& path, bool direct, int32_t num_threads,
+  // Opens `paths` (one at least). Threads run on `cpus`, or where the calling thread may run if
+  // there are none. Throws as OpenFile, and std::runtime_error if a thread cannot be started.
+  FileReader(const std::vector<std::string>& paths, bool direct, int32_t num_threads,
              const std::vector<int32_t>& cpus);
   // Waits for chunks that are being read; drops what is queued.
   ~FileReader();
   FileReader(const FileReader&) = delete;
   FileReader& operator=(const FileReader&) = delete;
 
-  uint64_t file_bytes() const { return file_bytes_; }
+  // Of all files together.
+  uint64_t file_bytes() const;
   // Requests that wait() would report now.
   const std::atomic<int32_t>& num_ended() const { return num_ended_; }
 
@@ -116,7 +124,6 @@ class FileReader {
     uint64_t bytes = 0;
   };
 
-  void probe_direct(const std::string& path) const;
   void start_threads(int32_t num_threads, const std::vector<int32_t>& cpus);
   void stop_threads();
   void check(const ReadRequest& read) const;
@@ -135,8 +142,7 @@ class FileReader {
   void end_chunk(const Chunk& chunk, const ChunkResult& result);
 
   const bool direct_;
-  const FileDescriptor file_;
-  uint64_t file_bytes_ = 0;
+  std::vector<OpenFile> files_;
   size_t num_threads_ = 0;
   // One thread is left to demands, so that they never queue behind running prefetches.
   size_t max_prefetch_chunks_ = 0;

@@ -243,8 +243,9 @@ void RouterLookahead::ask(int32_t layer) {
 
 int32_t RouterLookahead::foresee(Planner& planner, const LayerCall& call) {
   const int32_t num_own = config_.num_own_experts;
+  // A drafter's layers, which lie behind the model's, are not asked about.
   if (planner.config().num_experts != num_own ||
-      planner.config().num_layers != config_.num_layers) {
+      planner.config().num_layers < config_.num_layers) {
     throw std::invalid_argument("the planner is one of another model");
   }
   const int32_t end = std::min(call.layer + 1 + config_.depth, config_.num_layers);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Request:
 class Reader:
     """One native reader, closed at the end of the ``with`` block."""
 
-    path: Path
+    path: Path | Sequence[Path]
     direct: bool = True
     threads: int = 4
     cpus: list[int] = field(default_factory=list)
@@ -42,9 +43,10 @@ class Reader:
 
     def __enter__(self) -> Reader:
         cpus = (ctypes.c_int32 * len(self.cpus))(*self.cpus)
-        path = os.fsencode(self.path)
+        paths = [self.path] if isinstance(self.path, Path) else self.path
+        names = (ctypes.c_char_p * len(paths))(*map(os.fsencode, paths))
         self.handle = core.vmo_reader_open(
-            path, self.direct, self.threads, cpus, len(self.cpus)
+            names, len(paths), self.direct, self.threads, cpus, len(self.cpus)
         )
         if not self.handle:
             raise last_error()

@@ -27,9 +27,11 @@ _ID_BYTES = {torch.int32: 4, torch.int64: 8}
 
 
 class LayerCalls:
-    """Layer calls of the steps of one runtime.
+    """Layer calls of the steps of one runtime: the model's steps, or a drafter's passes.
 
     Attributes:
+        policy: whom the calls are shown to.
+        prefetcher: what reads ahead of them, if anything.
         tokens: of the step that runs; None: no request stands behind what is called.
         num_tokens: tokens of the step that runs.
         policy_ns: time that tracing, scoring and predicting took while nothing was waited for.
@@ -44,13 +46,13 @@ class LayerCalls:
         self.policy_ns = 0
         self.prefetch_ns = 0
         self._outcome = cache.outcome
-        self._policy = policy
-        self._prefetcher = prefetcher
+        self.policy = policy
+        self.prefetcher = prefetcher
         self._votes = np.zeros(cache.shape.num_experts, np.float32)
         self._call = LayerCall(threshold=LIKELY)
         self._serve_call = cache.server_of(self._call)
         self._make_room(8)
-        self._observer = 0
+        self._observer: int | None = None  # None: the step's first call asks for it
         self._ready_ns = 0  # when the last layer's slots were; 0: no layer was called yet
 
     def _make_room(self, num_reads: int) -> None:
@@ -74,18 +76,19 @@ class LayerCalls:
         self.num_tokens = weights.size
         self._call.weights = weights.ctypes.data
         self._ready_ns = 0
-        self._policy.begin_step(tokens)
-        if self._prefetcher is not None:
-            self._prefetcher.begin_step(tokens)
+        self._observer = None
+        self.policy.begin_step(tokens)
+        if self.prefetcher is not None:
+            self.prefetcher.begin_step(tokens)
         self.policy_ns += time.perf_counter_ns() - began
 
     def end_step(self) -> None:
         """All its layers ran."""
         began = time.perf_counter_ns()
         self.tokens = None
-        self._policy.end_step()
-        if self._prefetcher is not None:
-            self._prefetcher.end_step()
+        self.policy.end_step()
+        if self.prefetcher is not None:
+            self.prefetcher.end_step()
         self.policy_ns += time.perf_counter_ns() - began
 
     def extent(self, topk_ids: torch.Tensor | npt.NDArray[Any]) -> tuple[int, int]:
@@ -120,17 +123,17 @@ class LayerCalls:
         """
         if self.tokens is None:
             return self.plan_again(layer, topk_ids, slot_ids)
-        prefetcher = self._prefetcher
+        prefetcher = self.prefetcher
         if prefetcher is not None:
             self._collect(prefetcher)
         began = time.perf_counter_ns()
         call = self._point_at(layer, topk_ids, slot_ids)
-        if layer == 0:
-            self._observer = self._policy.native_observer(self.num_tokens, call.top_k)
+        if self._observer is None:
+            self._observer = self.policy.native_observer(self.num_tokens, call.top_k)
         call.observer = self._observer
         if not self._observer:
             self._count_votes(call)
-            self._policy.observe(layer, self._routing(topk_ids), self._votes)
+            self.policy.observe(layer, self._routing(topk_ids), self._votes)
         if prefetcher is None:
             call.lookahead = call.hidden = None
         else:
@@ -223,7 +226,7 @@ class LayerCalls:
         call.hidden_type = hidden_type
         call.hidden_stride = hidden.stride(0)
         call.max_reads = most
-        call.value = self._policy.full_score
+        call.value = self.policy.full_score
 
     def _count_votes(self, call: LayerCall) -> None:
         check(
@@ -252,7 +255,7 @@ class LayerCalls:
 
     def read_ahead(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Begins what :meth:`plan`, which found nothing missing, said is to be read ahead."""
-        prefetcher = self._prefetcher
+        prefetcher = self.prefetcher
         if prefetcher is None or self.tokens is None:
             return
         began = time.perf_counter_ns()
@@ -275,7 +278,7 @@ class LayerCalls:
 
     def slots_are_ready(self, *, in_ns: int) -> None:
         """The kernel begins in so many nanoseconds: from then on computing hides reads."""
-        if self._prefetcher is not None and self.tokens is not None:
+        if self.prefetcher is not None and self.tokens is not None:
             self._ready_ns = time.perf_counter_ns() + in_ns
 
 

@@ -39,6 +39,8 @@ COUNTERS = (
     "busy_seconds",
     "policy_seconds",
     "tokens",
+    "draft_hits",
+    "draft_misses",
 )
 """Values that only grow."""
 GAUGES = ("slots", "resident_experts", "cache_bytes")

@@ -10,7 +10,7 @@ import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """``VMO_ABI_VERSION``: the interface of the core that this module declares."""
 
 _REMEDY = "run `pip install -e .` (or `make setup`)"
@@ -197,7 +197,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "vmo_lookahead_foresee": (c_int32, [c_void_p, c_void_p, POINTER(LayerCall)]),
     "vmo_follow_values": (c_int32, [POINTER(ValueStep)]),
     "vmo_follow": (None, [c_void_p, c_void_p, c_void_p, c_float, c_float, c_int64]),
-    "vmo_reader_open": (c_void_p, [c_char_p, c_int32, c_int32, c_void_p, c_int32]),
+    "vmo_reader_open": (
+        c_void_p,
+        [POINTER(c_char_p), c_int32, c_int32, c_int32, c_void_p, c_int32],
+    ),
     "vmo_reader_close": (None, [c_void_p]),
     "vmo_reader_num_ended": (c_void_p, [c_void_p]),
     "vmo_reader_file_bytes": (c_int64, [c_void_p]),

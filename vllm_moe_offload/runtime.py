@@ -40,6 +40,7 @@ class OffloadRuntime:
     Attributes:
         cache: page table and counters.
         pool: the slots that kernels read.
+        draft_hits, draft_misses: of those in ``cache``, a drafter's.
         stall_ns: time that layer calls spent waiting for reads.
         published: what other processes see of the counters: those of the end of the last step.
     """
@@ -52,10 +53,28 @@ class OffloadRuntime:
         transfer: Transfer,
         policy: Policy,
         prefetcher: Prefetcher | None = None,
+        draft_policy: Policy | None = None,
+        num_draft_layers: int = 0,
         collection_file: CollectionFile | None = None,
         recorder: TraceRecorder | None = None,
         published: Counters | None = None,
     ) -> None:
+        """Wires what is given together.
+
+        Args:
+            cache: of all layers, a drafter's behind the model's.
+            pool: its slots.
+            transfer: fills them.
+            policy: of the model's layers, or of all.
+            prefetcher: of the model's layers.
+            draft_policy: of the drafter's layers, if there are any; may be ``policy``.
+            num_draft_layers: how many of the cache's layers those are.
+            collection_file: where ``policy`` keeps its activation matrices.
+            recorder: of the model's routing.
+            published: where counters are written to.
+        """
+        if draft_policy is not None and draft_policy is not policy:
+            draft_policy.bind(cache)
         policy.bind(cache)
         self.cache = cache
         self.pool = pool
@@ -65,12 +84,16 @@ class OffloadRuntime:
         self.num_tokens = 0
         self._transfer = transfer
         self.prefetcher = prefetcher
-        self._calls = LayerCalls(cache, policy, prefetcher)
+        self._steps = LayerCalls(cache, policy, prefetcher)
+        self._passes = None if draft_policy is None else LayerCalls(cache, draft_policy, None)
+        self._calls = self._steps  # whose turn it is
+        self.draft_hits = 0
+        self.draft_misses = 0
         self._copies_ns = 0
         self._collection_file = collection_file
         self._recorder = recorder
         self.published = published
-        self._last_layer = cache.shape.num_layers - 1
+        self._last_layer = cache.shape.num_layers - num_draft_layers - 1
         # Everything fits: a layer's parameters are a view in logical order, ids need no map.
         self._passes_ids_through = cache.shape.holds_everything
         self._step_began_ns = 0
@@ -100,7 +123,7 @@ class OffloadRuntime:
     @property
     def wants_hidden(self) -> bool:
         """Whether the layer calls of the step that runs should be given ``hidden``."""
-        return self.prefetcher is not None and self._calls.tokens is not None
+        return self._calls.prefetcher is not None and self._calls.tokens is not None
 
     # ---- steps and requests ----------------------------------------------------------
 
@@ -109,15 +132,15 @@ class OffloadRuntime:
         if self._is_dummy:
             return  # a warm-up that went through the scheduler's door
         self._step_began_ns = time.perf_counter_ns()
-        self._calls.begin_step(tokens)
+        self._steps.begin_step(tokens)
         if self._recorder is not None:
             self._recorder.begin_step(tokens)
 
     def _end_step(self) -> None:
-        if self._calls.tokens is None:
+        if self._steps.tokens is None:
             return
-        self.num_tokens += self._calls.num_tokens
-        self._calls.end_step()
+        self.num_tokens += self._steps.num_tokens
+        self._steps.end_step()
         if self._recorder is not None:
             self._recorder.end_step()
         self.busy_ns += time.perf_counter_ns() - self._step_began_ns
@@ -141,6 +164,32 @@ class OffloadRuntime:
             self._collection_file.changed()
         if self._recorder is not None:
             self._recorder.end_request(request)
+
+    @contextlib.contextmanager
+    def draft_pass(self, tokens: StepTokens) -> Iterator[None]:
+        """While open, layer calls are a drafter's, on these tokens: the last ones of requests, or
+        its own guesses behind them.
+
+        They count as hits and misses, and are scored; they are in no trace, since nobody knows yet
+        which of the guesses are right. Without layers of the drafter in the cache nothing happens.
+        """
+        calls = self._passes
+        if self._is_dummy or calls is None:
+            yield
+            return
+        began = time.perf_counter_ns()
+        hits, misses = self.cache.count("hits"), self.cache.count("misses")
+        calls.begin_step(tokens)
+        self._calls = calls
+        try:
+            yield
+        finally:
+            self._calls = self._steps
+            calls.end_step()
+            self.draft_hits += self.cache.count("hits") - hits
+            self.draft_misses += self.cache.count("misses") - misses
+            self.busy_ns += time.perf_counter_ns() - began
+            self._publish()
 
     @contextlib.contextmanager
     def dummy_run(self) -> Iterator[None]:
@@ -189,7 +238,7 @@ class OffloadRuntime:
         topk_ids = topk_ids.contiguous()
         slot_ids = torch.empty_like(topk_ids)
         planned = self._calls.plan(layer, topk_ids, slot_ids, hidden)
-        if self._recorder is not None and self._calls.tokens is not None:
+        if self._recorder is not None and self._steps.tokens is not None:
             routed = topk_ids if routed_ids is None else routed_ids
             self._recorder.observe(layer, routed.numpy()[: self._calls.num_tokens])
         if not planned:
@@ -268,7 +317,7 @@ class OffloadRuntime:
         """Reads what the open plan misses, and begins prefetches meanwhile."""
         self._copies_ns = 0
         if self.cache.outcome.num_misses:
-            prefetcher = self.prefetcher if self._calls.tokens is not None else None
+            prefetcher = self._calls.prefetcher if self._calls.tokens is not None else None
             self._read_misses(layer, prefetcher, hidden)
         else:
             self._calls.read_ahead(layer, hidden)
@@ -297,7 +346,7 @@ class OffloadRuntime:
                     prefetcher.promote(slot)
                 prefetcher.pass_layer(layer)
             # While the disk is busy all this costs nothing, and who stays is decided after it.
-            self.policy.catch_up()
+            self._calls.policy.catch_up()
             if prefetcher is not None:
                 prefetcher.begin(prefetcher.foresee(layer, hidden))
             self._transfer.end_read(pending)
@@ -338,12 +387,12 @@ class OffloadRuntime:
     @property
     def policy_ns(self) -> int:
         """Time that tracing, scoring and predicting took while nothing was waited for."""
-        return self._calls.policy_ns
+        return self._steps.policy_ns + (self._passes.policy_ns if self._passes else 0)
 
     @property
     def prefetch_ns(self) -> int:
         """The same of beginning and ending reads ahead."""
-        return self._calls.prefetch_ns
+        return self._steps.prefetch_ns
 
     @property
     def read_bytes(self) -> int:
@@ -361,6 +410,8 @@ class OffloadRuntime:
                 self.busy_ns / 1e9,
                 self.policy_ns / 1e9,
                 self.num_tokens,
+                self.draft_hits,
+                self.draft_misses,
                 self.cache.shape.num_slots,
                 self.cache.num_resident,
                 self.pool.nbytes,

@@ -106,10 +106,11 @@ def test_damaged_manifest_does_not_open(tmp_path, damage, message):
 
 def test_a_condemned_store_does_not_open(tmp_path):
     store = build(tmp_path)
-    for reason in ("expert 2 of layer 1: why", "expert 3 of layer 0: because"):
-        store.condemn(reason)
+    for layer, expert, reason in ((1, 2, "why"), (0, 3, "because")):
+        store.condemn(layer, expert, reason)
     with pytest.raises(
-        DamagedStore, match=rf"{store.directory} holds a damaged record: expert"
+        DamagedStore,
+        match=rf"{store.directory} holds a damaged record: expert 3 of layer 0: because",
     ):
         open_store(store.directory, store.identity)
     note = store.directory / "condemned.txt"
@@ -120,7 +121,7 @@ def test_a_condemned_store_does_not_open(tmp_path):
 def test_that_a_store_is_condemned_is_enough(tmp_path, monkeypatch):
     """Whoever noted it may have been root."""
     store = build(tmp_path)
-    store.condemn("why")
+    store.condemn(0, 1, "why")
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: os.open(tmp_path / "none", 0))
     with pytest.raises(DamagedStore, match="holds a damaged record"):
         open_store(store.directory, store.identity)
@@ -129,7 +130,7 @@ def test_that_a_store_is_condemned_is_enough(tmp_path, monkeypatch):
 def test_a_store_that_cannot_be_condemned_says_so(tmp_path, caplog):
     store = build(tmp_path)
     (store.directory / "condemned.txt").symlink_to(tmp_path / "elsewhere")
-    store.condemn("why")
+    store.condemn(0, 1, "why")
     assert "cannot note" in caplog.text
     assert str(store.directory) in caplog.text
     assert not (tmp_path / "elsewhere").exists()

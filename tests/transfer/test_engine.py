@@ -220,10 +220,10 @@ def test_destinations_are_checked(store):
 
 def test_refused_o_direct_falls_back_with_a_warning(store, engine_of, monkeypatch, caplog):
     class RefusesDirect(CoreProxy):
-        def vmo_reader_open(self, path, direct, *arguments):
+        def vmo_reader_open(self, paths, num_paths, direct, *arguments):
             if direct:  # what a file system without O_DIRECT does
-                path = b"/proc/self/status"
-            return self.core.vmo_reader_open(path, direct, *arguments)
+                paths[0] = b"/proc/self/status"
+            return self.core.vmo_reader_open(paths, num_paths, direct, *arguments)
 
     monkeypatch.setattr(record_reader, "core", RefusesDirect(record_reader.core))
     with caplog.at_level(logging.WARNING, "vllm.moe_offload"):

@@ -32,9 +32,21 @@ class SortedCheckpoint:
     """Where every tensor of a checkpoint lies; tensors are read when asked for."""
 
     def __init__(
-        self, loader: DefaultModelLoader, model_config: Any, model: torch.nn.Module
+        self,
+        loader: DefaultModelLoader,
+        model_config: Any,
+        model: torch.nn.Module,
+        *,
+        names_drafters: bool = False,
     ) -> None:
         """Reads the headers of the safetensors files, no weights.
+
+        Args:
+            loader: vLLM's; knows where the files are.
+            model_config: of the model to load.
+            model: that model, without weights.
+            names_drafters: whether its experts are those that the checkpoint keeps apart for a
+                drafter, by their names, and not the others.
 
         Raises:
             OptionError: the checkpoint is not in safetensors files.
@@ -45,6 +57,7 @@ class SortedCheckpoint:
         """Whose experts are in the checkpoint and not in the model: drafters, as people call them."""
         self._dense: list[tuple[str, str, str]] = []  # name for the model, file, name in file
         self._experts: dict[int, list[tuple[str, TensorRange]]] = {}
+        self._names_drafters = names_drafters
         sources = [
             DefaultModelLoader.Source(
                 model_config.model,
@@ -75,7 +88,7 @@ class SortedCheckpoint:
             ranges = tensor_ranges(Path(file))
             for name, where in ranges.items():
                 number = expert_layer(name)
-                if number is not None and name.startswith(DRAFTERS):
+                if number is not None and name.startswith(DRAFTERS) != self._names_drafters:
                     self.left_out.add("mtp")
                 elif number is not None:
                     check_dtype(name, where)

@@ -30,6 +30,8 @@ LABELS = ("model_name", "engine", "rank")
 EXPORTED_COUNTERS = {
     "hits": "Distinct experts of layer calls that were resident.",
     "misses": "Distinct experts of layer calls that were not resident.",
+    "draft_hits": "Of the hits, those of a drafter's own experts.",
+    "draft_misses": "Of the misses, those of a drafter's own experts.",
     "bypasses": "Misses that were used once and not kept: nobody was evicted for them.",
     "read_bytes": "Bytes of experts read from the store.",
     "prefetch_issued": "Experts read ahead of their layer.",

@@ -29,6 +29,7 @@ from vllm_moe_offload.integration.block_slots import apply
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.expert_share import ExpertShare
 from vllm_moe_offload.integration.graphs import StableOutputs
+from vllm_moe_offload.integration.speculation import is_draft_model
 from vllm_moe_offload.runtime import OffloadRuntime
 
 _library = Library("vllm_moe_offload", "FRAGMENT")
@@ -170,6 +171,7 @@ def instantiate(inherited_new: Any, cls: type, *args: Any, **kwargs: Any) -> Any
         vllm_config is not None
         and not issubclass(cls, OffloadedExperts)
         and options_of(vllm_config).enabled
+        and not is_draft_model(vllm_config)
     ):
         cls = offloaded_class(cls)
     return inherited_new(cls, *args, **kwargs)

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout
 from vllm_moe_offload.cache.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
-from vllm_moe_offload.integration import patching
+from vllm_moe_offload.integration import patching, speculation
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
@@ -37,9 +37,18 @@ from vllm_moe_offload.integration.expert_tensors import (
 from vllm_moe_offload.integration.experts import offloaded_layers
 from vllm_moe_offload.integration.formats import format_of, pack, take_stored_form
 from vllm_moe_offload.integration.model_files import model_name, with_config
-from vllm_moe_offload.integration.placement import decoder_layers, rank_of, stages_of
+from vllm_moe_offload.integration.placement import (
+    decoder_layers,
+    drafter_stages_of,
+    rank_of,
+    stages_of,
+)
 from vllm_moe_offload.integration.routers import routers_of
-from vllm_moe_offload.integration.startup import start_runtime
+from vllm_moe_offload.integration.worker_load import (
+    LoadedExperts,
+    drafter_is_loaded,
+    model_is_loaded,
+)
 from vllm_moe_offload.store import (
     BackgroundWriter,
     DamagedStore,
@@ -51,6 +60,7 @@ from vllm_moe_offload.store import (
     open_store,
     store_lock,
 )
+from vllm_moe_offload.store.checkpoint_reader import DRAFTERS
 from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.store.shelf import log_others
 
@@ -62,11 +72,14 @@ def stream_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """DefaultModelLoader.get_all_weights for a model with offloaded experts."""
     vllm_config = get_current_vllm_config()
-    load = _begin(vllm_config, model)
+    load = _begin(vllm_config, model_config, model)
     if load is None:
         yield from original(loader, model_config, model)
+        _end_without_experts(vllm_config, model_config)
         return
-    checkpoint = SortedCheckpoint(loader, model_config, model)
+    checkpoint = SortedCheckpoint(
+        loader, model_config, model, names_drafters=load.names_drafters
+    )
     load.identify(checkpoint.directory)
     numbers = load.check_layers(checkpoint)
     with store_lock(load.directory):
@@ -91,9 +104,11 @@ def load_dummy_weights(
     original: Any, loader: Any, model: torch.nn.Module, model_config: Any
 ) -> None:
     """DummyModelLoader.load_weights: random experts too, one layer in memory at a time."""
-    load = _begin(get_current_vllm_config(), model)
+    vllm_config = get_current_vllm_config()
+    load = _begin(vllm_config, model_config, model)
     if load is None:
         original(loader, model, model_config)
+        _end_without_experts(vllm_config, model_config)
         return
     offloaded = set(map(id, load.layers))
     dense = [module for module in model.modules() if id(module) not in offloaded]
@@ -120,23 +135,53 @@ def _initialize_dummy(tensor: torch.Tensor) -> None:
         tensor.copy_(drawn)
 
 
-def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
+def _is_drafter(vllm_config: Any, model_config: Any) -> bool:
+    """Whether a worker loads another model than its own."""
+    return model_config is not vllm_config.model_config
+
+
+def _begin(vllm_config: Any, model_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
     options = options_of(vllm_config)
     if not options.enabled:
         return None
+    if _is_drafter(vllm_config, model_config):
+        layers = _drafter_layers(vllm_config, model)
+    else:
+        layers = _model_layers(vllm_config, options, model)
+    return ExpertLoad(vllm_config, options, model_config, model, layers) if layers else None
+
+
+def _drafter_layers(vllm_config: Any, model: torch.nn.Module) -> list[Any]:
+    if vllm_config.speculative_config.uses_draft_model():
+        return []  # what experts it has are its own affair
+    layers = offloaded_layers(model)
+    if layers:
+        speculation.check_own_experts(vllm_config)
+    return layers
+
+
+def _model_layers(
+    vllm_config: Any, options: OffloadConfig, model: torch.nn.Module
+) -> list[Any]:
     layers = offloaded_layers(model)
     if not layers and vllm_config.parallel_config.pipeline_parallel_size > 1:
         logger.warning(
             "MoE offload: this pipeline stage has no routed experts; it runs as in plain vLLM and "
             "has no counters of its own"
         )
-        return None
-    if not layers:
+    elif not layers:
         raise OptionError(
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
             "routed expert layer; use --moe-offload=off"
         )
-    return ExpertLoad(vllm_config, options, model, layers)
+    return layers
+
+
+def _end_without_experts(vllm_config: Any, model_config: Any) -> None:
+    """A model was loaded that has nothing in a store; others may have waited for it."""
+    options = options_of(vllm_config)
+    if options.enabled and _is_drafter(vllm_config, model_config):
+        drafter_is_loaded(vllm_config, options, None)
 
 
 class ExpertLoad:
@@ -146,10 +191,13 @@ class ExpertLoad:
         self,
         vllm_config: Any,
         options: OffloadConfig,
+        model_config: Any,
         model: torch.nn.Module,
         layers: list[Any],
     ) -> None:
         self._model = model
+        self._model_config = model_config
+        self._is_drafter = _is_drafter(vllm_config, model_config)
         self.options = options
         self.layers = layers
         self._vllm_config = vllm_config
@@ -170,11 +218,16 @@ class ExpertLoad:
 
     def identify(self, weights: Path | None) -> None:
         """Which store is the model's; ``weights``: where they are, None if they are not read."""
-        model_dir = with_config(self._vllm_config, weights)
-        self._identity = _identity(self._vllm_config, self.layers[0], model_dir)
+        model_dir = with_config(self._vllm_config, self._model_config, weights)
+        self._identity = self._identify(model_dir)
         self.directory: Path = self._identity.directory(
-            Path(self.options.store_dir), model_name(str(self._vllm_config.model_config.model))
+            Path(self.options.store_dir), model_name(str(self._model_config.model))
         )
+
+    @property
+    def names_drafters(self) -> bool:
+        """Whether the layers are named as those that a checkpoint keeps apart for a drafter."""
+        return str(self.layers[0].layer_name).startswith(DRAFTERS)
 
     def check_layers(self, checkpoint: SortedCheckpoint) -> list[int]:
         """Decoder layer of every MoE layer; what other layers' experts there are is left out.
@@ -192,7 +245,7 @@ class ExpertLoad:
                 "--moe-offload=off"
             )
         checkpoint.leave_out(set(in_checkpoint) - set(expected), self._other_stages())
-        if checkpoint.left_out:
+        if checkpoint.left_out and not self._is_drafter:
             logger.info(
                 "MoE offload: experts of %s are in the checkpoint and not in the model (multi-token "
                 "prediction); they are left out",
@@ -307,21 +360,12 @@ class ExpertLoad:
         logger.info("MoE offload: store built: %.2f GiB in %.1f s", gib, seconds)
 
     def finish(self) -> None:
-        """Pool, cache and transfer; parameters become slots of the pool.
-
-        vLLM loads with its device as torch's default: what is made here is meant for RAM
-        unless it says otherwise.
-        """
+        """The experts are in their store; once no other model is to be loaded, they are served."""
         store = self._store
         if store is None:
             raise RuntimeError("the expert store was neither opened nor built")
         for layer, known in zip(self.layers, self._formats, strict=True):
             take_stored_form(layer, store.layout, known)
-        with torch.device("cpu"):
-            routers = routers_of(self._model, self.layers)
-            start_runtime(self._vllm_config, self.options, store, self.layers, routers)
-        for layer, known in zip(self.layers, self._formats, strict=True):
-            known.rebuild(layer.quant_method, layer)
             # FusedMoEMethodBase.process_weights_after_loading
             # (model_executor/layers/fused_moe/fused_moe_method_base.py)
             #   why: the loader's own pass over all modules would process the pool's slots again;
@@ -329,30 +373,31 @@ class ExpertLoad:
             #   upstream: model_loader/utils.py (process_weights_after_loading asks no layer).
             #   remove when: a layer can say that its weights are in kernel form.
             layer.quant_method.process_weights_after_loading = _already_processed
+        routers = None
+        if not self._is_drafter:
+            with torch.device("cpu"):
+                routers = routers_of(self._model, self.layers)
+        experts = LoadedExperts(self.layers, self._formats, store, routers)
+        is_loaded = drafter_is_loaded if self._is_drafter else model_is_loaded
+        is_loaded(self._vllm_config, self.options, experts)
+
+    def _identify(self, model_dir: Path) -> StoreIdentity:
+        config, layer = self._vllm_config, self.layers[0]
+        method = layer.quant_method
+        load_format = config.load_config.load_format
+        return StoreIdentity(
+            checkpoint=checkpoint_fingerprint(model_dir),
+            load_format=str(getattr(load_format, "value", load_format)),
+            dtype=str(layer.params_dtype).removeprefix("torch."),
+            quantization=self._model_config.quantization or "none",
+            kernel=f"{method.experts_cls.__name__}:{getattr(method.experts_cls, 'isa', '')}",
+            padded_shape=(layer.hidden_size, layer.intermediate_size_per_partition),
+            rank=rank_of(layer),
+            stages=drafter_stages_of(config) if self._is_drafter else stages_of(config),
+            expert_placement=layer.expert_placement_strategy,
+            vllm_version=patching.vllm_version(),
+        )
 
 
 def _already_processed(layer: torch.nn.Module) -> None:
     del layer
-
-
-def _identity(vllm_config: Any, layer: Any, model_dir: Path) -> StoreIdentity:
-    model_config = vllm_config.model_config
-    method = layer.quant_method
-    return StoreIdentity(
-        checkpoint=checkpoint_fingerprint(model_dir),
-        load_format=str(
-            getattr(
-                vllm_config.load_config.load_format,
-                "value",
-                vllm_config.load_config.load_format,
-            )
-        ),
-        dtype=str(layer.params_dtype).removeprefix("torch."),
-        quantization=model_config.quantization or "none",
-        kernel=f"{method.experts_cls.__name__}:{getattr(method.experts_cls, 'isa', '')}",
-        padded_shape=(layer.hidden_size, layer.intermediate_size_per_partition),
-        rank=rank_of(layer),
-        stages=stages_of(vllm_config),
-        expert_placement=layer.expert_placement_strategy,
-        vllm_version=patching.vllm_version(),
-    )

@@ -39,16 +39,16 @@ def files_here(vllm_config: Any) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def with_config(vllm_config: Any, weights: Path | None = None) -> Path:
-    """The directory of the model's files, its config.json among them.
+def with_config(vllm_config: Any, model: Any, weights: Path | None = None) -> Path:
+    """The directory of a model's files, its config.json among them.
 
     vLLM downloads weights to ``download_dir`` and the config.json to the hub's own cache.
 
     Args:
-        vllm_config: says which model.
+        vllm_config: the server's.
+        model: the ModelConfig, of the server's model or of its drafter.
         weights: where its weights are; None if none are used.
     """
-    model = vllm_config.model_config
     directory = Path(model.model) if weights is None else weights
     if is_directory(model) or (directory / CONFIG).is_file():
         return directory

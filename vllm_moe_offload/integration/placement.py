@@ -38,6 +38,12 @@ def stages_of(vllm_config: Any) -> tuple[int, ...]:
     return tuple(get_pp_indices(num_layers, stage, size)[0] for stage in range(size))
 
 
+def drafter_stages_of(vllm_config: Any) -> tuple[int, ...]:
+    """As :func:`stages_of`, of a drafter: its layers follow the model's. So a store of the one is
+    never taken for one of the other, which may come from the same checkpoint."""
+    return (int(vllm_config.model_config.get_total_num_hidden_layers()),)
+
+
 def decoder_layers(layers: list[Any]) -> list[int]:
     """Of a worker's RoutedExperts, their places in the whole model."""
     numbers = [layer_number(f"{layer.layer_name}.") for layer in layers]

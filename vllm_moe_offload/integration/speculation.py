@@ -11,6 +11,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.distributed.parallel_state import get_pp_group
+
+from vllm_moe_offload.config import OptionError
+
 logger = logging.getLogger("vllm.moe_offload")
 
 WITHOUT_MODEL = ("ngram", "suffix")
@@ -47,12 +51,51 @@ def prepare(config: Any) -> None:
 
 
 def loads_a_drafter(config: Any) -> bool:
-    """Whether a worker loads a drafter's weights after the model's, in the last pipeline stage."""
-    from vllm.distributed.parallel_state import get_pp_group
-
+    """Whether this worker loads a drafter's weights after the model's: in the last stage."""
     speculative = config.speculative_config
     return (
         speculative is not None
         and speculative.method in WITH_MODEL
         and bool(get_pp_group().is_last_rank)
     )
+
+
+def is_draft_model(config: Any) -> bool:
+    """Whether a VllmConfig is that of a whole model that drafts.
+
+    Its experts, if it has any, stay in memory as in plain vLLM: it is there to be small, and of
+    another shape than the model.
+    """
+    speculative = config.speculative_config
+    return (
+        speculative is not None
+        and speculative.uses_draft_model()
+        and config.model_config is speculative.draft_model_config
+    )
+
+
+def passes_per_layer(config: Any, draft_layers: list[Any]) -> float:
+    """How often a step runs each of a drafter's MoE layers: a multi-token prediction module is one
+    layer, and each pass runs one of them; a pass of any other drafter runs all its layers."""
+    if not draft_layers:
+        return 0.0
+    speculative = config.speculative_config
+    num_passes = float(speculative.num_speculative_tokens)
+    return num_passes / len(draft_layers) if speculative.method == "mtp" else num_passes
+
+
+def check_own_experts(config: Any) -> None:
+    """Raises OptionError unless a drafter with experts of its own can run in passes that the
+    host sees."""
+    speculative = config.speculative_config
+    if config.use_v2_model_runner:
+        raise OptionError(
+            f"--moe-offload: the drafter (speculative_config.method={speculative.method!r}) has "
+            "experts of its own, whose passes vLLM's model runner V2 puts in one graph; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if speculative.parallel_drafting:
+        raise OptionError(
+            "--moe-offload: speculative_config.parallel_drafting=True with a drafter that has "
+            "experts of its own is not supported, allowed: False"
+        )

@@ -24,9 +24,11 @@ from vllm_moe_offload.integration.placement import (
     first_slice_here,
     own_experts,
 )
+from vllm_moe_offload.integration.speculation import passes_per_layer
 from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters
 from vllm_moe_offload.plan.fit import amount
-from vllm_moe_offload.policy import Policy, TracePolicy, make_policy
+from vllm_moe_offload.policy import Policy, TracePolicy
+from vllm_moe_offload.policy.drafter import make_policies
 from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
@@ -44,17 +46,31 @@ def start_runtime(
     options: OffloadConfig,
     store: ExpertStore,
     layers: list[Any],
+    *,
     routers: Routers | None,
+    draft_layers: list[Any],
 ) -> OffloadRuntime:
     """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool.
 
-    ``routers``: of the layers, where they are known, for prediction.
+    Args:
+        vllm_config: the worker's.
+        options: the plugin's.
+        store: of the experts of all layers, the drafter's behind the model's.
+        layers: the model's RoutedExperts.
+        routers: of these, where they are known, for prediction.
+        draft_layers: a drafter's RoutedExperts.
     """
     first = layers[0]
-    policy = make_policy(options.mode, len(layers), first.local_num_experts)
+    policy, draft_policy = make_policies(
+        options.mode,
+        len(layers),
+        len(draft_layers),
+        first.local_num_experts,
+        passes_per_layer(vllm_config, draft_layers),
+    )
     memory = fast_memory(vllm_config)
     shape = _shape(memory, options, store, first, policy)
-    _log_plan(options, store, shape)
+    _log_plan(options, store, shape, len(draft_layers))
     pool, transfer = memory.build(store, shape, options)
     cache = ExpertCache(shape, policy.rules)
     predictor = _predictor(options, shape, routers, first.top_k)
@@ -68,15 +84,18 @@ def start_runtime(
         transfer=transfer,
         policy=policy,
         prefetcher=prefetcher,
+        draft_policy=draft_policy,
+        num_draft_layers=len(draft_layers),
         collection_file=_collection_file(options, store, policy, layers),
         recorder=_recorder(options, store, shape, layers),
         published=_counter_file(
             vllm_config, options, store.identity.rank, reads_ahead=prefetcher is not None
         ),
     )
-    for index, layer in enumerate(layers):
+    all_layers = [*layers, *draft_layers]
+    for index, layer in enumerate(all_layers):
         _attach(layer, index, runtime)
-    memory.attach(layers, runtime)
+    memory.attach(all_layers, runtime)
     if shape.holds_everything:
         runtime.load_everything()
         memory.settle()
@@ -127,17 +146,20 @@ def _shape(
     return cache_shape(slots, rules=policy.rules, **sizes)
 
 
-def _log_plan(options: OffloadConfig, store: ExpertStore, shape: CacheShape) -> None:
+def _log_plan(
+    options: OffloadConfig, store: ExpertStore, shape: CacheShape, num_draft_layers: int
+) -> None:
     total = store.num_layers * store.num_experts
     expert_bytes = store.layout.expert_bytes
     logger.info(
-        "MoE offload (%s): %d layers x %d experts of %.2f MB = %s in %s",
+        "MoE offload (%s): %d layers%s x %d experts of %.2f MB = %s in %s",
         options.mode,
         store.num_layers,
+        f" ({num_draft_layers} of them the drafter's)" if num_draft_layers else "",
         store.num_experts,
         expert_bytes / 1e6,
         amount(total * expert_bytes),
-        store.path,
+        " and ".join(map(str, store.paths)),
     )
     logger.info("MoE offload: %s", sizing_line(options.cache_gb, shape, expert_bytes))
 
@@ -215,7 +237,7 @@ def _recorder(
     numbers = decoder_layers(layers)
     return TraceRecorder(
         stage.trace_file(Path(options.record_trace)),
-        num_layers=store.num_layers,
+        num_layers=len(layers),
         num_experts=layers[0].global_num_experts,
         top_k=layers[0].top_k,
         layer_ids=np.array(numbers) if len(numbers) == len(layers) else None,

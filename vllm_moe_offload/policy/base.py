@@ -44,9 +44,14 @@ class Policy(ABC):
         return 1.0
 
     def bind(self, cache: ExpertCache) -> None:
-        """Makes the scores of ``cache`` the table that this policy writes."""
-        cache.scores[...] = self.scores
-        self.scores = cache.scores
+        """Makes the scores of ``cache`` the table that this policy writes.
+
+        The cache may have more layers than the policy: a drafter's, behind the model's, which
+        another one scores.
+        """
+        rows = cache.scores[: self.num_layers]
+        rows[...] = self.scores
+        self.scores = rows
 
     def begin_step(self, tokens: StepTokens) -> None:
         """A step of the model begins."""

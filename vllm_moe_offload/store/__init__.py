@@ -8,7 +8,7 @@ It comes into being by one rename: what opens is complete.
 from vllm_moe_offload.store.builder import BackgroundWriter, StoreBuilder
 from vllm_moe_offload.store.directory import delete, store_lock
 from vllm_moe_offload.store.errors import DamagedStore, StoreError
-from vllm_moe_offload.store.expert_store import ExpertStore, open_store
+from vllm_moe_offload.store.expert_store import ExpertStore, joined, open_store
 from vllm_moe_offload.store.identity import StoreIdentity, checkpoint_fingerprint
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "StoreIdentity",
     "checkpoint_fingerprint",
     "delete",
+    "joined",
     "open_store",
     "store_lock",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,7 @@ class ExpertStore:
         num_layers: MoE layers.
         num_experts: routed experts per layer.
         checksums: xxh3_64 of every record ``[num_layers][num_experts]``.
+        parts: the stores that this one joins (:func:`joined`); empty: it is one of its own.
     """
 
     directory: Path
@@ -71,15 +72,21 @@ class ExpertStore:
     num_layers: int
     num_experts: int
     checksums: tuple[tuple[int, ...], ...]
+    parts: tuple[ExpertStore, ...] = ()
 
     @cached_property
     def path(self) -> Path:
-        """The file of all records."""
+        """The file of all records, or the first one's of several stores."""
         return self.directory / EXPERTS_NAME
 
     @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of all records, one behind the other."""
+        return tuple(part.path for part in self.parts) or (self.path,)
+
+    @cached_property
     def file_bytes(self) -> int:
-        """Size of the file of all records."""
+        """Size of the files of all records."""
         return self.num_layers * self.num_experts * self._record_bytes
 
     @cached_property
@@ -87,7 +94,7 @@ class ExpertStore:
         return self.layout.record_bytes
 
     def record_offset(self, layer: int, expert: int) -> int:
-        """Bytes before the record of ``(layer, expert)``; a multiple of 4 KiB.
+        """Bytes before the record of ``(layer, expert)`` in all files; a multiple of 4 KiB.
 
         Raises:
             IndexError: there is no such layer or expert.
@@ -103,19 +110,31 @@ class ExpertStore:
         """xxh3_64 of the record, padding included."""
         return self.checksums[layer][expert]
 
-    def condemn(self, reason: str) -> None:
-        """Has the next start build the store again, because one of its records is damaged.
+    def part_of(self, layer: int) -> tuple[ExpertStore, int]:
+        """The store that has the records of ``layer``, and the layer's number there."""
+        for part in self.parts:
+            if layer < part.num_layers:
+                return part, layer
+            layer -= part.num_layers
+        return self, layer
+
+    def condemn(self, layer: int, expert: int, reason: str) -> None:
+        """Has the next start build the store again, because a record is damaged: that of an expert.
 
         ``reason``: one line. Where it cannot be noted that is logged: the caller has an error
         to raise that matters more.
         """
+        part, layer = self.part_of(layer)
+        if part is not self:
+            part.condemn(layer, expert, reason)
+            return
         path = self.directory / CONDEMNED_NAME
         try:
             descriptor = os.open(
                 path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600
             )
             with os.fdopen(descriptor, "w") as file:
-                file.write(f"{reason}\n")
+                file.write(f"expert {expert} of layer {layer}: {reason}\n")
         except OSError as error:
             logger.warning(
                 "MoE offload: cannot note in %s that the store is damaged: %s; delete that "
@@ -123,6 +142,26 @@ class ExpertStore:
                 self.directory,
                 error,
             )
+
+
+def joined(*stores: ExpertStore) -> ExpertStore:
+    """Several stores as one: the layers of the first, then those of the next.
+
+    Raises:
+        ValueError: they hold experts of different form, or different numbers per layer.
+    """
+    first = stores[0]
+    if len(stores) == 1:
+        return first
+    for store in stores[1:]:
+        if (store.layout, store.num_experts) != (first.layout, first.num_experts):
+            raise ValueError(f"{store.path} and {first.path} hold experts of different form")
+    return replace(
+        first,
+        num_layers=sum(store.num_layers for store in stores),
+        checksums=tuple(row for store in stores for row in store.checksums),
+        parts=stores,
+    )
 
 
 def open_store(

@@ -253,10 +253,10 @@ class TransferEngine:
         self._reader.reclaim_tickets()
 
     def _explain(self, flight: Flight, reason: str) -> str:
-        store = self._store
+        store, layer = self._store.part_of(flight.layer)
         return (
-            f"cannot read expert {flight.expert} of layer {flight.layer} from {store.path} "
-            f"(byte {store.record_offset(flight.layer, flight.expert)}): {reason}; start the "
+            f"cannot read expert {flight.expert} of layer {layer} from {store.path} "
+            f"(byte {store.record_offset(layer, flight.expert)}): {reason}; start the "
             "server again, which builds a damaged store again, and look at the disk if this "
             "comes again"
         )

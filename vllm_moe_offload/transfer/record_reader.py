@@ -182,7 +182,7 @@ class RecordReader:
                 is_damaged = reason is not None
             if is_damaged:
                 layer, expert, _ = self._tickets[index].record
-                self._store.condemn(f"expert {expert} of layer {layer}: {reason}")
+                self._store.condemn(layer, expert, str(reason))
             self.free_tickets.append(index)
             yield index, reason
 
@@ -214,12 +214,19 @@ def _open(
     store: ExpertStore, num_threads: int, cpus: Sequence[int], direct: bool
 ) -> tuple[int, bool]:
     """The native reader, and whether it bypasses the page cache."""
-    path = os.fsencode(store.path)
     affinity = (ctypes.c_int32 * len(cpus))(*cpus)
-    reader = core.vmo_reader_open(path, direct, num_threads, affinity, len(cpus))
+
+    def open_files(direct: bool) -> int:
+        paths = (ctypes.c_char_p * len(store.paths))(*map(os.fsencode, store.paths))
+        return int(
+            core.vmo_reader_open(paths, len(paths), direct, num_threads, affinity, len(cpus))
+            or 0
+        )
+
+    reader = open_files(direct)
     if not reader and direct:
         refused = last_error()
-        reader = core.vmo_reader_open(path, False, num_threads, affinity, len(cpus))
+        reader = open_files(False)
         if reader:
             direct = False
             logger.warning(
@@ -232,7 +239,8 @@ def _open(
     size = core.vmo_reader_file_bytes(reader)
     if size != store.file_bytes:
         core.vmo_reader_close(reader)
-        raise NativeError(f"{store.path} has {size} bytes instead of {store.file_bytes}")
+        names = ", ".join(map(str, store.paths))
+        raise NativeError(f"{names}: {size} bytes instead of {store.file_bytes}")
     return reader, direct
 
 
