@@ -72,7 +72,8 @@ def clear_checkpoint(out: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_tokenizer(out: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+def write_tokenizer(out: Path, tokenizer: Tokenizer, max_positions: int) -> None:
+    """The tokenizer's files, and the chat template."""
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -171,7 +172,7 @@ def write_demo_model(
     check_target(out, total + 16_000_000, force)
     out.mkdir(parents=True, exist_ok=True)
     clear_checkpoint(out)
-    _write_tokenizer(out, tokenizer, max_positions)
+    write_tokenizer(out, tokenizer, max_positions)
     write_shards(out, weights, seed, max_shard_bytes, progress)
     end = {"eos_token_id": checkpoint.vocabulary.end, "pad_token_id": checkpoint.pad}
     write_json(out / "generation_config.json", {"do_sample": True, **end})

@@ -11,13 +11,15 @@ JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM
 and per prompt, the generated ids and for every generated token the top logprobs as exact
 hexadecimal floats; facts about the engine's layers and counters, unless the job says
 ``"facts": false`` (workers in processes of their own cannot be asked for them); and, if the
-engine has ``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``. With
-a worker extension, which is one of :mod:`tests.integration.worker_probe`, what its workers say.
+engine has ``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``; if it
+speculates, how much it drafted and how much of that was accepted; and with a worker extension,
+which is one of :mod:`tests.integration.worker_probe`, what its workers say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -32,6 +34,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def replace_kernels_once() -> None:
+    """Lets vLLM's platform replace Triton's kernels for the first engine only.
+
+    Every CPU worker looks for them in all modules of its process, and stumbles over one of
+    Numba's, which an engine before it has loaded to draft n-grams. They are replaced by then.
+    """
+    from vllm.platforms import current_platform
+
+    once = functools.cache(current_platform.register_triton_kernel_overrides)
+    current_platform.register_triton_kernel_overrides = once
 
 
 def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
@@ -82,11 +96,26 @@ def metrics(llm: LLM) -> dict[str, Any]:
     }
 
 
+def speculation(llm: LLM) -> dict[str, int]:
+    """What vLLM counted of speculation: ``drafts`` (one for each request and step that had
+    any), ``draft_tokens`` and, of these, ``accepted_tokens``."""
+    names = ("drafts", "draft_tokens", "accepted_tokens")
+    counted = dict.fromkeys(names, 0)
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix("vllm:spec_decode_num_")
+        if name in counted:
+            counted[name] += int(metric.value)
+    return counted
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One engine: start, all batches, stop."""
     began = time.perf_counter()
+    options = job["llm"]
+    speculates = "speculative_config" in options
     try:
-        llm = LLM(**job["llm"])
+        # Without statistics vLLM does not count what was accepted.
+        llm = LLM(**({"disable_log_stats": False} if speculates else {}) | options)
     except Exception as error:  # noqa: BLE001 (the test asserts on what was raised)
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     started = time.perf_counter()
@@ -97,9 +126,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         ]
         if job.get("facts", True):
             result["facts"] = facts(llm)
-        if not job["llm"].get("disable_log_stats", True):
+        if not options.get("disable_log_stats", True):
             result |= metrics(llm)
-        if "worker_extension_cls" in job["llm"]:
+        if speculates:
+            result["speculation"] = speculation(llm)
+        if "worker_extension_cls" in options:
             result["truth"] = llm.collective_rpc("moe_offload_truth")
     except Exception as error:  # noqa: BLE001 (as above)
         result |= {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
@@ -175,6 +206,7 @@ def serve() -> None:
 
 def main() -> None:
     """See the module's docstring."""
+    replace_kernels_once()
     if len(sys.argv) == 1:
         serve()
     else:
