@@ -10,7 +10,7 @@ from tests.stores import layer_tensors
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.native import NO_EXPERT
-from vllm_moe_offload.policy import make_policy
+from vllm_moe_offload.policy.drafter import make_policies
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.store import ExpertStore
@@ -44,8 +44,12 @@ def runtime_of(
     predictor=None,
     *,
     published=None,
+    num_draft_layers: int = 0,
 ) -> OffloadRuntime:
-    policy = make_policy(mode, store.num_layers, store.num_experts)
+    """Of the store's layers the last ``num_draft_layers`` are a drafter's."""
+    policy, draft_policy = make_policies(
+        mode, store.num_layers - num_draft_layers, num_draft_layers, store.num_experts, 2.0
+    )
     shape = CacheShape(store.num_layers, store.num_experts, slots, staging)
     cache = ExpertCache(shape, policy.rules)
     pool = SlotPool(store.layout, shape.num_pool_slots)
@@ -57,6 +61,8 @@ def runtime_of(
         transfer=transfer,
         policy=policy,
         prefetcher=prefetcher,
+        draft_policy=draft_policy,
+        num_draft_layers=num_draft_layers,
         published=published,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import xxhash
 
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.rank import Rank
-from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, store_lock
+from vllm_moe_offload.store import ExpertStore, StoreBuilder, StoreIdentity, joined, store_lock
 
 
 def layout_of(*sizes: int) -> ExpertLayout:
@@ -57,9 +58,11 @@ def build(
     num_layers: int = 3,
     num_experts: int = 4,
     seed: int = 0,
+    *,
+    first_layer: int = 0,
     **changes: object,
 ) -> ExpertStore:
-    """Builds a store of :func:`layer_tensors`."""
+    """Builds a store of :func:`layer_tensors`, from that of ``first_layer`` on."""
     which = identity(**changes)
     directory = which.directory(store_dir, "test/model")
     with (
@@ -67,8 +70,21 @@ def build(
         StoreBuilder(directory, which, num_layers, num_experts) as builder,
     ):
         for layer in range(num_layers):
-            builder.write_layer(layer, layout, layer_tensors(layout, num_experts, layer, seed))
+            tensors = layer_tensors(layout, num_experts, first_layer + layer, seed)
+            builder.write_layer(layer, layout, tensors)
         return builder.commit()
+
+
+def build_joined(
+    store_dir: Path, layout: ExpertLayout, num_layers: Sequence[int], num_experts: int
+) -> ExpertStore:
+    """As :func:`build` of all layers, in as many stores."""
+    stores: list[ExpertStore] = []
+    for count in num_layers:
+        first = sum(store.num_layers for store in stores)
+        where = {"first_layer": first, "stages": (first,)}
+        stores.append(build(store_dir, layout, count, num_experts, **where))
+    return joined(*stores)
 
 
 def assert_intact(store: ExpertStore) -> None:

@@ -156,7 +156,7 @@ def test_other_negative_ids_are_refused(
 ) -> None:
     calls, _ = calls_of(num_tokens=1, spec=spec)
     if by_call:
-        monkeypatch.setattr(calls._policy, "native_observer", lambda num_tokens, top_k: 0)
+        monkeypatch.setattr(calls.policy, "native_observer", lambda num_tokens, top_k: 0)
     ids = torch.tensor([[-1, -2]])
     with pytest.raises(NativeError, match=r"expert id -2 .*outside \[0, 8\)"):
         calls.plan(0, ids, torch.empty_like(ids), None)

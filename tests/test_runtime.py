@@ -31,7 +31,7 @@ from tests.runtimes import (
     run_layer,
     runtime_of,
 )
-from tests.stores import build, layout_of
+from tests.stores import build, build_joined, layout_of
 from vllm_moe_offload.cache.planner import PLAN_INSTANT, ExpertCache
 from vllm_moe_offload.policy import make_policy
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -49,6 +49,7 @@ class Serving(RuleBasedStateMachine):
     """Any routing, any prediction, right or wrong, in caches of any size."""
 
     store: ExpertStore
+    num_draft_layers = 0
 
     @initialize(
         slots=st.integers(TOP_K, LAYERS * EXPERTS),
@@ -56,10 +57,17 @@ class Serving(RuleBasedStateMachine):
         mode=st.sampled_from(["trace", "lrfu"]),
     )
     def start(self, slots: int, staging: int, mode: str) -> None:
+        total = self.store.num_layers * EXPERTS
         everything = slots == LAYERS * EXPERTS
+        slots = total if everything else slots
         self.foresight = Foresight()
         self.runtime = runtime_of(
-            self.store, slots, 0 if everything else staging, mode, self.foresight
+            self.store,
+            slots,
+            0 if everything else staging,
+            mode,
+            self.foresight,
+            num_draft_layers=self.num_draft_layers,
         )
         self.position = 0
 
@@ -92,6 +100,21 @@ class Serving(RuleBasedStateMachine):
             )
             run_layer(self.runtime, self.store, layer, torch.tensor(ids, dtype=torch.int32))
 
+    @precondition(lambda self: self.num_draft_layers > 0)
+    @rule(data=st.data(), lengths=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    def draft(self, data: st.DataObject, lengths: list[int]) -> None:
+        """A pass of a drafter through its layers, before a step or after it."""
+        nobody = np.zeros(len(lengths), np.int64)
+        names = [f"r{index}" for index in range(len(lengths))]
+        tokens = StepTokens.of_lengths(names, np.array(lengths), nobody, nobody > 0)
+        expert = st.integers(0, EXPERTS - 1)
+        with self.runtime.draft_pass(tokens):
+            for layer in range(LAYERS, LAYERS + self.num_draft_layers):
+                count = sum(lengths)
+                pairs = st.lists(expert, min_size=TOP_K, max_size=TOP_K, unique=True)
+                ids = data.draw(st.lists(pairs, min_size=count, max_size=count))
+                run_layer(self.runtime, self.store, layer, torch.tensor(ids, dtype=torch.int32))
+
     @rule(layer=st.integers(0, LAYERS - 1), expert=st.integers(0, EXPERTS - 1))
     def warm_up(self, layer: int, expert: int) -> None:
         """A call without a request behind it."""
@@ -119,8 +142,19 @@ class Serving(RuleBasedStateMachine):
             self.runtime.close()
 
 
-def test_any_serving(store) -> None:
-    machine = type("ServingFromStore", (Serving,), {"store": store})
+@pytest.fixture(scope="module")
+def store_with_drafter(tmp_path_factory) -> ExpertStore:
+    directory = tmp_path_factory.mktemp("drafted")
+    return build_joined(directory, layout_of(8192, 12), (LAYERS, 2), EXPERTS)
+
+
+@pytest.mark.parametrize("num_draft_layers", [0, 2])
+def test_any_serving(store, store_with_drafter, num_draft_layers: int) -> None:
+    attributes = {
+        "store": store_with_drafter if num_draft_layers else store,
+        "num_draft_layers": num_draft_layers,
+    }
+    machine = type("ServingFromStore", (Serving,), attributes)
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -132,11 +166,75 @@ def test_any_serving(store) -> None:
     )
 
 
+# ---- drafters ------------------------------------------------------------------------------
+
+
+def a_pass(runtime: OffloadRuntime, store: ExpertStore, *pairs: tuple[int, int]) -> None:
+    with runtime.draft_pass(decode_tokens(["a"])):
+        for layer, pair in enumerate(pairs, LAYERS):
+            run_layer(runtime, store, layer, ids_of(*pair))
+
+
+@pytest.mark.parametrize("mode", ["trace", "lrfu", "lru"])
+def test_a_drafters_experts_are_cached_and_counted_with_the_models(
+    store_with_drafter, mode: str
+) -> None:
+    store = store_with_drafter
+    runtime = runtime_of(store, 12, 2, mode, num_draft_layers=2)
+    for _ in range(6):
+        one_step(runtime, store, [(0, 1)] * LAYERS)
+        a_pass(runtime, store, (2, 3), (4, 5))
+        a_pass(runtime, store, (2, 3), (4, 5))
+    counters = runtime.cache.count("hits"), runtime.cache.count("misses")
+    assert sum(counters) == 6 * (LAYERS * 2 + 2 * 4)
+    assert runtime.draft_hits + runtime.draft_misses == 6 * 2 * 4
+    assert runtime.draft_misses < 20 if mode != "lru" else 8
+    assert all(runtime.cache.is_resident(LAYERS, expert) for expert in (2, 3))
+    assert runtime.num_tokens == 6
+    runtime.close()
+
+
+def test_a_drafters_passes_are_in_no_trace(store_with_drafter) -> None:
+    """What its layers use moves no score of the model's, and is in no activation matrix."""
+    store = store_with_drafter
+    scores = []
+    for drafts in (False, True):
+        runtime = runtime_of(store, 12, 2, num_draft_layers=2)
+        for position in range(4):
+            one_step(runtime, store, [(0, 1)] * LAYERS, position)
+            if drafts:
+                a_pass(runtime, store, (2, 3), (4, 5))
+        runtime.begin_step(decode_tokens(["a"], 4))
+        runtime.policy.catch_up()
+        scores.append(runtime.policy.scores.copy())
+        assert runtime.cache.scores[LAYERS:].any() == drafts
+        runtime.end_request("a")
+        assert runtime.policy.forecast.collection.entry(0).counts.sum() == 4 * LAYERS * 2
+        runtime.close()
+    assert np.array_equal(*scores)
+
+
+def test_an_expert_that_every_pass_uses_is_worth_as_much_as_the_models(
+    store_with_drafter,
+) -> None:
+    """On one scale: with two passes a step through each layer it is used twice as often."""
+    runtime = runtime_of(store_with_drafter, 20, 2, num_draft_layers=2)
+    for _ in range(60):
+        one_step(runtime, store_with_drafter, [(0, 1)] * LAYERS)
+        for _ in range(2):
+            a_pass(runtime, store_with_drafter, (2, 3), (4, 5))
+    wanted = 2 * runtime.policy.full_score
+    assert runtime.cache.scores[LAYERS, 2] == pytest.approx(wanted, rel=0.2)
+    runtime.close()
+
+
 # ---- prefetch ------------------------------------------------------------------------------
 
 
-def one_step(runtime: OffloadRuntime, store, experts: list[tuple[int, int]]) -> None:
-    runtime.begin_step(decode_tokens(["a"]))
+def one_step(
+    runtime: OffloadRuntime, store, experts: list[tuple[int, int]], position: int = 1
+) -> None:
+    runtime.begin_step(decode_tokens(["a"], position))
     for layer, pair in enumerate(experts):
         run_layer(runtime, store, layer, ids_of(*pair))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.stores import MIXED, build, layout_of, place
-from vllm_moe_offload.store import DamagedStore, StoreError, open_store
+from vllm_moe_offload.store import DamagedStore, StoreError, joined, open_store
 
 
 def test_reopened_store_equals_the_built_one(tmp_path):
@@ -134,3 +134,40 @@ def test_a_store_that_cannot_be_condemned_says_so(tmp_path, caplog):
     assert "cannot note" in caplog.text
     assert str(store.directory) in caplog.text
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_joined_stores_are_one(tmp_path):
+    first = build(tmp_path, num_layers=3)
+    second = build(tmp_path, num_layers=2, first_layer=3, stages=(3,))
+    assert first.directory != second.directory
+    both = joined(first, second)
+    assert (both.num_layers, both.num_experts, both.layout) == (5, 4, first.layout)
+    assert both.paths == (first.path, second.path)
+    assert both.file_bytes == first.file_bytes + second.file_bytes
+    assert both.record_offset(3, 1) == first.file_bytes + second.record_offset(0, 1)
+    assert both.checksum(4, 2) == second.checksum(1, 2)
+    assert both.store_of(2) == (first, 2)
+    assert both.store_of(4) == (second, 1)
+    with pytest.raises(IndexError, match="holds 5 layers of 4 experts"):
+        both.record_offset(5, 0)
+    assert joined(first) is first
+
+
+def test_a_damaged_record_condemns_the_store_that_has_it(tmp_path):
+    first = build(tmp_path, num_layers=3)
+    second = build(tmp_path, num_layers=2, stages=(3,))
+    joined(first, second).condemn(4, 2, "why")
+    assert open_store(first.directory, first.identity) is not None
+    with pytest.raises(DamagedStore, match="expert 2 of layer 1: why"):
+        open_store(second.directory, second.identity)
+
+
+def test_stores_of_other_experts_are_not_joined(tmp_path):
+    first = build(tmp_path)
+    others = (
+        build(tmp_path, num_experts=5, stages=(3,)),
+        build(tmp_path, layout_of(8192), stages=(4,)),
+    )
+    for other in others:
+        with pytest.raises(ValueError, match="experts of different form"):
+            joined(first, other)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stores import MIXED, build, layout_of
+from tests.stores import MIXED, build, build_joined, layout_of
 from tests.transfers import HOST_SLOTS, NUM_SLOTS, Interrupted, rig_of, wait_for_prefetches
 from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.store import DamagedStore, open_store
@@ -19,9 +19,9 @@ READ_FILES = [kind for kind in HOST_SLOTS if kind != "out of host memory"]
 """Whose calls read the store's file; the others have read all of it before the first."""
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("contract"), num_layers=4, num_experts=8)
+@pytest.fixture(scope="module", params=[(4,), (3, 1)], ids=["one file", "two files"])
+def store(request, tmp_path_factory):
+    return build_joined(tmp_path_factory.mktemp("contract"), MIXED, request.param, 8)
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,33 @@ def test_more_extents_than_one_system_call_takes(file, content, direct, size):
     assert (np.concatenate(parts) == content[: 3000 * size]).all()
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_files_lie_one_behind_the_other(tmp_path, content, direct):
+    paths, sizes, begin = [], [5 * BLOCK, 2 * MIB, BLOCK], 0
+    for number, size in enumerate(sizes):
+        paths.append(tmp_path / f"{number}.bin")
+        paths[-1].write_bytes(content[begin : begin + size].tobytes())
+        begin += size
+    parts = [aligned(size) for size in (5 * BLOCK, MIB, MIB, BLOCK)]
+    with Reader(paths, direct) as reader:
+        assert core.vmo_reader_file_bytes(reader.handle) == begin
+        offsets = np.cumsum([0, *(part.size for part in parts)]).tolist()
+        for tag, part in enumerate(parts):
+            reader.submit(Request(tag, offsets[tag], [part]))
+        reader.submit(Request(9, begin, [aligned(BLOCK)]))
+        ended = sorted(reader.wait_all())
+    assert ended == [*((tag, 0, part.size) for tag, part in enumerate(parts)), (9, -1, 0)]
+    assert (np.concatenate(parts) == content[:begin]).all()
+
+
+def test_of_several_files_the_missing_one_is_named(file, tmp_path):
+    with (
+        pytest.raises(NativeError, match=r"cannot open .*/none"),
+        Reader([file, tmp_path / "none"]),
+    ):
+        pass
+
+
 def test_without_o_direct_nothing_needs_to_be_aligned(file, content):
     whole = np.zeros(3 * MIB, np.uint8)
     parts = [whole[1:8], whole[100 : 2 * MIB], whole[2 * MIB + 1 :]]

@@ -245,7 +245,8 @@ class ExpertLoad:
                 "--moe-offload=off"
             )
         checkpoint.leave_out(set(in_checkpoint) - set(expected), self._other_stages())
-        if checkpoint.left_out and not self._is_drafter:
+        speculative = self._vllm_config.speculative_config
+        if checkpoint.left_out and (speculative is None or speculative.method != "mtp"):
             logger.info(
                 "MoE offload: experts of %s are in the checkpoint and not in the model (multi-token "
                 "prediction); they are left out",
@@ -269,7 +270,7 @@ class ExpertLoad:
             delete(self.directory)
         if self._store is not None:
             logger.info("MoE offload: store %s opened, experts are not loaded", self.directory)
-        if self._identity.rank.is_first:
+        if self._identity.rank.is_first and not self._is_drafter:
             log_others(self.directory.parent)
         return self._store
 

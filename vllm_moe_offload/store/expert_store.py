@@ -63,7 +63,7 @@ class ExpertStore:
         num_layers: MoE layers.
         num_experts: routed experts per layer.
         checksums: xxh3_64 of every record ``[num_layers][num_experts]``.
-        parts: the stores that this one joins (:func:`joined`); empty: it is one of its own.
+        joins: the stores that this one is made of (:func:`joined`); empty: it is one of its own.
     """
 
     directory: Path
@@ -72,7 +72,7 @@ class ExpertStore:
     num_layers: int
     num_experts: int
     checksums: tuple[tuple[int, ...], ...]
-    parts: tuple[ExpertStore, ...] = ()
+    joins: tuple[ExpertStore, ...] = ()
 
     @cached_property
     def path(self) -> Path:
@@ -82,7 +82,7 @@ class ExpertStore:
     @cached_property
     def paths(self) -> tuple[Path, ...]:
         """The files of all records, one behind the other."""
-        return tuple(part.path for part in self.parts) or (self.path,)
+        return tuple(store.path for store in self.joins) or (self.path,)
 
     @cached_property
     def file_bytes(self) -> int:
@@ -110,12 +110,12 @@ class ExpertStore:
         """xxh3_64 of the record, padding included."""
         return self.checksums[layer][expert]
 
-    def part_of(self, layer: int) -> tuple[ExpertStore, int]:
+    def store_of(self, layer: int) -> tuple[ExpertStore, int]:
         """The store that has the records of ``layer``, and the layer's number there."""
-        for part in self.parts:
-            if layer < part.num_layers:
-                return part, layer
-            layer -= part.num_layers
+        for store in self.joins:
+            if layer < store.num_layers:
+                return store, layer
+            layer -= store.num_layers
         return self, layer
 
     def condemn(self, layer: int, expert: int, reason: str) -> None:
@@ -124,9 +124,9 @@ class ExpertStore:
         ``reason``: one line. Where it cannot be noted that is logged: the caller has an error
         to raise that matters more.
         """
-        part, layer = self.part_of(layer)
-        if part is not self:
-            part.condemn(layer, expert, reason)
+        store, layer = self.store_of(layer)
+        if store is not self:
+            store.condemn(layer, expert, reason)
             return
         path = self.directory / CONDEMNED_NAME
         try:
@@ -160,7 +160,7 @@ def joined(*stores: ExpertStore) -> ExpertStore:
         first,
         num_layers=sum(store.num_layers for store in stores),
         checksums=tuple(row for store in stores for row in store.checksums),
-        parts=stores,
+        joins=stores,
     )
 
 

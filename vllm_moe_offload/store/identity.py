@@ -36,7 +36,8 @@ class StoreIdentity(BaseModel):
         padded_shape: sizes of the weights after padding.
         rank: which part of the model this is; of it only the sizes are part of :attr:`key`, parts
             of one model lie beside each other.
-        stages: first decoder layer of every pipeline stage.
+        stages: first decoder layer of every pipeline stage; of a drafter, whose layers are numbered
+            behind the model's, the number of its first one.
         expert_placement: vLLM's rule that says which experts a rank has.
         vllm_version: version that packed the weights.
         format_version: of the store's files.
@@ -55,6 +56,11 @@ class StoreIdentity(BaseModel):
     expert_placement: str
     vllm_version: str
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_drafter(self) -> bool:
+        """Whether these are experts of what drafts for a model, not the model's."""
+        return self.stages[0] > 0
 
     @property
     def key(self) -> str:

@@ -57,7 +57,7 @@ class ShelvedModel:
             return "not finished"
         if self.num_missing:
             return f"{len(self.parts)} of {len(self.parts) + self.num_missing} parts are here"
-        return "complete"
+        return "complete, a drafter's" if self.is_drafter else "complete"
 
     @property
     def is_leftover(self) -> bool:
@@ -65,11 +65,19 @@ class ShelvedModel:
         return not self.parts and not self.is_older
 
     @property
+    def is_drafter(self) -> bool:
+        """Whether it holds experts of what drafts for the model."""
+        return any(part.identity.is_drafter for part in self.parts)
+
+    @property
     def num_missing(self) -> int:
         """Parts that are not here: other machines' workers have theirs there."""
         if not self.parts:
             return 0
-        return max(self.parts[0].identity.rank.num_parts - len(self.parts), 0)
+        rank = self.parts[0].identity.rank
+        # A drafter is in the last pipeline stage, and nowhere else.
+        wanted = rank.num_parts // rank.pp_size if self.is_drafter else rank.num_parts
+        return max(wanted - len(self.parts), 0)
 
 
 def shelved_models(store_dir: Path) -> list[ShelvedModel]:
@@ -126,12 +134,12 @@ def _disk_bytes(directory: Path) -> int:
 
 def others_of(directory: Path) -> Iterator[ShelvedModel]:
     """Stores of the same model beside ``directory``, which is a model's: of another version of
-    vLLM, kernel, format or checkpoint."""
+    vLLM, kernel, format or checkpoint. A drafter's is none of them."""
     model = directory.name.rpartition("-")[0]
     for path in _directories(directory.parent):
         if path != directory and path.name.rpartition("-")[0] == model:
             shelved = _look_at(path)
-            if shelved is not None:
+            if shelved is not None and not shelved.is_drafter:
                 yield shelved
 
 

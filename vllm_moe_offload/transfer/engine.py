@@ -253,7 +253,7 @@ class TransferEngine:
         self._reader.reclaim_tickets()
 
     def _explain(self, flight: Flight, reason: str) -> str:
-        store, layer = self._store.part_of(flight.layer)
+        store, layer = self._store.store_of(flight.layer)
         return (
             f"cannot read expert {flight.expert} of layer {layer} from {store.path} "
             f"(byte {store.record_offset(layer, flight.expert)}): {reason}; start the "
