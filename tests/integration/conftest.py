@@ -17,6 +17,7 @@ import pytest
 
 from scripts.demo_model import write_demo_model
 from scripts.engine_environment import engine_environment
+from tests.integration.mtp_models import write_mtp_model
 
 if TYPE_CHECKING:
     from scripts.harness.server import Server
@@ -69,6 +70,20 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         directory = root / arch
         if not directory.exists():
             write_demo_model(directory, arch, **SHAPE)
+        return directory
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def mtp_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny model of an architecture that has multi-token prediction, as above."""
+    root = tmp_path_factory.mktemp("mtp_models")
+
+    def path(arch: str) -> Path:
+        directory = root / arch
+        if not directory.exists():
+            write_mtp_model(directory, arch, **SHAPE)
         return directory
 
     return path
@@ -212,7 +227,12 @@ def trace_server(
 
 
 def engine(
-    model: Path, *, eager: bool, offload: dict[str, Any] | None = None, **extra: Any
+    model: Path,
+    *,
+    eager: bool,
+    offload: dict[str, Any] | None = None,
+    speculative_config: dict[str, Any] | None = None,
+    **extra: Any,
 ) -> Job:
     """A job: one engine that generates for one prompt, then for eight at once."""
     llm: dict[str, Any] = {
@@ -227,6 +247,8 @@ def engine(
     }
     if offload is not None:
         llm["additional_config"] = {"moe_offload": offload}
+    if speculative_config is not None:
+        llm["speculative_config"] = speculative_config
     return {"llm": llm, "batches": [[prompt(0, 300)], BATCH], "max_tokens": 12}
 
 

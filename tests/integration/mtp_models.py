@@ -8,7 +8,8 @@ vocabulary, and the demo models of seed 0 have it too: each can draft for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,19 @@ class _Model:
         yield constant(f"{prefix}.shared_head.norm.weight", hidden)
         yield self._head(f"{prefix}.shared_head.head.weight")
 
+    def eagle_weights(self) -> Iterator[Weight]:
+        """Tensors of an EAGLE head: layers behind one that mixes, without the embeddings.
+
+        The first layer is given what is mixed as it is, without a norm.
+        """
+        hidden = self.shape.hidden
+        yield Weight("fc.weight", (hidden, 2 * hidden), lambda rng: self._mix())
+        for layer in range(self.shape.layers):
+            for weight in self._layer(layer):
+                name = weight.name.removeprefix("model.")
+                if name != "layers.0.input_layernorm.weight":
+                    yield replace(weight, name=name)
+
     def _mix(self) -> Tensor:
         """[H, 2H]: the last word as it is, and some of what the model made of those before."""
         identity = torch.eye(self.shape.hidden, dtype=torch.float64)
@@ -220,9 +234,9 @@ def _own_config(model: _Model) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, model: _Model, seed: int, more: dict[str, Any], mtp_layers: int) -> None:
+def _write(out: Path, model: _Model, seed: int, weights: Iterable[Weight], **more: Any) -> Path:
     tensors = {}
-    for weight in model.weights(mtp_layers):
+    for weight in weights:
         kind = torch.float32 if weight.name.endswith(BIAS_NAME) else torch.bfloat16
         made = weight.make(generator(seed, weight.name)).to(kind)
         assert made.shape == weight.shape, weight.name
@@ -231,6 +245,7 @@ def _write(out: Path, model: _Model, seed: int, more: dict[str, Any], mtp_layers
     write_tokenizer(out, model.tokenizer, MAX_POSITIONS)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     write_json(out / "config.json", model.config() | _own_config(model) | more)
+    return out
 
 
 def write_mtp_model(
@@ -251,14 +266,24 @@ def write_mtp_model(
     The same arguments give the same bytes.
     """
     assert arch in MTP_ARCHS, arch
-    shape = Shape(layers, experts, top_k, hidden, intermediate)
-    more = {"num_nextn_predict_layers": mtp_layers}
-    _write(out, _Model(arch, shape, seed), seed, more, mtp_layers)
-    return out
+    model = _Model(arch, Shape(layers, experts, top_k, hidden, intermediate), seed)
+    weights = model.weights(mtp_layers)
+    return _write(out, model, seed, weights, num_nextn_predict_layers=mtp_layers)
+
+
+def _dense(layers: int, hidden: int, seed: int) -> _Model:
+    shape = Shape(layers, experts=2, top_k=1, hidden=hidden, intermediate=ALIGNMENT)
+    return _Model("llama", shape, seed)
 
 
 def write_dense_model(out: Path, *, layers: int = 2, hidden: int = 128, seed: int = 1) -> Path:
     """Writes a model without experts (``llama``) into a new directory: a drafter for the others."""
-    shape = Shape(layers, experts=2, top_k=1, hidden=hidden, intermediate=ALIGNMENT)
-    _write(out, _Model("llama", shape, seed), seed, {}, 0)
-    return out
+    model = _dense(layers, hidden, seed)
+    return _write(out, model, seed, model.weights(0))
+
+
+def write_eagle_head(out: Path, *, hidden: int = 128, seed: int = 2) -> Path:
+    """Writes an EAGLE head of one layer without experts into a new directory: a drafter for models
+    of the same ``hidden`` size, whose embeddings it shares."""
+    model = _dense(1, hidden, seed)
+    return _write(out, model, seed, model.eagle_weights())
