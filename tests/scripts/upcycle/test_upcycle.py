@@ -22,7 +22,7 @@ from scripts.demo_model.text import corpus
 from scripts.demo_model.tokenizer import CHAT_TEMPLATE, END, PAD, train_tokenizer
 from scripts.upcycle import Choices, DenseModel, UpcycleError, upcycle
 from scripts.upcycle.__main__ import main
-from scripts.upcycle.dense import PACKAGES
+from scripts.upcycle.dense import PACKAGES, write_dense
 from scripts.upcycle.observe import SINK_TOKENS, WINDOW, inputs_of_networks, windows
 from scripts.upcycle.prompts import SUBJECTS, prompts
 from scripts.upcycle.routers import router_of, spherical_kmeans
@@ -92,6 +92,19 @@ def test_without_noise_it_computes_what_the_dense_model_does(
     assert tokenizer.apply_chat_template(
         messages, tokenize=False
     ) == dense.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@torch.inference_mode()
+def test_the_dense_model_is_written_as_it_is(
+    dense: DenseModel, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    write_dense(dense, tmp_path)
+    model = loaded(tmp_path)
+    assert type(model) is type(dense.model)
+    torch.testing.assert_close(
+        model(ids[:1]).logits, dense.model(ids[:1]).logits, rtol=5e-2, atol=5e-2
+    )
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(dense.tokenizer)
 
 
 def test_noise_makes_every_expert_another(
