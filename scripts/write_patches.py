@@ -45,7 +45,7 @@ already are left alone. Files are those of the installed `vllm`, and one of `pro
 | `arguments.py`, `install_worker_hook`, `install_failure_hooks` | all |
 | `install_model_patches`, `install_runner_patches`, `loading.py` | workers with offload |
 | `remote_counters.py: install_in_worker` | workers with offload |
-| `lora.py` | workers with offload and LoRA |
+| `lora_adapters.py` | workers with offload and LoRA |
 | `ray_shutdown.py` | workers with offload, on Ray |
 | `shared_memory.py` | workers with offload, on a CPU |
 | `cpu_kernels.py` | workers with offload and `cpu_kernels=avx512` |

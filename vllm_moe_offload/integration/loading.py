@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout
 from vllm_moe_offload.cache.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
-from vllm_moe_offload.integration import lora, patching
+from vllm_moe_offload.integration import lora_adapters, patching
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
@@ -136,7 +136,7 @@ def _begin(vllm_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
             "routed expert layer; use --moe-offload=off"
         )
-    lora.check(model, vllm_config.lora_config)
+    lora_adapters.check(model, vllm_config.lora_config)
     return ExpertLoad(vllm_config, options, model, layers)
 
 

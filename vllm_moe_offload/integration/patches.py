@@ -36,7 +36,7 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
     from vllm_moe_offload.integration import (
         cpu_kernels,
         host_share,
-        lora,
+        lora_adapters,
         ray_shutdown,
         remote_counters,
         shared_memory,
@@ -58,7 +58,7 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
         install_model_patches()
         install_runner_patches()
         if vllm_config.lora_config is not None:
-            lora.install_in_worker()
+            lora_adapters.install_in_worker()
         remote_counters.install_in_worker()
         wrap(type(self), "init_device", failures.in_child)
         wrap(type(self), "load_model", failures.in_child)
