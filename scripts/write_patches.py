@@ -45,12 +45,15 @@ already are left alone. Files are those of the installed `vllm`, and one of `pro
 | `arguments.py`, `install_worker_hook`, `install_failure_hooks` | all |
 | `install_model_patches`, `install_runner_patches`, `loading.py` | workers with offload |
 | `remote_counters.py: install_in_worker` | workers with offload |
+| `lora_adapters.py` | workers with offload and LoRA |
 | `ray_shutdown.py` | workers with offload, on Ray |
 | `shared_memory.py` | workers with offload, on a CPU |
 | `cpu_kernels.py` | workers with offload and `cpu_kernels=avx512` |
 | `install_cuda_patches`, `marlin_slots.py` | workers with offload, on a GPU |
+| `draft_passes.py` | workers with offload and speculative decoding |
 | `endpoint.py` | servers with offload |
 | `ended_ranks.py` | engine cores with offload |
+| `verified.py` | engine cores with offload and speculative decoding |
 | `remote_counters.py: begin` | engine cores with offload, and workers on other hosts |
 
 With `off`, or without `--moe-offload`, only the first row is there: options are added, and each of

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 
 
 def replace_kernels_once() -> None:
@@ -48,13 +49,18 @@ def replace_kernels_once() -> None:
     current_platform.register_triton_kernel_overrides = once
 
 
-def generate(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
-    """Greedy generation of all prompts submitted at once."""
+def generate(
+    llm: LLM, prompts: list[list[int]], max_tokens: int, adapter: str | None = None
+) -> list[dict[str, Any]]:
+    """Greedy generation of all prompts submitted at once, by a LoRA adapter if one is given."""
     parameters = SamplingParams(
         temperature=0.0, max_tokens=max_tokens, logprobs=5, ignore_eos=True
     )
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        parameters,
+        use_tqdm=False,
+        lora_request=None if adapter is None else LoRARequest("adapter", 1, adapter),
     )
     return [
         {
@@ -122,7 +128,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"start_seconds": started - began}
     try:
         result["batches"] = [
-            generate(llm, batch, job["max_tokens"]) for batch in job["batches"]
+            generate(llm, batch, job["max_tokens"], job.get("adapter"))
+            for batch in job["batches"]
         ]
         if job.get("facts", True):
             result["facts"] = facts(llm)
@@ -147,7 +154,8 @@ def _machine(job: dict[str, Any]) -> Iterator[None]:
     """What the engine believes to run on.
 
     ``"simulated_gpu"``: host memory's share of experts; ``"simulated_marlin"``: doubles of the
-    operators of Marlin's experts, for a plain engine too.
+    operators of Marlin's experts, for a plain engine too; ``"lora_on_cpu"``: LoRA beside experts,
+    likewise.
     """
     with contextlib.ExitStack() as stack:
         if "simulated_gpu" in job:
@@ -158,6 +166,10 @@ def _machine(job: dict[str, Any]) -> Iterator[None]:
             from tests.integration.simulated_marlin import simulated_marlin
 
             stack.enter_context(simulated_marlin())
+        if job.get("lora_on_cpu"):
+            from tests.integration.lora_on_cpu import lora_on_cpu
+
+            stack.enter_context(lora_on_cpu())
         yield
 
 

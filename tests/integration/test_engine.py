@@ -24,6 +24,7 @@ class Alone(NamedTuple):
     no_directory: dict[str, Any]
     first: dict[str, Any]
     second: dict[str, Any]
+    off_again: dict[str, Any]
     flipped: dict[str, Any]
     flipped_again: dict[str, Any]
     truncated: dict[str, Any]
@@ -49,6 +50,7 @@ def alone(demo_model, tmp_path_factory) -> Alone:
         offload(store=blocked.name),
         offload(),
         offload(cache_gb="100%"),
+        engine(model, eager=True, offload={"mode": "off"}),
     ]
     served = process.run(jobs, may_fail=True)
     for kind in ("flipped", "truncated"):
@@ -83,6 +85,15 @@ def test_off_and_unused_leave_vllm_alone(alone):
     assert alone.unused["batches"] == alone.off["batches"]
     # The same process serves with offload afterwards: `off` is a matter of configuration.
     assert alone.first["facts"]["classes"] == ["OffloadedRoutedExperts"]
+
+
+def test_a_second_model_of_a_process_with_off_is_plain_vllms(alone):
+    """Feature: `off` in a process that served with offload, and so has vLLM's classes patched."""
+    assert alone.second["facts"]["classes"] == ["OffloadedRoutedExperts"]
+    assert alone.off_again["facts"] == alone.unused["facts"]
+    assert alone.off_again["batches"] == alone.unused["batches"]
+    # An engine with offload after it has offload again.
+    assert alone.flipped_again["facts"]["classes"] == ["OffloadedRoutedExperts"]
 
 
 def test_start_errors_are_clear(alone):

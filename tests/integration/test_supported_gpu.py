@@ -144,21 +144,6 @@ def test_host_gb_is_refused_without_a_gpu(monkeypatch):
     assert "cache_gb" in problem
 
 
-def test_memory_that_can_be_put_to_sleep_is_refused():
-    def problems_of(**fields):
-        model = SimpleNamespace(is_moe=True, quantization=None, **fields)
-        other = SimpleNamespace(lora_config=None, speculative_config=None)
-        return list(
-            supported._model_problems(SimpleNamespace(model_config=model, **vars(other)))
-        )
-
-    assert problems_of() == []
-    (problem,) = problems_of(enable_cumem_allocator=True)
-    assert "enable_cumem_allocator=True" in problem
-    (problem,) = problems_of(enable_cumem_allocator=True, enable_sleep_mode=True)
-    assert "enable_sleep_mode=True" in problem
-
-
 class FlashInferExperts:
     """Takes [up; gate] weights: another order."""
 
@@ -188,7 +173,10 @@ def test_quantisations_without_a_kernel_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(formats, "current_platform", Platform(kind="cuda"))
     assert list(formats.problems("fp8")) == list(formats.problems(None)) == []
     (problem,) = formats.problems("bitsandbytes")
-    assert problem.startswith("quantization='bitsandbytes': allowed here: none, auto_awq")
+    assert problem.startswith(
+        "quantization='bitsandbytes': no kernel for such experts is known to compute on cache "
+        "slots; allowed here: none, auto_awq"
+    )
 
 
 def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):

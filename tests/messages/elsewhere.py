@@ -6,6 +6,10 @@ GPU = "needs a GPU, or one that is simulated: "
 DISK = "needs damage on disk, or a disk that fails: "
 MODEL = "no model that vLLM has makes it on a CPU: "
 WARNING = "a warning, the server goes on: "
+VLLM_FIRST = (
+    "vLLM refuses or drops it on a CPU first: tests/integration/test_supported.py"
+    "::test_refused_by_name"
+)
 REBUILT = "a warning, and the store is built again: "
 OPENING = "tests/store/test_expert_store.py"
 STATUS_1 = "a plan or a report, not an error; status 1: "
@@ -15,14 +19,21 @@ ELSEWHERE = {
     # What cannot go together
     "platform ...": GPU + "tests/integration/test_supported_gpu.py::test_platforms",
     "compute capability": GPU + "tests/integration/test_supported_gpu.py::test_platforms",
-    "dtype=...: on a GPU": GPU + "tests/integration/test_supported_gpu.py",
+    "dtype=...: experts of this type": GPU + "tests/integration/test_supported_gpu.py",
+    "cudagraph_mode=...": GPU + "tests/integration/test_graphs.py",
+    "...=1 (vLLM sets it": GPU + "tests/integration/test_graphs.py",
+    "use_inductor_graph_partition=True": GPU + "tests/integration/test_graphs.py",
+    "splitting_ops=...": GPU + "tests/integration/test_graphs.py",
+    "enable_lora=True without": GPU + "tests/integration/test_lora.py",
+    "lora_target_modules=...": GPU + "tests/integration/test_lora.py",
+    "LoRA adapter ... has weights": GPU + "tests/integration/test_lora.py",
     "moe_backend=...": GPU + "tests/integration/test_supported_gpu.py",
     "the CUDA part of vllm-moe-offload": GPU + "tests/transfer/test_cuda_library.py",
-    "enable_sleep_mode=True": "vLLM refuses it on a CPU first: "
-    "tests/integration/test_supported_gpu.py::test_memory_that_can_be_put_to_sleep_is_refused",
-    "enable_cumem_allocator=True": "vLLM refuses it on a CPU first: "
-    "tests/integration/test_supported_gpu.py::test_memory_that_can_be_put_to_sleep_is_refused",
-    "compilation pass enable_sp=True": GPU + "vLLM for CPUs has no such pass",
+    "enable_sleep_mode=True": VLLM_FIRST,
+    "enable_cumem_allocator=True": VLLM_FIRST,
+    "decode_context_parallel_size=...": VLLM_FIRST,
+    "experts would move between ranks": VLLM_FIRST,
+    "enable_dbo=...": VLLM_FIRST,
     "reload_weights is not possible": "of a call while serving: "
     "tests/integration/test_patches.py::"
     "test_weights_are_not_reloaded_into_rows_of_other_experts",

@@ -159,12 +159,15 @@ SERVE: dict[str, Case] = {
         "host_gb", "1"
     ),
     "model ... is dense: it has no routed experts to offload": Case(change=dense),
-    "quantization=...: allowed here: ...": given("--quantization", "experts_int8"),
-    "enable_lora=True: LoRA on experts is not supported": given("--enable-lora"),
+    "quantization=...: no kernel for such experts is known to compute on cache slots; allowed "
+    "here: ...": given("--quantization", "experts_int8"),
+    "enable_lora=True: vLLM has no kernel for CPUs that computes a model's experts once LoRA is "
+    "on, whatever the adapters": given("--enable-lora"),
     "speculative_config (method ...) is not supported": given(
         "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'
     ),
-    "...=... is not supported, allowed: ...": given("--data-parallel-size", "2"),
+    "...=...: ranks would compute each other's tokens, and whose request one belongs to is not "
+    "known here; allowed: 1": given("--data-parallel-size", "2"),
     "pipeline_parallel_size=... with enforce_eager=True: vLLM's CPU worker makes room for what a "
     "stage is sent when it warms up compiled code, and fails at the first request without; leave "
     "enforce_eager out": given("--pipeline-parallel-size", "2", "--enforce-eager"),
@@ -179,7 +182,13 @@ SERVE: dict[str, Case] = {
     "every node": given(
         "--distributed-executor-backend=ray", environment={"VLLM_TARGET_DEVICE": "cpu"}
     ),
-    "load_format=... is not supported, allowed: ...": given("--load-format", "sharded_state"),
+    "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0: vLLM's older executor on Ray was never run with offload; "
+    "allowed: 1": given(
+        "--distributed-executor-backend=ray",
+        environment={"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0", "VLLM_MOE_OFFLOAD_RAY_CPU": "1"},
+    ),
+    "load_format=...: stores are built from safetensors files, by a reader of the plugin's; "
+    "allowed: ...": given("--load-format", "sharded_state"),
     "cpu_offload_gb=...: vLLM's own offloader cannot hold the same weights": given(
         "--cpu-offload-gb", "1"
     ),

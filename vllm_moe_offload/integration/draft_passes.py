@@ -16,8 +16,8 @@ from vllm_moe_offload.step import StepTokens
 
 
 # --------------------------------------------------------------------------------------
-# SpecDecodeBaseProposer.propose, llm_base_proposer.set_forward_context
-# (v1/spec_decode/llm_base_proposer.py)
+# SpecDecodeBaseProposer.propose (v1/spec_decode/llm_base_proposer.py),
+# llm_base_proposer.set_forward_context (v1/spec_decode/llm_base_proposer.py)
 #   why: a drafter with experts of its own runs several times in a step, outside of what the runner
 #     prepared: first on the step's tokens, then on its own guesses, one per request. Each run is
 #     within a forward context.
@@ -31,7 +31,7 @@ def install() -> None:
     signature = inspect.signature(require(proposer, "propose"))
 
     def propose(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime = find_runtime(self.model)
+        runtime = _runtime_of(self)
         if runtime is None:  # nothing of the drafter is offloaded
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
@@ -41,6 +41,14 @@ def install() -> None:
 
     wrap(proposer, "propose", propose)
     wrap(llm_base_proposer, "set_forward_context", _set_forward_context)
+
+
+def _runtime_of(proposer: Any) -> OffloadRuntime | None:
+    """The runtime behind a drafter's experts, remembered on the proposer."""
+    if not hasattr(proposer, "_moe_offload_runtime"):
+        proposer._moe_offload_runtime = find_runtime(proposer.model)
+    runtime: OffloadRuntime | None = proposer._moe_offload_runtime
+    return runtime
 
 
 class _Passes:

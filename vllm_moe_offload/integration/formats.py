@@ -211,7 +211,10 @@ def problems(quantization: str | None) -> Iterator[str]:
     allowed = {name for known in formats_here() for name in known.quantizations}
     if quantization not in allowed:
         names = sorted(name for name in allowed if name is not None)
-        yield f"quantization={quantization!r}: allowed here: {', '.join(('none', *names))}"
+        yield (
+            f"quantization={quantization!r}: no kernel for such experts is known to compute on "
+            f"cache slots; allowed here: {', '.join(('none', *names))}"
+        )
 
 
 def moe_backends(quantization: str | None, capability: Capability) -> list[str]:

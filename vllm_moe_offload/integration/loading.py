@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout
 from vllm_moe_offload.cache.sizing import OVERLAPPED_LAYER_BYTES
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
-from vllm_moe_offload.integration import patching, speculation
+from vllm_moe_offload.integration import lora_adapters, patching, speculation
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.checkpoint import SortedCheckpoint
@@ -174,6 +174,7 @@ def _model_layers(
             f"--moe-offload={options.mode}: {type(model).__name__} was built without a single "
             "routed expert layer; use --moe-offload=off"
         )
+    lora_adapters.check(model, vllm_config.lora_config)
     return layers
 
 

@@ -37,6 +37,7 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
         cpu_kernels,
         draft_passes,
         host_share,
+        lora_adapters,
         ray_shutdown,
         remote_counters,
         shared_memory,
@@ -59,6 +60,8 @@ def _worker_init(original: Any, self: Any, vllm_config: Any, *args: Any, **kwarg
         install_runner_patches()
         if vllm_config.speculative_config is not None:
             draft_passes.install()
+        if vllm_config.lora_config is not None:
+            lora_adapters.install_in_worker()
         remote_counters.install_in_worker()
         wrap(type(self), "init_device", failures.in_child)
         wrap(type(self), "load_model", failures.in_child)

@@ -30,8 +30,8 @@ def problems(config: Any) -> Iterator[str]:
         return
     if speculative.method not in (*WITHOUT_MODEL, *WITH_MODEL):
         yield (
-            f"speculative_config.method={speculative.method!r} is not supported, allowed: "
-            f"{', '.join((*WITHOUT_MODEL, *WITH_MODEL))}"
+            f"speculative_config.method={speculative.method!r}: drafters of this kind were never "
+            f"run with offload; allowed: {', '.join((*WITHOUT_MODEL, *WITH_MODEL))}"
         )
 
 

@@ -16,6 +16,7 @@ from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import (
     cpu_kernels,
     formats,
+    lora,
     ray_platform,
     speculation,
     supported_gpu,
@@ -56,8 +57,8 @@ def _platform_problems(
         return
     if not current_platform.is_cpu():
         yield (
-            f"platform {current_platform.device_name!r}: allowed: cpu, cuda (NVIDIA). ROCm, XPU "
-            "and TPU are not supported"
+            f"platform {current_platform.device_name!r}: ROCm, XPU and TPU have expert kernels of "
+            "their own, which cannot compute on cache slots; allowed: cpu, cuda (NVIDIA)"
         )
     yield from _cpu_stage_problems(config)
     quantization = config.model_config.quantization
@@ -88,7 +89,10 @@ def _ray_problems(parallel: Any) -> Iterator[str]:
             "pip install 'vllm-moe-offload[ray]'"
         )
     if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
-        yield "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0 is not supported, allowed: 1"
+        yield (
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0: vLLM's older executor on Ray was never run with "
+            "offload; allowed: 1"
+        )
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -117,37 +121,55 @@ def _model_problems(config: Any) -> Iterator[str]:
             "routed experts to offload"
         )
     yield from formats.problems(model.quantization)
-    if config.lora_config is not None:
-        yield "enable_lora=True: LoRA on experts is not supported"
+    yield from lora.problems(config.lora_config)
     yield from speculation.problems(config)
     if getattr(model, "enable_sleep_mode", False):
-        yield "enable_sleep_mode=True is not supported"
+        yield (
+            "enable_sleep_mode=True: sleep of level 2 throws cached experts away, and the cache "
+            "would go on serving what lies there"
+        )
     elif getattr(model, "enable_cumem_allocator", False):
-        # Its memory can be put to sleep, by RPC, without sleep mode: rows would be lost that
-        # the page table still names.
-        yield "enable_cumem_allocator=True is not supported"
+        yield (
+            "enable_cumem_allocator=True: its memory can be put to sleep without sleep mode, by "
+            "RPC, and the cache would go on serving what lies there"
+        )
 
 
 def _parallel_problems(parallel: Any) -> Iterator[str]:
-    for name, allowed in (
-        ("data_parallel_size", 1),
-        ("prefill_context_parallel_size", 1),
-        ("decode_context_parallel_size", 1),
-        ("enable_eplb", False),
-        ("enable_elastic_ep", False),
-        ("enable_dbo", False),
-        ("use_sequence_parallel_moe", False),
-    ):
-        value = getattr(parallel, name, allowed)
-        if value != allowed:
-            yield f"{name}={value!r} is not supported, allowed: {allowed!r}"
+    for name in ("data_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name)
+        if size != 1:
+            yield (
+                f"{name}={size}: ranks would compute each other's tokens, and whose request one "
+                "belongs to is not known here; allowed: 1"
+            )
+    if parallel.decode_context_parallel_size != 1:
+        yield (
+            f"decode_context_parallel_size={parallel.decode_context_parallel_size}: it takes "
+            "several GPUs, and was never run with offload; allowed: 1"
+        )
+    for name in ("enable_eplb", "enable_elastic_ep"):
+        if getattr(parallel, name):
+            yield (
+                f"{name}=True: experts would move between ranks while serving, and a rank's store "
+                "holds those that it started with; allowed: False"
+            )
+    if parallel.use_ubatching:
+        yield (
+            f"enable_dbo={parallel.enable_dbo}, ubatch_size={parallel.ubatch_size}: parts of a "
+            "batch would run at the same time, and the cache serves one layer call after the "
+            "other; allowed: False, 0"
+        )
 
 
 def _loading_problems(config: Any) -> Iterator[str]:
     load_format = config.load_config.load_format
     name = getattr(load_format, "value", load_format)
     if name not in LOAD_FORMATS:
-        yield f"load_format={name!r} is not supported, allowed: {', '.join(LOAD_FORMATS)}"
+        yield (
+            f"load_format={name!r}: stores are built from safetensors files, by a reader of the "
+            f"plugin's; allowed: {', '.join(LOAD_FORMATS)}"
+        )
     offload = config.offload_config
     uva_gb = getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
     if uva_gb:
@@ -160,6 +182,3 @@ def _loading_problems(config: Any) -> Iterator[str]:
         )
     if getattr(config, "weight_transfer_config", None) is not None:
         yield "weight_transfer_config: weights cannot be replaced while the store holds them"
-    pass_config = getattr(config.compilation_config, "pass_config", None)
-    if getattr(pass_config, "enable_sp", False):
-        yield "compilation pass enable_sp=True (sequence parallelism) is not supported"

@@ -27,11 +27,17 @@ def problems(
     """
     if capability is None or tuple(capability) < MIN_CAPABILITY:
         found = "unknown" if capability is None else ".".join(map(str, capability))
-        yield f"compute capability {found}: allowed: {'.'.join(map(str, MIN_CAPABILITY))} and later"
+        yield (
+            f"compute capability {found}: the copier is not built for it; allowed: "
+            f"{'.'.join(map(str, MIN_CAPABILITY))} and later"
+        )
         return
     dtype = str(config.model_config.dtype)
     if dtype not in DTYPES:
-        yield f"dtype={dtype}: on a GPU allowed: {', '.join(DTYPES)}"
+        yield (
+            f"dtype={dtype}: experts of this type were never run on a GPU with offload; allowed "
+            f"there: {', '.join(DTYPES)}"
+        )
     backend = config.kernel_config.moe_backend
     quantization = config.model_config.quantization
     backends = formats.moe_backends(quantization, (capability[0], capability[1]))

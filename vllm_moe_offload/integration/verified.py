@@ -12,8 +12,6 @@ from typing import Any
 
 from vllm_moe_offload.integration.patching import wrap
 
-_ENDS = "moe_offload_ends"
-
 
 # --------------------------------------------------------------------------------------
 # Scheduler._free_request, ._update_after_schedule (v1/core/sched/scheduler.py)
@@ -30,14 +28,14 @@ def install() -> None:
 
 
 def _free_request(original: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    ends = self.__dict__.setdefault(_ENDS, {})
+    ends: dict[str, int] = self.__dict__.setdefault("_moe_offload_ends", {})
     # The last token was sampled and is never computed.
     ends[request.request_id] = request.num_tokens - 1
     return original(self, request, *args, **kwargs)
 
 
 def _update_after_schedule(original: Any, self: Any, scheduler_output: Any) -> Any:
-    setattr(scheduler_output, _ENDS, self.__dict__.pop(_ENDS, {}))
+    scheduler_output.moe_offload_ends = self.__dict__.pop("_moe_offload_ends", {})
     return original(self, scheduler_output)
 
 
@@ -49,5 +47,6 @@ def ends_of(scheduler_output: Any) -> dict[str, int]:
     """
     cached = scheduler_output.scheduled_cached_reqs
     ends = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-    ends.update(getattr(scheduler_output, _ENDS, {}))
+    # A scheduler of the user's own may say nothing: then of a last step no guess counts.
+    ends.update(getattr(scheduler_output, "moe_offload_ends", {}))
     return ends
