@@ -24,6 +24,7 @@ PROBLEMS = {
     "lora.py",
     "formats.py",
     "cpu_kernels.py",
+    "speculation.py",
     "split.py",
 }
 """Modules that yield what is in the way, a line each."""

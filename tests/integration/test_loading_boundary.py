@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.model_loader.utils import device_loading_context
 
 from vllm_moe_offload.config import OptionError
-from vllm_moe_offload.integration import expert_tensors, loading
+from vllm_moe_offload.integration import expert_tensors, loading, worker_load
 from vllm_moe_offload.integration.experts import OffloadedExperts
 
 DEVICE = torch.device("meta")
@@ -42,10 +42,10 @@ def test_expert_parameters_are_built_in_ram():
 def test_runtime_is_made_in_ram_whatever_the_default(monkeypatch):
     made = {}
 
-    def start_runtime(*_):
+    def start_runtime(*_, **__):
         made["runtime"] = torch.zeros(1).device.type
 
-    monkeypatch.setattr(loading, "start_runtime", start_runtime)
+    monkeypatch.setattr(worker_load, "start_runtime", start_runtime)
     monkeypatch.setattr(
         loading, "routers_of", lambda *_: made.update(routers=torch.zeros(1).device.type)
     )
@@ -55,7 +55,8 @@ def test_runtime_is_made_in_ram_whatever_the_default(monkeypatch):
     monkeypatch.setattr(loading, "take_stored_form", lambda *_: None)
     load.layers, load._formats, load._model = [layer], [known], None
     load._store = SimpleNamespace(layout=None)
-    load._vllm_config, load.options = None, None
+    load._vllm_config, load.options = SimpleNamespace(speculative_config=None), None
+    load._is_drafter = False
     with DEVICE:
         load.finish()
     assert made == {"runtime": "cpu", "routers": "cpu", "rebuilt": True}
@@ -105,10 +106,12 @@ def test_a_stage_may_be_without_experts_and_a_model_not(stages, caplog):
     config = SimpleNamespace(
         additional_config={"moe_offload": {"mode": "trace"}},
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        model_config=None,
+        lora_config=None,
     )
     if stages == 1:
         with pytest.raises(OptionError, match="Dense was built without a single routed expert"):
-            loading._begin(config, Dense(size=1))
+            loading._begin(config, None, Dense(size=1))
         return
-    assert loading._begin(config, Dense(size=1)) is None
+    assert loading._begin(config, None, Dense(size=1)) is None
     assert "this pipeline stage has no routed experts" in caplog.text

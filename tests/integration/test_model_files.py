@@ -43,8 +43,9 @@ def test_a_cache_made_by_hand_is_found(demo_model, tmp_path, revision):
     snapshot = make_hub_cache(tmp_path, LOADED, model)
     config = config_of(LOADED, tmp_path, revision)
     assert files_here(config) == snapshot
-    assert files_here(config_of(model)) == with_config(config_of(model), model) == model
-    assert with_config(config, snapshot) == snapshot
+    local = config_of(model)
+    assert files_here(local) == with_config(local, local.model_config, model) == model
+    assert with_config(config, config.model_config, snapshot) == snapshot
     assert checkpoint_fingerprint(snapshot) == checkpoint_fingerprint(model)
 
 

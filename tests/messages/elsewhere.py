@@ -27,6 +27,11 @@ ELSEWHERE = {
     "enable_lora=True without": GPU + "tests/integration/test_lora.py",
     "lora_target_modules=...": GPU + "tests/integration/test_lora.py",
     "LoRA adapter ... has weights": GPU + "tests/integration/test_lora.py",
+    "whose passes vLLM's model runner V2 puts in one graph": GPU
+    + "tests/integration/test_drafter_config.py",
+    "speculative_config.parallel_drafting=True": MODEL
+    + "tests/integration/test_drafter_config.py",
+    "the drafter's experts do not fit beside": MODEL + "tests/integration/test_worker_load.py",
     "moe_backend=...": GPU + "tests/integration/test_supported_gpu.py",
     "the CUDA part of vllm-moe-offload": GPU + "tests/transfer/test_cuda_library.py",
     "enable_sleep_mode=True": VLLM_FIRST,

@@ -163,8 +163,9 @@ SERVE: dict[str, Case] = {
     "here: ...": given("--quantization", "experts_int8"),
     "enable_lora=True: vLLM has no kernel for CPUs that computes a model's experts once LoRA is "
     "on, whatever the adapters": given("--enable-lora"),
-    "speculative_config (method ...) is not supported": given(
-        "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'
+    "speculative_config.method=...: drafters of this kind were never run with offload; "
+    "allowed: ...": given(
+        "--speculative-config", '{"method": "ngram_gpu", "num_speculative_tokens": 2}'
     ),
     "...=...: ranks would compute each other's tokens, and whose request one belongs to is not "
     "known here; allowed: 1": given("--data-parallel-size", "2"),

@@ -92,6 +92,16 @@ def test_other_stores_of_a_model_are_those_of_its_name(tmp_path: Path, caplog) -
     assert str(tmp_path) in record.getMessage()
 
 
+def test_a_drafters_store_is_the_models_own(tmp_path: Path) -> None:
+    """It is no other one of the same model, and lies in the last pipeline stage alone."""
+    model = build(tmp_path, rank=Rank(pp_size=2), stages=(0, 2))
+    drafter = build(tmp_path, rank=Rank(pp=1, pp_size=2), stages=(4,))
+    assert list(others_of(model.directory.parent)) == []
+    states = {one.directory: one.state for one in shelved_models(tmp_path)}
+    assert states[drafter.directory.parent] == "complete, a drafter's"
+    assert states[model.directory.parent] == "1 of 2 parts are here"
+
+
 def test_what_is_removed_is_gone_and_the_rest_is_not(tmp_path: Path) -> None:
     first, second = build(tmp_path), build(tmp_path, checkpoint="beef")
     (shelved,) = others_of(second.directory.parent)
