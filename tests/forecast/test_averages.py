@@ -130,3 +130,24 @@ def test_scores_do_not_depend_on_when_tables_are_multiplied_out(
     late = scores_of_a_run()
     monkeypatch.setattr(averages, "SMALLEST_TABLE_SCALE", 2.0)  # at every step
     np.testing.assert_allclose(late, scores_of_a_run(), rtol=1e-3, atol=1e-5)
+
+
+def test_rounds_are_steps_of_one_token_and_prompts_go_at_once() -> None:
+    generator = np.random.default_rng(3)
+    uses = some_step(generator, [4, 1, 6], [3, 5, 1])
+    rounds = list(uses.rounds(np.array([False, True, False])))
+    assert [part.indices.tolist() for part in rounds] == [[4], [4], [4, 1, 6]]
+    assert [part.lengths.tolist() for part in rounds] == [[1], [1], [1, 5, 1]]
+    for later, part in zip((2, 1, 0), rounds, strict=True):
+        of_drafted = (uses.owner == 4) & (uses.age == later)
+        assert part.keys[part.owner == 4].tolist() == uses.keys[of_drafted].tolist()
+        assert (part.age[part.owner != 1] == 0).all()
+    of_prompt, wanted = rounds[-1].owner == 1, uses.owner == 1
+    assert rounds[-1].keys[of_prompt].tolist() == uses.keys[wanted].tolist()
+    assert rounds[-1].age[of_prompt].tolist() == uses.age[wanted].tolist()
+    assert sum(part.keys.size for part in rounds) == uses.keys.size
+
+
+def test_steps_of_one_token_are_one_round() -> None:
+    uses = some_step(np.random.default_rng(3), [4, 1], [1, 7])
+    assert list(uses.rounds(np.array([False, True]))) == [uses]

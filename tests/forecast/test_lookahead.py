@@ -224,7 +224,7 @@ def test_an_id_that_is_no_expert_is_an_error() -> None:
 
 
 def test_what_is_impossible_is_an_error() -> None:
-    routers = Routers.of(torch.zeros(2, EXPERTS, EXPERTS))
+    routers = Routers.of(torch.zeros(LAYERS + 1, EXPERTS, EXPERTS))
     with pytest.raises(NativeError, match=r"top_k must be positive and less than .*, got 12"):
         RouterLookahead(routers, EXPERTS, 1)
     with pytest.raises(NativeError, match="depth must be positive, got 0"):

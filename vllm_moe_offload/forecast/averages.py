@@ -7,6 +7,7 @@ fades instead of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,33 @@ class StepUses:
         if not is_use.all():
             keys, owner, age = keys[is_use], owner[is_use], age[is_use]
         return cls(keys, owner, age, running, lengths)
+
+    def rounds(self, in_one: npt.NDArray[np.bool_]) -> Iterator[StepUses]:
+        """The same uses as if every request had computed one token at a time, in order.
+
+        ``in_one``: bool ``[requests]``, of those in :attr:`indices`, who takes all its tokens at
+        once (a prompt), in the last round.
+        """
+        longest = int(self.lengths[~in_one].max(initial=1))
+        if longest == 1:
+            yield self
+            return
+        is_at_once = np.zeros(int(self.indices.max()) + 1, np.bool_)
+        is_at_once[self.indices[in_one]] = True
+        at_once = is_at_once[self.owner]
+        for later in range(longest - 1, -1, -1):  # tokens that follow
+            runs = ~in_one & (self.lengths > later)
+            is_now = ~at_once & (self.age == later)
+            if not later:
+                runs |= in_one
+                is_now |= at_once
+            yield StepUses(
+                self.keys[is_now],
+                self.owner[is_now],
+                np.where(at_once[is_now], self.age[is_now], 0),
+                self.indices[runs],
+                np.where(in_one[runs], self.lengths[runs], 1),
+            )
 
     @property
     def one_token_each(self) -> bool:

@@ -239,19 +239,28 @@ class Forecast:
         self._popularity_weight += gained * (1.0 - self._popularity_weight)
         self._averages.take_in(uses, len(self.requests))
         if self.model is not None:
-            self._learn_values(self.model, uses)
-        self.requests.tokens[self._running] += uses.lengths
+            is_prefill = np.zeros(len(self.requests), np.bool_)
+            is_prefill[self._running] = tokens.is_prefill
+            # Verified guesses of a drafter are tokens like others: each has a successor.
+            for of_round in uses.rounds(tokens.is_prefill):
+                self._learn_values(self.model, of_round, is_prefill)
 
-    def _learn_values(self, model: SuccessorModel, uses: StepUses) -> None:
-        """Moves the successor model's states on and lets it learn from some of them."""
+    def _learn_values(
+        self, model: SuccessorModel, uses: StepUses, is_prefill: npt.NDArray[np.bool_]
+    ) -> None:
+        """Moves the successor model's states on and lets it learn from some of them.
+
+        ``is_prefill``: bool ``[requests]``, by the running requests' indices.
+        """
         state, indices = self.requests, uses.indices
         started = indices[(indices < LEARNING_REQUESTS) & (state.tokens[indices] > 0)]
         model.discount_traces(state.trace, state.state, started)
         state.state[indices] *= (self._state_decay**uses.lengths).astype(np.float32)[:, None]
         gain = ((1.0 - self._state_decay) * self._state_decay**uses.age).astype(np.float32)
         model.add_uses(state.state, uses.owner, uses.keys, gain)
+        state.tokens[indices] += uses.lengths
         learnable = indices[
-            (indices < LEARNING_REQUESTS) & (uses.lengths == 1) & ~self._step.is_prefill
+            (indices < LEARNING_REQUESTS) & (uses.lengths == 1) & ~is_prefill[indices]
         ]
         if learnable.size:
             used = np.zeros((LEARNING_REQUESTS, model.size), np.float32)

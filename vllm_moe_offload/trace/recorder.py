@@ -87,7 +87,7 @@ class TraceRecorder:
         self._end_steps: list[int] = []
         self._running: dict[str, int] = {}
         self._drafted: dict[str, tuple[int, npt.NDArray[np.int64]]] = {}  # first row, positions
-        self._rejected: list[int] = []  # rows
+        self._extra: list[int] = []  # rows that belong to no request's tokens after all
         self._step = -1
         self._tokens: StepTokens | None = None
         self._block: npt.NDArray[Any] = np.zeros((0, *self._shape), self._dtype)
@@ -189,13 +189,15 @@ class TraceRecorder:
         for request in self._drafted.keys() & ends.keys():
             first_row, positions = self._drafted.pop(request)
             num_verified = int(np.searchsorted(positions, ends[request]))
-            self._progress[self._running[request]].advance(positions[:num_verified], False)
-            self._rejected += range(first_row + num_verified, first_row + positions.size)
+            progress = self._progress[self._running[request]]
+            num_again, _ = progress.advance(positions[:num_verified], False)
+            self._extra += range(first_row, first_row + num_again)
+            self._extra += range(first_row + num_verified, first_row + positions.size)
 
     def _reject(self, request: str) -> None:
         if request in self._drafted:
             first_row, positions = self._drafted.pop(request)
-            self._rejected += range(first_row, first_row + positions.size)
+            self._extra += range(first_row, first_row + positions.size)
 
     def end_request(self, request: str) -> None:
         """A request ended: the same name would be another request from now on."""
@@ -234,7 +236,7 @@ class TraceRecorder:
         for request in list(self._drafted):
             self._reject(request)
         is_own = ~tokens["is_again"]
-        rejected = np.array(self._rejected, np.int64)
+        rejected = np.array(self._extra, np.int64)
         is_own[rejected[rejected < is_own.size]] = (
             False  # the last step may not be in the spool
         )
