@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scripts.demo_model.mtp import write_dense_model
-from tests.integration.conftest import MAX_MODEL_LEN, Job, Run, engine
+from scripts.demo_model.mtp import write_dense_model, write_eagle_head
+from tests.integration.conftest import MAX_MODEL_LEN, SHAPE, Job, Run, engine
 from tests.integration.test_identity import offload
 
 pytestmark = pytest.mark.vllm
@@ -88,6 +88,16 @@ def test_the_model_drafts_for_itself(demo_model, store_dir, share_engines):
     silent, plain = speculate(model, draft_model(model), store_dir, share_engines)
     assert tokens(plain) == tokens(silent)
     assert plain["speculation"]["accepted_tokens"] == plain["speculation"]["draft_tokens"]
+
+
+@pytest.mark.slow
+def test_eagle_head(demo_model, store_dir, share_engines, tmp_path):
+    """Feature: a drafter without experts that reads the model's hidden states."""
+    head = write_eagle_head(tmp_path / "eagle", hidden=SHAPE["hidden"])
+    speculation = {"method": "eagle", "model": str(head), "num_speculative_tokens": 3}
+    silent, plain = speculate(demo_model(ARCH), speculation, store_dir, share_engines)
+    assert tokens(plain) == tokens(silent)
+    assert plain["speculation"]["accepted_tokens"] < plain["speculation"]["draft_tokens"]
 
 
 @pytest.mark.parametrize("count", [1, 3])
