@@ -18,6 +18,7 @@ def inspect(model: Any) -> dict[str, Any]:
         found["hits"] = runtime.cache.count("hits")
         found["misses"] = runtime.cache.count("misses")
         found["prefetch_issued"] = runtime.cache.count("prefetch_issued")
+        found["draft_needs"] = runtime.draft_hits + runtime.draft_misses
         found["read_bytes"] = runtime.read_bytes
         found["layers"], found["experts"] = shape.num_layers, shape.num_experts
     return found

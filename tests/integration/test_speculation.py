@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from scripts.demo_model.mtp import write_dense_model, write_eagle_head
+from scripts.demo_model.mtp import DENSE_LAYERS, write_dense_model, write_eagle_head
 from tests.integration.conftest import MAX_MODEL_LEN, SHAPE, Job, Run, engine
 from tests.integration.test_identity import offload
+from vllm_moe_offload.replay.run import replay_recorded
+from vllm_moe_offload.trace.routing import load_trace
 
 pytestmark = pytest.mark.vllm
 ARCH = "qwen3_moe"
@@ -42,9 +46,18 @@ def job(model: Path, **options: Any) -> Job:
 
 
 def speculate(
-    model: Path, speculation: dict[str, Any], store_dir: Path, run: Run, **options: Any
+    model: Path,
+    speculation: dict[str, Any],
+    store_dir: Path,
+    run: Run,
+    *,
+    draft_layers: int = 0,
+    **options: Any,
 ) -> tuple[Result, Result]:
-    """A plain engine without speculation, and one with it that an offloaded one was equal to."""
+    """A plain engine without speculation, and one with it that an offloaded one was equal to.
+
+    ``draft_layers``: of the drafter, those with experts in the cache.
+    """
     jobs = [job(model, **options)]
     options["speculative_config"] = speculation
     jobs += [job(model, **options), job(model, offload=offload(store_dir, "50%"), **options)]
@@ -54,7 +67,12 @@ def speculate(
     assert "error" not in offloaded, offloaded
     assert all(name.startswith("Offloaded") for name in offloaded["facts"]["classes"])
     assert not any(name.startswith("Offloaded") for name in plain["facts"]["classes"])
-    assert offloaded["facts"]["misses"] > 0
+    facts = offloaded["facts"]
+    assert facts["misses"] > 0
+    own_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    own_layers -= DENSE_LAYERS if draft_layers else 0
+    assert facts["layers"] == own_layers + draft_layers
+    assert (facts["draft_needs"] > 0) == (draft_layers > 0)
     assert offloaded["batches"] == plain["batches"]
     # A wrong expert in a drafter changes no token, only how many are accepted.
     assert offloaded["speculation"] == plain["speculation"]
@@ -72,6 +90,48 @@ def test_ngrams(demo_model, store_dir, share_engines):
     silent, plain = speculate(demo_model(ARCH), ngrams(), store_dir, share_engines)
     assert tokens(plain) == tokens(silent)
     assert plain["speculation"]["accepted_tokens"] < plain["speculation"]["draft_tokens"]
+
+
+def recorded(path: Path) -> tuple[list[np.ndarray], list[int]]:
+    """Routing of every request in the order of its coming, and how many of its tokens were prompt."""
+    trace = load_trace(path)
+    assert trace.prefill_lens is not None
+    order = sorted(range(trace.num_requests), key=lambda i: int(trace.names[i].split("-")[0]))
+    parts = [trace.ids[trace.starts[i] : trace.starts[i] + trace.lens[i]] for i in order]
+    return parts, trace.prefill_lens[order].tolist()
+
+
+def test_traces_are_those_of_the_generation(demo_model, store_dir, share_engines, tmp_path):
+    """Feature: routing traces beside speculation; guesses that were wrong are not in them."""
+    paths = [tmp_path / "silent.npz", tmp_path / "ngrams.npz"]
+    options = [offload(store_dir, "50%") | {"record_trace": str(path)} for path in paths]
+    model = demo_model(ARCH)
+    silent, guessed = share_engines(
+        [
+            job(model, offload=options[0]),
+            job(model, offload=options[1], speculative_config=ngrams()),
+        ]
+    )
+    assert "error" not in silent, silent
+    assert "error" not in guessed, guessed
+    rejected = (
+        guessed["speculation"]["draft_tokens"] - guessed["speculation"]["accepted_tokens"]
+    )
+    assert rejected > 0
+    schedule = load_trace(paths[1]).schedule
+    assert schedule is not None
+    # And guesses that were right, behind the last token that was asked for.
+    assert len(schedule.recomputed_ids) >= rejected
+    (mine, prompts), (theirs, their_prompts) = map(recorded, paths)
+    assert prompts == their_prompts
+    assert [part.shape for part in mine] == [part.shape for part in theirs]
+    differing = sum(int((a != b).any(axis=2).sum()) for a, b in zip(mine, theirs, strict=True))
+    # A step of several tokens may round otherwise, and a router choose between equals.
+    assert differing <= 0.01 * sum(part.shape[0] * part.shape[1] for part in mine)
+    replayed = replay_recorded(load_trace(paths[1]), "trace")
+    assert (
+        replayed.hits + replayed.misses == guessed["facts"]["hits"] + guessed["facts"]["misses"]
+    )
 
 
 def test_dense_draft_model(demo_model, dense_model, store_dir, share_engines):
@@ -104,7 +164,8 @@ def test_eagle_head(demo_model, store_dir, share_engines, tmp_path):
 def test_glm4_moe_predicts_more_tokens(count, mtp_model, store_dir, share_engines):
     """Feature: multi-token prediction by a layer with experts, used once or again and again."""
     speculation = {"method": "mtp", "num_speculative_tokens": count}
-    silent, plain = speculate(mtp_model("glm4_moe"), speculation, store_dir, share_engines)
+    model = mtp_model("glm4_moe")
+    silent, plain = speculate(model, speculation, store_dir, share_engines, draft_layers=1)
     assert tokens(plain) == tokens(silent)
 
 
@@ -120,4 +181,4 @@ def test_deepseek_v3_predicts_more_tokens(count, mtp_model, store_dir, share_eng
     # still schedules no more than was asked for: a longer prompt would wait forever.
     room = {"max_num_batched_tokens": MAX_MODEL_LEN}
     model = mtp_model("deepseek_v3")
-    speculate(model, speculation, store_dir, share_engines, **room)
+    speculate(model, speculation, store_dir, share_engines, draft_layers=1, **room)
