@@ -155,7 +155,7 @@ def _machine(job: dict[str, Any]) -> Iterator[None]:
 
     ``"simulated_gpu"``: host memory's share of experts; ``"simulated_marlin"``: doubles of the
     operators of Marlin's experts, for a plain engine too; ``"lora_on_cpu"``: LoRA beside experts,
-    likewise.
+    likewise; ``"torchvision_double"``: that torchvision is installed.
     """
     with contextlib.ExitStack() as stack:
         if "simulated_gpu" in job:
@@ -170,6 +170,10 @@ def _machine(job: dict[str, Any]) -> Iterator[None]:
             from tests.integration.lora_on_cpu import lora_on_cpu
 
             stack.enter_context(lora_on_cpu())
+        if job.get("torchvision_double"):
+            from tests.integration.torchvision_double import torchvision_double
+
+            stack.enter_context(torchvision_double())
         yield
 
 

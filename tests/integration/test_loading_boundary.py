@@ -115,3 +115,14 @@ def test_a_stage_may_be_without_experts_and_a_model_not(stages, caplog):
         return
     assert loading._begin(config, None, Dense(size=1)) is None
     assert "this pipeline stage has no routed experts" in caplog.text
+
+
+def test_two_kinds_of_experts_in_a_layer_are_refused_by_name():
+    """As ERNIE-VL has them, for text and for images: the store numbers experts by layer."""
+    load = object.__new__(loading.ExpertLoad)
+    load.layers = [
+        SimpleNamespace(layer_name=f"model.layers.1.mlp.{kind}_experts")
+        for kind in ("text", "vision")
+    ]
+    with pytest.raises(OptionError, match=r"text_experts.*vision_experts.*is not supported"):
+        load.check_layers(SimpleNamespace(expert_layers=[1]))
