@@ -23,9 +23,13 @@ from vllm_moe_offload.integration.patching import require
 
 
 def _rebuild_processed(method: Any, layer: Any) -> None:
-    """Of methods that declare ``supports_pre_processed_weights``."""
+    """Of methods that declare ``supports_pre_processed_weights``.
+
+    By the class's own function: the object's is taken from vLLM's pass over all modules
+    (``loading.py``).
+    """
     with weights_already_processed():
-        method.process_weights_after_loading(layer)
+        type(method).process_weights_after_loading(method, layer)
 
 
 def _rebuild_wna16(method: Any, layer: Any) -> None:
