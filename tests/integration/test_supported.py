@@ -20,6 +20,13 @@ from vllm_moe_offload.integration import supported
 OPTIONS = OffloadConfig(mode="trace")
 
 
+def drafter(method: str = "ngram", load_format: str = "auto") -> SimpleNamespace:
+    """As much of a SpeculativeConfig as is looked at."""
+    return SimpleNamespace(
+        method=method, draft_load_config=SimpleNamespace(load_format=load_format)
+    )
+
+
 @pytest.fixture(scope="module")
 def served(demo_model):
     """A VllmConfig that nothing is wrong with."""
@@ -104,6 +111,14 @@ def test_what_is_served_has_no_problem(served):
             "load_format='fastsafetensors': stores are built",
         ),
         (
+            {"speculative_config": drafter(load_format="fastsafetensors")},
+            "speculative_config.draft_load_config.load_format='fastsafetensors': the model's",
+        ),
+        (
+            {"speculative_config": drafter(method="dflash")},
+            "speculative_config.method='dflash': drafters of this kind",
+        ),
+        (
             {"offload_config.uva.cpu_offload_gb": 1.0},
             "cpu_offload_gb=1.0: vLLM's own offloader",
         ),
@@ -154,6 +169,7 @@ def test_everything_in_the_way_is_named_at_once(changed):
         {"parallel_config.pipeline_parallel_size": 2},
         {"parallel_config.ubatch_size": 1},
         {"load_config.load_format": "dummy"},
+        {"speculative_config": drafter()},
     ],
     ids=str,
 )

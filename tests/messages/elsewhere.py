@@ -27,6 +27,8 @@ ELSEWHERE = {
     "enable_lora=True without": GPU + "tests/integration/test_lora.py",
     "lora_target_modules=...": GPU + "tests/integration/test_lora.py",
     "LoRA adapter ... has weights": GPU + "tests/integration/test_lora.py",
+    "speculative_config.draft_load_config.load_format=...": "needs a drafter: "
+    "tests/integration/test_supported.py",
     "whose passes vLLM's model runner V2 puts in one graph": GPU
     + "tests/integration/test_drafter_config.py",
     "speculative_config.parallel_drafting=True": MODEL

@@ -8,7 +8,7 @@ step (``verified.py``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm.distributed.parallel_state import get_pp_group
@@ -32,6 +32,20 @@ def problems(config: Any) -> Iterator[str]:
         yield (
             f"speculative_config.method={speculative.method!r}: drafters of this kind were never "
             f"run with offload; allowed: {', '.join((*WITHOUT_MODEL, *WITH_MODEL))}"
+        )
+
+
+def loading_problems(speculative: Any, allowed: Sequence[str]) -> Iterator[str]:
+    """Of how a drafter is loaded, what is not supported: the model's experts wait for it, whether
+    it has some of its own or not. ``allowed``: formats whose loaders say when they are done."""
+    load_config = getattr(speculative, "draft_load_config", None)
+    if load_config is None:
+        return
+    name = getattr(load_config.load_format, "value", load_config.load_format)
+    if name not in allowed:
+        yield (
+            f"speculative_config.draft_load_config.load_format={name!r}: the model's experts wait "
+            f"for a drafter, and only these loaders tell: {', '.join(allowed)}"
         )
 
 

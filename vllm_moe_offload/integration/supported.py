@@ -170,6 +170,7 @@ def _loading_problems(config: Any) -> Iterator[str]:
             f"load_format={name!r}: stores are built from safetensors files, by a reader of the "
             f"plugin's; allowed: {', '.join(LOAD_FORMATS)}"
         )
+    yield from speculation.loading_problems(config.speculative_config, LOAD_FORMATS)
     offload = config.offload_config
     uva_gb = getattr(getattr(offload, "uva", None), "cpu_offload_gb", 0)
     if uva_gb:
