@@ -48,6 +48,9 @@ def test_modules_beside_the_model_are_in_no_layer(tmp_path):
     assert [name for name, _ in checkpoint.dense()] == ["model.norm.weight", "mtp.norm.weight"]
     with checkpoint.experts([0]) as stream:
         assert [name for name, _ in stream.next_group()] == [names[0]]
+    of_drafter = SortedCheckpoint(loader, config, torch.nn.Module(), names_drafters=True)
+    with of_drafter.experts(of_drafter.expert_layers) as stream:
+        assert [name for name, _ in stream.next_group()] == [drafters[0]]
 
 
 @pytest.mark.parametrize("arch", MTP_ARCHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.vllm
 ARCH = "qwen3_moe"
 """Its text soon repeats itself, so that n-grams are found again."""
 
+LARGEST_TIE = 0.1
+"""Of two logprobs: what bfloat16 makes of logits of this size."""
 LAST = [prompt(9, 5)]
 """A batch after which the engine goes: its worker does not learn how the last request ended."""
 
@@ -83,15 +86,30 @@ def speculate(
     return silent, plain
 
 
-def tokens(result: Result) -> list[list[list[int]]]:
-    """Generated ids by batch and prompt."""
-    return [[output["ids"] for output in batch] for batch in result["batches"]]
+def assert_same_but_for_ties(silent: Result, other: Result) -> list[int]:
+    """Both generated the same; how many tokens of each request, before the first that differs.
+
+    A step of several tokens may round otherwise than one of a single token, in plain vLLM, too:
+    another token may come where two were as likely.
+    """
+    common = []
+    for mine, theirs in zip(
+        itertools.chain(*silent["batches"]), itertools.chain(*other["batches"]), strict=True
+    ):
+        same = [a == b for a, b in zip(mine["ids"], theirs["ids"], strict=True)]
+        common.append(same.index(False) if False in same else len(same))
+        if common[-1] < len(same):
+            chances = mine["logprobs"][common[-1]]
+            first, second = (run["ids"][common[-1]] for run in (mine, theirs))
+            gap = float.fromhex(chances[str(first)]) - float.fromhex(chances[str(second)])
+            assert gap < LARGEST_TIE
+    return common
 
 
 def test_ngrams(demo_model, store_dir, share_engines):
     """Feature: n-gram speculation; some of it is rejected."""
     silent, plain = speculate(demo_model(ARCH), ngrams(), store_dir, share_engines)
-    assert tokens(plain) == tokens(silent)
+    assert_same_but_for_ties(silent, plain)
     assert plain["speculation"]["accepted_tokens"] < plain["speculation"]["draft_tokens"]
 
 
@@ -130,9 +148,19 @@ def test_traces_are_those_of_the_generation(demo_model, store_dir, share_engines
     (mine, prompts), (theirs, their_prompts) = map(recorded, paths)
     assert prompts == their_prompts
     assert [part.shape for part in mine] == [part.shape for part in theirs]
-    differing = sum(int((a != b).any(axis=2).sum()) for a, b in zip(mine, theirs, strict=True))
-    # A step of several tokens may round otherwise, and a router choose between equals.
-    assert differing <= 0.01 * sum(part.shape[0] * part.shape[1] for part in mine)
+    num_differing = num_compared = 0
+    for a, b, prefill, same in zip(
+        mine,
+        theirs,
+        prompts,
+        assert_same_but_for_ties(silent, guessed)[: len(mine)],
+        strict=True,
+    ):
+        differs = (a != b).any(axis=2)[: prefill + same]
+        num_differing += int(differs.sum())
+        num_compared += differs.size
+    # A router, too, may choose between equals.
+    assert num_differing <= 0.01 * num_compared
     replayed = replay_recorded(load_trace(paths[1]), "trace")
     assert (
         replayed.hits + replayed.misses == guessed["facts"]["hits"] + guessed["facts"]["misses"]
@@ -143,16 +171,17 @@ def test_dense_draft_model(demo_model, dense_model, store_dir, share_engines):
     """Feature: a draft model without experts; most of what it proposes is rejected."""
     speculation = draft_model(dense_model)
     silent, plain = speculate(demo_model(ARCH), speculation, store_dir, share_engines)
-    assert tokens(plain) == tokens(silent)
+    assert_same_but_for_ties(silent, plain)
     assert plain["speculation"]["accepted_tokens"] < plain["speculation"]["draft_tokens"]
 
 
+@pytest.mark.slow
 def test_the_model_drafts_for_itself(demo_model, store_dir, share_engines):
-    """Feature: a draft model with experts; all that it proposes is accepted."""
+    """Feature: a draft model with experts; what it proposes is accepted, but for ties."""
     model = demo_model(ARCH)
     silent, plain = speculate(model, draft_model(model), store_dir, share_engines)
-    assert tokens(plain) == tokens(silent)
-    assert plain["speculation"]["accepted_tokens"] == plain["speculation"]["draft_tokens"]
+    assert_same_but_for_ties(silent, plain)
+    assert plain["speculation"]["accepted_tokens"] > 0.9 * plain["speculation"]["draft_tokens"]
 
 
 @pytest.mark.slow
@@ -161,20 +190,21 @@ def test_eagle_head(demo_model, store_dir, share_engines, tmp_path):
     head = write_eagle_head(tmp_path / "eagle", hidden=SHAPE["hidden"])
     speculation = {"method": "eagle", "model": str(head), "num_speculative_tokens": 3}
     silent, plain = speculate(demo_model(ARCH), speculation, store_dir, share_engines)
-    assert tokens(plain) == tokens(silent)
+    assert_same_but_for_ties(silent, plain)
     assert plain["speculation"]["accepted_tokens"] < plain["speculation"]["draft_tokens"]
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_glm4_moe_predicts_more_tokens(count, mtp_model, store_dir, share_engines):
     """Feature: multi-token prediction by a layer with experts, used once or again and again."""
     speculation = {"method": "mtp", "num_speculative_tokens": count}
     model = mtp_model("glm4_moe")
     silent, plain = speculate(model, speculation, store_dir, share_engines, draft_layers=1)
-    assert tokens(plain) == tokens(silent)
+    assert_same_but_for_ties(silent, plain)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
 def test_deepseek_v3_predicts_more_tokens(count, mtp_model, store_dir, share_engines):
     """Feature: the same beside latent attention.
 
