@@ -63,8 +63,8 @@ class OpenFile {
   uint64_t bytes_ = 0;
 };
 
-// Files, one behind the other, and the threads that read them. Safe to call from several threads, except for the
-// destructor, which must not race with anything.
+// Files, one behind the other, and the threads that read them. Safe to call from several threads,
+// except for the destructor, which must not race with anything.
 class FileReader {
  public:
   // Opens `paths` (one at least). Threads run on `cpus`, or where the calling thread may run if

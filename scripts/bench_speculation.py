@@ -5,9 +5,10 @@
 
 Two models: the upcycled SmolLM2 (scripts/upcycle), for which n-grams and the dense model that it was
 made of draft; and a demo model with a layer for multi-token prediction, which has experts of its own.
-Per arm: speed, how many guesses were right, and what a token cost in misses. Servers record their
-routing: its replay says what the steps of an arm (a token of a request, or several) must miss in a
-cache of that size, whatever was read ahead and whoever else had slots.
+Per arm: speed, how many guesses were right, and what a token cost in misses, those of a drafter's
+own experts included; hits are the model's. All arms have the same bytes of cache, and record their
+routing while they are timed: its replay says what the steps of an arm (a token of a request, or
+several) must miss in a cache of that size, whatever was read ahead and whoever else had slots.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from scripts.harness.serving import (  # noqa: E402
     start_server,
 )
 from scripts.upcycle.prompts import prompts as questions  # noqa: E402
+from vllm_moe_offload.config import GIB  # noqa: E402
+from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint  # noqa: E402
+from vllm_moe_offload.plan.shapes.kernel_form import BF16, kernel_form  # noqa: E402
 from vllm_moe_offload.replay.run import replay_recorded  # noqa: E402
 from vllm_moe_offload.trace.routing import load_trace  # noqa: E402
 
@@ -55,7 +59,7 @@ COLUMNS = (
     "drafter",
     "tokens/s",
     "x none",
-    "accepted",
+    "right/draft",
     "misses/token",
     "hits",
 )
@@ -75,12 +79,20 @@ class Subject:
         model: its checkpoint.
         drafters: ``--speculative-config`` by name; None is without.
         texts: what it is asked.
+        warm_up: what it is asked before.
     """
 
     name: str
     model: Path
     drafters: dict[str, Config]
     texts: list[str]
+    warm_up: str
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all the model's experts, without a drafter's."""
+        shape = read_checkpoint(self.model).shape
+        return int(shape.total_experts * kernel_form(BF16, "cpu", shape.expert).expert_bytes)
 
 
 def subjects_of(args: argparse.Namespace) -> list[Subject]:
@@ -93,7 +105,8 @@ def subjects_of(args: argparse.Namespace) -> list[Subject]:
     with_mtp: dict[str, Config] = {"none": None}
     for count in args.guesses:
         with_mtp[f"mtp {count}"] = {"method": "mtp", "num_speculative_tokens": count}
-    subjects = [Subject("mtp", mtp, with_mtp, prompts(args.requests, seed=1))]
+    texts = prompts(args.requests, seed=1)
+    subjects = [Subject("mtp", mtp, with_mtp, texts, prompts(1, seed=1000)[0])]
     if not args.quick:
         others: dict[str, Config] = {
             "none": None,
@@ -106,7 +119,7 @@ def subjects_of(args: argparse.Namespace) -> list[Subject]:
                 "num_speculative_tokens": count,
             }
         texts = questions()[: args.requests]
-        subjects.append(Subject("upcycled", args.model, others, texts))
+        subjects.append(Subject("upcycled", args.model, others, texts, questions()[-1]))
     return subjects
 
 
@@ -114,14 +127,15 @@ def serve(args: argparse.Namespace, subject: Subject, drafter: str, share: float
     """Figures of one server."""
     name = f"speculation-{subject.name}-{drafter.replace(' ', '')}-{share:g}"
     trace = args.work_dir / f"{name}.npz"
-    options = offload_options("trace", f"{share:.0%}", args.work_dir / "store")
+    cache_gb = share * subject.expert_bytes / GIB  # for the drafter's experts, too
+    options = offload_options("trace", f"{cache_gb:.6f}", args.work_dir / "store")
     options += ["--moe-offload-config.record_trace", str(trace)]
     config = subject.drafters[drafter]
     if config is not None:
         options += ["--speculative-config", json.dumps(config)]
     with start_server(args, subject.model, name, options) as server:
         server.wait_healthy(START_SECONDS)
-        take_turn(server, subject.texts[:1], args.tokens)  # not with an empty cache
+        take_turn(server, [subject.warm_up], args.tokens)  # not with an empty cache
         before = server.metrics()
         turn = take_turn(server, subject.texts, args.tokens)
         after = server.metrics()
@@ -164,7 +178,7 @@ def summary_of(cases: Sequence[Case]) -> list[Case]:
                 "share": key[1],
                 "drafter": key[2],
                 "tokens_per_s": spread([c["tokens_per_s"] for c in own]),
-                "accepted_per_step": guesses["num_accepted_tokens"] / guesses["num_drafts"]
+                "accepted_per_draft": guesses["num_accepted_tokens"] / guesses["num_drafts"]
                 if guesses["num_drafts"]
                 else 0.0,
                 "accepted_share": guesses["num_accepted_tokens"] / guesses["num_draft_tokens"]
@@ -172,6 +186,7 @@ def summary_of(cases: Sequence[Case]) -> list[Case]:
                 else 0.0,
                 "misses_per_token": count["misses"] / tokens,
                 "read_mb_per_token": count["read_bytes"] / tokens / 1e6,
+                "model_misses_per_token": misses / tokens,
                 "hit_rate": hits / max(hits + misses, 1),
                 "draft_hit_rate": count["draft_hits"] / drafted if drafted else None,
                 "replayed_hit_rate": spread([c["replayed_hit_rate"] for c in own])["median"],
@@ -203,7 +218,7 @@ def show(rows: Sequence[Case]) -> None:
             row["drafter"],
             f"{row['tokens_per_s']['median']:.1f}",
             f"{row['tokens_per_s']['median'] / alone:.2f}",
-            f"{row['accepted_per_step']:.2f}",
+            f"{row['accepted_per_draft']:.2f}",
             f"{row['misses_per_token']:.2f}",
             f"{row['hit_rate']:.1%}",
         )
@@ -248,7 +263,11 @@ def main() -> int:
         args,
         "speculation",
         {
-            "parameters": vars(args) | {"environment": ENVIRONMENT, "mtp_shape": MTP_SHAPE},
+            "parameters": vars(args)
+            | {
+                "environment": ENVIRONMENT,
+                "mtp_shape": QUICK_MTP_SHAPE if args.quick else MTP_SHAPE,
+            },
             "summary": rows,
             "cases": cases,
         },

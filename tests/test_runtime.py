@@ -228,6 +228,22 @@ def test_an_expert_that_every_pass_uses_is_worth_as_much_as_the_models(
     runtime.close()
 
 
+def test_wrong_guesses_are_no_tokens(store) -> None:
+    runtime = runtime_of(store, 12, 2)
+    tokens = StepTokens.of_lengths(
+        ["a"], np.array([4]), np.array([1]), np.array([False]), np.array([3], np.int32)
+    )
+    runtime.begin_step(tokens)
+    for layer in range(LAYERS):
+        run_layer(runtime, store, layer, torch.tensor([[0, 1]] * 4, dtype=torch.int32))
+    assert runtime.num_tokens == 1
+    runtime.verify({"a": 3})
+    assert runtime.num_tokens == 2
+    runtime.verify({"a": 3})
+    assert runtime.num_tokens == 2
+    runtime.close()
+
+
 # ---- prefetch ------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ class OffloadRuntime:
     Attributes:
         cache: page table and counters.
         pool: the slots that kernels read.
+        num_tokens: computed for good: without guesses that were wrong.
         draft_hits, draft_misses: of those in ``cache``, a drafter's.
         stall_ns: time that layer calls spent waiting for reads.
         published: what other processes see of the counters: those of the end of the last step.
@@ -82,6 +83,9 @@ class OffloadRuntime:
         self.stall_ns = 0
         self.busy_ns = 0
         self.num_tokens = 0
+        self._guessed: StepTokens | None = (
+            None  # the last step, if guesses are among its tokens
+        )
         self._transfer = transfer
         self.prefetcher = prefetcher
         self._steps = LayerCalls(cache, policy, prefetcher)
@@ -95,7 +99,7 @@ class OffloadRuntime:
         self.published = published
         self._last_layer = cache.shape.num_layers - num_draft_layers - 1
         # Everything fits: a layer's parameters are a view in logical order, ids need no map.
-        self._passes_ids_through = cache.shape.holds_everything
+        self._ids_are_slots = cache.shape.holds_everything
         self._step_began_ns = 0
         self._is_dummy = False
         self._warned_of_waves = False
@@ -113,7 +117,7 @@ class OffloadRuntime:
     def needs_routing(self) -> bool:
         """Whether layer calls have to be told their ids: not if everything fits and nobody
         records; :meth:`pass_layer` does then."""
-        return not self._passes_ids_through or self._recorder is not None
+        return not self._ids_are_slots or self._recorder is not None
 
     @property
     def num_step_tokens(self) -> int | None:
@@ -139,21 +143,30 @@ class OffloadRuntime:
     def _end_step(self) -> None:
         if self._steps.tokens is None:
             return
-        self.num_tokens += self._steps.num_tokens
+        tokens = self._steps.tokens
+        self.num_tokens += tokens.request_of_token.size
+        if tokens.num_drafted is not None:
+            self.num_tokens -= int(tokens.num_drafted.sum())
+            self._guessed = tokens
         self._steps.end_step()
         if self._recorder is not None:
             self._recorder.end_step()
         self.busy_ns += time.perf_counter_ns() - self._step_began_ns
         self._publish()
 
-    def settle(self, ends: Mapping[str, int]) -> None:
+    def verify(self, ends: Mapping[str, int]) -> None:
         """Says which drafted tokens of the steps so far are their requests'; before the next step,
         and before :meth:`end_request`. ``ends``: see :meth:`StepTokens.is_verified`."""
         if self._is_dummy:
             return
-        self.policy.settle(ends)
+        if self._guessed is not None:
+            self.num_tokens += int(
+                (self._guessed.is_verified(ends) & self._guessed.is_drafted()).sum()
+            )
+            self._guessed = None
+        self.policy.verify(ends)
         if self._recorder is not None:
-            self._recorder.settle(ends)
+            self._recorder.verify(ends)
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""
@@ -233,7 +246,7 @@ class OffloadRuntime:
             TransferError: an expert could not be read; the call left nothing behind.
         """
         if self._is_dummy:
-            is_valid = self._passes_ids_through and routed_ids is None
+            is_valid = self._ids_are_slots and routed_ids is None
             return topk_ids if is_valid else torch.zeros_like(topk_ids)
         topk_ids = topk_ids.contiguous()
         slot_ids = torch.empty_like(topk_ids)
@@ -258,7 +271,7 @@ class OffloadRuntime:
         routed_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Slots of the pool as rows of the layer's parameters, which are all or a part of it."""
-        if not self._passes_ids_through:
+        if not self._ids_are_slots:
             return slot_ids
         if routed_ids is None:
             return topk_ids

@@ -106,7 +106,7 @@ def test_a_stage_may_be_without_experts_and_a_model_not(stages, caplog):
     config = SimpleNamespace(
         additional_config={"moe_offload": {"mode": "trace"}},
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
-        model_config=None,
+        speculative_config=None,
         lora_config=None,
     )
     if stages == 1:

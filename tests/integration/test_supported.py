@@ -116,7 +116,7 @@ def test_what_is_served_has_no_problem(served):
         ),
         (
             {"speculative_config": drafter(method="dflash")},
-            "speculative_config.method='dflash': drafters of this kind",
+            "speculative_config.method='dflash': what such a drafter does",
         ),
         (
             {"offload_config.uva.cpu_offload_gb": 1.0},

@@ -77,12 +77,26 @@ def test_experts_of_another_form_are_refused(tmp_path: Path, starts: list[Any]) 
     assert starts == []
 
 
+def test_a_drafter_with_experts_needs_a_model_with_some(
+    tmp_path: Path, starts: list[Any]
+) -> None:
+    """In its own stage: of another engine's model nothing is taken."""
+    worker_load.model_is_loaded(SimpleNamespace(drafts=True), OPTIONS, experts(build(tmp_path)))
+    other = SimpleNamespace(drafts=True)
+    worker_load.drafter_is_loaded(other, OPTIONS, None)
+    drafter = experts(build(tmp_path, stages=(3,)))
+    with pytest.raises(OptionError, match="the model has none in this pipeline stage"):
+        worker_load.drafter_is_loaded(other, OPTIONS, drafter)
+    assert starts == []
+
+
 def test_a_model_whose_drafter_never_came_is_forgotten(
     tmp_path: Path, starts: list[Any]
 ) -> None:
     """The next engine of a process does not serve it."""
     worker_load.model_is_loaded(SimpleNamespace(drafts=True), OPTIONS, experts(build(tmp_path)))
     second = experts(build(tmp_path, vllm_version="0.33.0"))
-    worker_load.model_is_loaded(SimpleNamespace(drafts=True), OPTIONS, second)
-    worker_load.drafter_is_loaded(SimpleNamespace(drafts=True), OPTIONS, None)
+    config = SimpleNamespace(drafts=True)
+    worker_load.model_is_loaded(config, OPTIONS, second)
+    worker_load.drafter_is_loaded(config, OPTIONS, None)
     assert [store for store, _, _ in starts] == [second.store]

@@ -33,6 +33,8 @@ ELSEWHERE = {
     + "tests/integration/test_drafter_config.py",
     "speculative_config.parallel_drafting=True": MODEL
     + "tests/integration/test_drafter_config.py",
+    "the model has none in this pipeline stage": MODEL
+    + "tests/integration/test_worker_load.py",
     "the drafter's experts do not fit beside": MODEL + "tests/integration/test_worker_load.py",
     "moe_backend=...": GPU + "tests/integration/test_supported_gpu.py",
     "the CUDA part of vllm-moe-offload": GPU + "tests/transfer/test_cuda_library.py",

@@ -163,7 +163,7 @@ SERVE: dict[str, Case] = {
     "here: ...": given("--quantization", "experts_int8"),
     "enable_lora=True: vLLM has no kernel for CPUs that computes a model's experts once LoRA is "
     "on, whatever the adapters": given("--enable-lora"),
-    "speculative_config.method=...: drafters of this kind were never run with offload; "
+    "speculative_config.method=...: what such a drafter does in a step was not looked into; "
     "allowed: ...": given(
         "--speculative-config", '{"method": "ngram_gpu", "num_speculative_tokens": 2}'
     ),

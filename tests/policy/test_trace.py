@@ -74,11 +74,11 @@ def test_what_a_drafter_guessed_wrong_teaches_nothing(holds_everything: bool) ->
         step(policy, drafted_rows(1, 0, 0), ids[0])
         if guesses:
             step(policy, drafted_rows(4, 3, 1), ids[1])
-            policy.settle({"a": 3})
+            policy.verify({"a": 3})
         else:
             step(policy, drafted_rows(2, 0, 1), np.ascontiguousarray(ids[1][:, :2]))
         step(policy, drafted_rows(1, 0, 3), ids[2])
-        policy.settle({"a": 4})
+        policy.verify({"a": 4})
         policy.end_request("a")
         forecasts.append(policy.forecast)
     with_guesses, without_guesses = forecasts
@@ -87,6 +87,28 @@ def test_what_a_drafter_guessed_wrong_teaches_nothing(holds_everything: bool) ->
     )
     assert with_guesses.collection.entry(0).counts.sum() == LAYERS * TOP_K * 4
     assert np.array_equal(with_guesses.scores, without_guesses.scores)
+
+
+def test_guesses_of_batches_in_turn_are_in_the_matrices() -> None:
+    """As in a pipeline: whether a guess was right shows after another batch's step."""
+    policy = TracePolicy(LAYERS, EXPERTS)
+    generator = np.random.default_rng(7)
+    for number in range(5):
+        for name in "ab":
+            policy.verify({name: 4 * number})
+            tokens = StepTokens.of_lengths(
+                [name],
+                np.array([4]),
+                np.array([4 * number]),
+                np.array([False]),
+                np.array([3], np.int32),
+            )
+            step(policy, tokens, some_ids(generator, 4))
+    policy.verify({"a": 20, "b": 19})
+    for name in "ab":
+        policy.end_request(name)
+    counted = [policy.forecast.collection.entry(i).counts.sum() for i in range(2)]
+    assert counted == [LAYERS * TOP_K * 20, LAYERS * TOP_K * 19]
 
 
 def test_of_a_request_of_which_nothing_is_said_only_certain_tokens_count() -> None:

@@ -188,9 +188,9 @@ class Server:
             self.cache.complete(row, True)
         self.cache.finish()
 
-    def settle(self, ends: dict[str, int]) -> None:
-        self.policy.settle(ends)
-        self.recorder.settle(ends)
+    def verify(self, ends: dict[str, int]) -> None:
+        self.policy.verify(ends)
+        self.recorder.verify(ends)
 
     def end(self, request: str) -> None:
         self.policy.end_request(request)
@@ -219,7 +219,7 @@ def test_a_recorded_trace_replays_to_what_the_server_counted(
         scheduled = [name for name in running if generator.random() < 0.8 and name not in ended]
         if not scheduled:
             continue
-        server.settle(
+        server.verify(
             {name: reached.get(name, 0) for name in ended} | {n: running[n] for n in scheduled}
         )
         for name in ended:

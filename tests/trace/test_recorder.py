@@ -119,7 +119,7 @@ def test_what_a_drafter_guessed_wrong_is_kept_apart(tmp_path: Path) -> None:
     target = recorder(path)
     step(target, ("a", 0, 2, True), ("b", 0, 1, True))
     step(target, ("a", 2, 4, False), ("b", 1, 3, False), drafted=(3, 2), again=1)
-    target.settle({"a": 4, "b": 3})
+    target.verify({"a": 4, "b": 3})
     target.end_request("b")
     step(target, ("a", 4, 2, False), drafted=(1,))
     target.close()  # nobody said what became of the last guess
@@ -147,9 +147,9 @@ def test_guesses_wait_while_their_request_pauses(tmp_path: Path) -> None:
     target = recorder(path)
     step(target, ("a", 0, 1, True), ("b", 0, 1, True))
     step(target, ("a", 1, 3, False), ("b", 1, 1, False), drafted=(2, 0))
-    target.settle({"b": 2})
+    target.verify({"b": 2})
     step(target, ("b", 2, 1, False))
-    target.settle({"a": 4, "b": 3})
+    target.verify({"a": 4, "b": 3})
     step(target, ("a", 4, 1, False))
     target.close()
     assert load_trace(path).lens.tolist() == [5, 3]
@@ -160,7 +160,7 @@ def test_a_preempted_request_computes_its_guesses_again(tmp_path: Path) -> None:
     target = recorder(path)
     step(target, ("a", 0, 2, True))
     step(target, ("a", 2, 3, False), drafted=(2,))  # both right, then preempted
-    target.settle({"a": 0})
+    target.verify({"a": 0})
     step(target, ("a", 0, 6, True))
     target.close()
     trace = load_trace(path)

@@ -135,16 +135,11 @@ def _initialize_dummy(tensor: torch.Tensor) -> None:
         tensor.copy_(drawn)
 
 
-def _is_drafter(vllm_config: Any, model_config: Any) -> bool:
-    """Whether a worker loads another model than its own."""
-    return model_config is not vllm_config.model_config
-
-
 def _begin(vllm_config: Any, model_config: Any, model: torch.nn.Module) -> ExpertLoad | None:
     options = options_of(vllm_config)
     if not options.enabled:
         return None
-    if _is_drafter(vllm_config, model_config):
+    if speculation.drafts(vllm_config, model_config):
         layers = _drafter_layers(vllm_config, model)
     else:
         layers = _model_layers(vllm_config, options, model)
@@ -181,7 +176,7 @@ def _model_layers(
 def _end_without_experts(vllm_config: Any, model_config: Any) -> None:
     """A model was loaded that has nothing in a store; others may have waited for it."""
     options = options_of(vllm_config)
-    if options.enabled and _is_drafter(vllm_config, model_config):
+    if options.enabled and speculation.drafts(vllm_config, model_config):
         drafter_is_loaded(vllm_config, options, None)
 
 
@@ -198,7 +193,7 @@ class ExpertLoad:
     ) -> None:
         self._model = model
         self._model_config = model_config
-        self._is_drafter = _is_drafter(vllm_config, model_config)
+        self._is_drafter = speculation.drafts(vllm_config, model_config)
         self.options = options
         self.layers = layers
         self._vllm_config = vllm_config

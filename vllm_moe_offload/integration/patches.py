@@ -239,6 +239,11 @@ def install_cuda_patches() -> None:
 #     and their own history is dropped.
 #   upstream: no hook for the end of a request in a worker.
 #   remove when: workers are told of the end of a request.
+# GPUModelRunner.sample_tokens (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
+#   why: what a drafter cannot read ends the engine as what the model cannot read does: with the
+#     reason as the last line.
+#   upstream: see Executor.__init__.
+#   remove when: a child's exception reaches the front end.
 # GPUModelRunner._dummy_run (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
 #   why: profiling, warm-up and capture run the model without requests; experts would be read
 #     for them, and traced.
@@ -263,6 +268,7 @@ def install_runner_patches() -> None:
     wrap(v2.GPUModelRunner, "prepare_inputs", requests.v2_prepare_inputs)
     for runner in (v1.GPUModelRunner, v2.GPUModelRunner):
         wrap(runner, "execute_model", requests.execute_model)
+        wrap(runner, "sample_tokens", requests.sample_tokens)
         wrap(runner, "_dummy_run", requests.dummy_run)
         wrap(runner, "shutdown", requests.shutdown)
         wrap(runner, "reload_weights", requests.refuse_reload)

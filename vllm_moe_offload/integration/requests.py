@@ -91,11 +91,18 @@ def execute_model(
     runtime = runtime_of(self)
     if runtime is not None:
         if self.speculative_config is not None:
-            runtime.settle(verified.ends_of(scheduler_output))
+            runtime.verify(verified.ends_of(scheduler_output))
         for request in scheduler_output.finished_req_ids:
             runtime.end_request(request)
         return failures.while_serving(original, self, scheduler_output, *args, **kwargs)
     return original(self, scheduler_output, *args, **kwargs)
+
+
+def sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Here a drafter runs, which may have experts to read."""
+    if runtime_of(self) is None:
+        return original(self, *args, **kwargs)
+    return failures.while_serving(original, self, *args, **kwargs)
 
 
 def dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -30,8 +30,8 @@ def problems(config: Any) -> Iterator[str]:
         return
     if speculative.method not in (*WITHOUT_MODEL, *WITH_MODEL):
         yield (
-            f"speculative_config.method={speculative.method!r}: drafters of this kind were never "
-            f"run with offload; allowed: {', '.join((*WITHOUT_MODEL, *WITH_MODEL))}"
+            f"speculative_config.method={speculative.method!r}: what such a drafter does in a step "
+            f"was not looked into; allowed: {', '.join((*WITHOUT_MODEL, *WITH_MODEL))}"
         )
 
 
@@ -84,18 +84,21 @@ def is_draft_model(config: Any) -> bool:
     return (
         speculative is not None
         and speculative.uses_draft_model()
-        and config.model_config is speculative.draft_model_config
+        and drafts(config, config.model_config)
     )
 
 
-def passes_per_layer(config: Any, draft_layers: list[Any]) -> float:
-    """How often a step runs each of a drafter's MoE layers: a multi-token prediction module is one
-    layer, and each pass runs one of them; a pass of any other drafter runs all its layers."""
-    if not draft_layers:
-        return 0.0
+def passes_per_layer(config: Any) -> float:
+    """How often a step runs each of a drafter's MoE layers: once per guess. Of several modules for
+    multi-token prediction vLLM's runner V1 runs the first for all guesses, and no other."""
     speculative = config.speculative_config
-    num_passes = float(speculative.num_speculative_tokens)
-    return num_passes / len(draft_layers) if speculative.method == "mtp" else num_passes
+    return 0.0 if speculative is None else float(speculative.num_speculative_tokens)
+
+
+def drafts(config: Any, model_config: Any) -> bool:
+    """Whether ``model_config`` is the drafter's of a server: workers load it after the model."""
+    speculative = config.speculative_config
+    return speculative is not None and model_config is speculative.draft_model_config
 
 
 def check_own_experts(config: Any) -> None:

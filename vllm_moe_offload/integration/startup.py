@@ -66,7 +66,7 @@ def start_runtime(
         len(layers),
         len(draft_layers),
         first.local_num_experts,
-        passes_per_layer(vllm_config, draft_layers),
+        passes_per_layer(vllm_config),
     )
     memory = fast_memory(vllm_config)
     shape = _shape(memory, options, store, first, policy)

@@ -36,15 +36,15 @@ class LoadedExperts:
     routers: Routers | None
 
 
-_waiting: list[LoadedExperts] = []
-"""The model's, while its drafter is loaded."""
+_waiting: list[tuple[Any, LoadedExperts]] = []
+"""The model's, with its VllmConfig, while its drafter is loaded."""
 
 
 def model_is_loaded(vllm_config: Any, options: OffloadConfig, experts: LoadedExperts) -> None:
     """Starts the runtime, unless a drafter follows."""
     _waiting.clear()
     if loads_a_drafter(vllm_config):
-        _waiting.append(experts)
+        _waiting.append((vllm_config, experts))
     else:
         _start(vllm_config, options, experts, None)
 
@@ -57,8 +57,14 @@ def drafter_is_loaded(
     Raises:
         OptionError: they cannot lie in one pool with the model's.
     """
-    if _waiting:
-        _start(vllm_config, options, _waiting.pop(), experts)
+    if _waiting and _waiting[0][0] is vllm_config:
+        _, model = _waiting.pop()
+        _start(vllm_config, options, model, experts)
+    elif experts is not None:
+        raise OptionError(
+            "--moe-offload: the drafter has experts of its own, and the model has none in this "
+            "pipeline stage; leave speculative_config out"
+        )
 
 
 def _start(
@@ -72,9 +78,9 @@ def _start(
     vLLM loads with its device as torch's default: what is made here is meant for RAM
     unless it says otherwise.
     """
-    parts = [model] if drafter is None else [model, drafter]
+    models = [model] if drafter is None else [model, drafter]
     try:
-        store = joined(*(part.store for part in parts))
+        store = joined(*(one.store for one in models))
     except ValueError as error:
         raise OptionError(
             f"--moe-offload: the drafter's experts do not fit beside the model's in one cache: "
@@ -89,6 +95,6 @@ def _start(
             routers=model.routers,
             draft_layers=[] if drafter is None else drafter.layers,
         )
-    for part in parts:
-        for layer, known in zip(part.layers, part.formats, strict=True):
+    for one in models:
+        for layer, known in zip(one.layers, one.formats, strict=True):
             known.rebuild(layer.quant_method, layer)

@@ -26,7 +26,7 @@ class Policy(ABC):
 
     The calls of one step, in order: :meth:`begin_step`; :meth:`observe` before each layer
     is planned; :meth:`end_step`. :meth:`end_request` when a request will never run again.
-    Before either, :meth:`settle` where a drafter guesses tokens. Between begin and end of a
+    Before either, :meth:`verify` where a drafter guesses tokens. Between begin and end of a
     step, :meth:`catch_up` once, as soon as there is time.
     """
 
@@ -90,7 +90,7 @@ class Policy(ABC):
     def end_step(self) -> None:
         """All layers of the step ran."""
 
-    def settle(self, ends: Mapping[str, int]) -> None:
+    def verify(self, ends: Mapping[str, int]) -> None:
         """Says which of the last step's drafted tokens are their requests'.
 
         Args:

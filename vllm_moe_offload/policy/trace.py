@@ -66,6 +66,9 @@ class TracePolicy(Policy):
         self._layers_followed = 0  # of this step, whose routing the other layers' scores know
         self._has_past = False  # the step before was not learned from
         self._ends: Mapping[str, int] = {}  # where its requests' verified tokens end
+        # Guesses of requests that paused since (or whose batch others follow, in a pipeline):
+        # positions, and ids ``[layers, tokens, top_k]``.
+        self._open: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]] = {}
 
     @property
     def full_score(self) -> float:
@@ -159,10 +162,17 @@ class TracePolicy(Policy):
         self._has_past = True
         self._place_step()
 
-    def settle(self, ends: Mapping[str, int]) -> None:
-        """See :meth:`Policy.settle`. What a drafter guessed wrong was computed, and needed its
+    def verify(self, ends: Mapping[str, int]) -> None:
+        """See :meth:`Policy.verify`. What a drafter guessed wrong was computed, and needed its
         experts; it says nothing of what its request uses."""
         self._ends = ends
+        for request in self._open.keys() & ends.keys():
+            positions, ids = self._open.pop(request)
+            count = int(np.searchsorted(positions, ends[request]))
+            if count:
+                one = np.ones(1, np.int64)
+                tokens = StepTokens.of_lengths([request], count * one, positions[:1], one < 0)
+                self.forecast.trace(tokens, ids[:, :count])
 
     def _take_in(self) -> None:
         if not self._has_past:
@@ -171,6 +181,7 @@ class TracePolicy(Policy):
         tokens, ids, votes = self._past_tokens, self._past_ids, self._past_votes
         if tokens.num_drafted is not None:
             is_verified = tokens.is_verified(self._ends)
+            self._keep_open(tokens, ids)
             if not is_verified.all():
                 tokens, ids = tokens.only(is_verified), ids.compress(is_verified, axis=1)
                 votes = np.zeros_like(votes)
@@ -181,7 +192,17 @@ class TracePolicy(Policy):
         else:
             self.forecast.trace(tokens, ids)
 
+    def _keep_open(self, tokens: StepTokens, ids: npt.NDArray[np.int32]) -> None:
+        """Keeps the guesses of which nothing is known yet: they may be in matrices later."""
+        is_drafted = tokens.is_drafted()
+        for index, request in enumerate(tokens.requests):
+            if request not in self._ends:
+                mine = is_drafted & (tokens.request_of_token == index)
+                if mine.any():
+                    self._open[request] = tokens.positions[mine], ids.compress(mine, axis=1)
+
     def end_request(self, request: str) -> None:
         """The request stops counting at once; its matrix enters the collection."""
         self._take_in()
+        self._open.pop(request, None)
         self.forecast.end_request(request)

@@ -161,7 +161,7 @@ def _run(
         flags |= PLAN_UNPINNED
     for step in range(schedule.num_steps):
         if schedule.is_draft is not None:
-            policy.settle(schedule.ends(step))
+            policy.verify(schedule.ends(step))
         for request in schedule.ended[step]:
             policy.end_request(str(request))
         tokens = schedule.tokens(step)

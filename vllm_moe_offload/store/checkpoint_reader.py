@@ -3,8 +3,8 @@
 Building a store reads the whole checkpoint once. Mapped files, as safetensors reads them, are
 paged in a little at a time while nothing else happens; here a few threads read large extents
 with O_DIRECT, and the disk works while tensors are put into kernel form and written. The reader
-that serves (``csrc/file_reader.h``) is made for one file of whole blocks, with threads of its own;
-a checkpoint is many files that end anywhere.
+that serves (``csrc/file_reader.h``) is made for files of whole blocks, with threads of its own;
+a checkpoint's files end anywhere.
 """
 
 from __future__ import annotations

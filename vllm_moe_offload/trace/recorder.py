@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import zipfile
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class TraceRecorder:
 
     One step: :meth:`begin_step`, :meth:`observe` per layer, :meth:`end_step`. A step that
     ends without all its layers (a failed read) is dropped. Where a drafter guesses tokens,
-    :meth:`settle` before the next step says which of them count.
+    :meth:`verify` before the next step says which of them count.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class TraceRecorder:
         self._end_steps: list[int] = []
         self._running: dict[str, int] = {}
         self._drafted: dict[str, tuple[int, npt.NDArray[np.int64]]] = {}  # first row, positions
-        self._extra: list[int] = []  # rows that belong to no request's tokens after all
+        self._extra = array("q")  # rows that belong to no request's tokens after all
         self._step = -1
         self._tokens: StepTokens | None = None
         self._block: npt.NDArray[Any] = np.zeros((0, *self._shape), self._dtype)
@@ -183,7 +184,7 @@ class TraceRecorder:
             return
         self._num_tokens += entries.size
 
-    def settle(self, ends: Mapping[str, int]) -> None:
+    def verify(self, ends: Mapping[str, int]) -> None:
         """Which drafted tokens turned out to be their requests' (see ``StepTokens.is_verified``);
         those of requests that are not named stay open until they are, or end."""
         for request in self._drafted.keys() & ends.keys():
@@ -191,13 +192,13 @@ class TraceRecorder:
             num_verified = int(np.searchsorted(positions, ends[request]))
             progress = self._progress[self._running[request]]
             num_again, _ = progress.advance(positions[:num_verified], False)
-            self._extra += range(first_row, first_row + num_again)
-            self._extra += range(first_row + num_verified, first_row + positions.size)
+            self._extra.extend(range(first_row, first_row + num_again))
+            self._extra.extend(range(first_row + num_verified, first_row + positions.size))
 
     def _reject(self, request: str) -> None:
         if request in self._drafted:
             first_row, positions = self._drafted.pop(request)
-            self._extra += range(first_row, first_row + positions.size)
+            self._extra.extend(range(first_row, first_row + positions.size))
 
     def end_request(self, request: str) -> None:
         """A request ended: the same name would be another request from now on."""
