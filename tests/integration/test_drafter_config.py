@@ -80,6 +80,16 @@ def test_a_whole_model_that_drafts_keeps_its_experts() -> None:
     assert not speculation.is_draft_model(config_of(None))
 
 
+def test_who_drafts() -> None:
+    config = config_of("mtp")
+    assert speculation.drafts(config, config.speculative_config.draft_model_config)
+    assert not speculation.drafts(config, config.model_config)
+    ngrams = config_of("ngram")
+    ngrams.speculative_config.draft_model_config = ngrams.model_config  # as vLLM has it
+    assert not speculation.drafts(ngrams, ngrams.model_config)
+    assert not speculation.drafts(config_of(None), config.model_config)
+
+
 def test_passes_through_each_layer_of_a_drafter() -> None:
     assert speculation.passes_per_layer(config_of("mtp")) == 3
     assert speculation.passes_per_layer(config_of(None)) == 0

@@ -96,9 +96,16 @@ def passes_per_layer(config: Any) -> float:
 
 
 def drafts(config: Any, model_config: Any) -> bool:
-    """Whether ``model_config`` is the drafter's of a server: workers load it after the model."""
+    """Whether ``model_config`` is that of a drafter with weights: workers load it after the model.
+
+    Of a drafter without, vLLM gives the model's own in its place.
+    """
     speculative = config.speculative_config
-    return speculative is not None and model_config is speculative.draft_model_config
+    return (
+        speculative is not None
+        and speculative.method in WITH_MODEL
+        and model_config is speculative.draft_model_config
+    )
 
 
 def check_own_experts(config: Any) -> None:
