@@ -31,7 +31,6 @@ class LayerCalls:
 
     Attributes:
         policy: whom the calls are shown to.
-        prefetcher: what reads ahead of them, if anything.
         tokens: of the step that runs; None: no request stands behind what is called.
         num_tokens: tokens of the step that runs.
         policy_ns: time that tracing, scoring and predicting took while nothing was waited for.
@@ -47,7 +46,7 @@ class LayerCalls:
         self.prefetch_ns = 0
         self._outcome = cache.outcome
         self.policy = policy
-        self.prefetcher = prefetcher
+        self._prefetcher = prefetcher
         self._votes = np.zeros(cache.shape.num_experts, np.float32)
         self._call = LayerCall(threshold=LIKELY)
         self._serve_call = cache.server_of(self._call)
@@ -78,8 +77,8 @@ class LayerCalls:
         self._ready_ns = 0
         self._observer = None
         self.policy.begin_step(tokens)
-        if self.prefetcher is not None:
-            self.prefetcher.begin_step(tokens)
+        if self._prefetcher is not None:
+            self._prefetcher.begin_step(tokens)
         self.policy_ns += time.perf_counter_ns() - began
 
     def end_step(self) -> None:
@@ -87,8 +86,8 @@ class LayerCalls:
         began = time.perf_counter_ns()
         self.tokens = None
         self.policy.end_step()
-        if self.prefetcher is not None:
-            self.prefetcher.end_step()
+        if self._prefetcher is not None:
+            self._prefetcher.end_step()
         self.policy_ns += time.perf_counter_ns() - began
 
     def extent(self, topk_ids: torch.Tensor | npt.NDArray[Any]) -> tuple[int, int]:
@@ -123,7 +122,7 @@ class LayerCalls:
         """
         if self.tokens is None:
             return self.plan_again(layer, topk_ids, slot_ids)
-        prefetcher = self.prefetcher
+        prefetcher = self._prefetcher
         if prefetcher is not None:
             self._collect(prefetcher)
         began = time.perf_counter_ns()
@@ -255,7 +254,7 @@ class LayerCalls:
 
     def read_ahead(self, layer: int, hidden: torch.Tensor | None) -> None:
         """Begins what :meth:`plan`, which found nothing missing, said is to be read ahead."""
-        prefetcher = self.prefetcher
+        prefetcher = self._prefetcher
         if prefetcher is None or self.tokens is None:
             return
         began = time.perf_counter_ns()
@@ -278,7 +277,7 @@ class LayerCalls:
 
     def slots_are_ready(self, *, in_ns: int) -> None:
         """The kernel begins in so many nanoseconds: from then on computing hides reads."""
-        if self.prefetcher is not None and self.tokens is not None:
+        if self._prefetcher is not None and self.tokens is not None:
             self._ready_ns = time.perf_counter_ns() + in_ns
 
 

@@ -127,7 +127,13 @@ class OffloadRuntime:
     @property
     def wants_hidden(self) -> bool:
         """Whether the layer calls of the step that runs should be given ``hidden``."""
-        return self._calls.prefetcher is not None and self._calls.tokens is not None
+        return self._prefetcher_of_call is not None
+
+    @property
+    def _prefetcher_of_call(self) -> Prefetcher | None:
+        """That of the model's steps; drafters and calls that nobody asked for have none."""
+        is_step = self._calls is self._steps and self._steps.tokens is not None
+        return self.prefetcher if is_step else None
 
     # ---- steps and requests ----------------------------------------------------------
 
@@ -330,8 +336,7 @@ class OffloadRuntime:
         """Reads what the open plan misses, and begins prefetches meanwhile."""
         self._copies_ns = 0
         if self.cache.outcome.num_misses:
-            prefetcher = self._calls.prefetcher if self._calls.tokens is not None else None
-            self._read_misses(layer, prefetcher, hidden)
+            self._read_misses(layer, self._prefetcher_of_call, hidden)
         else:
             self._calls.read_ahead(layer, hidden)
         # On a device the kernel still waits for its misses, and the link has no room meanwhile.

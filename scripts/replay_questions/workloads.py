@@ -145,6 +145,8 @@ def alone(schedule: Schedule, request: int) -> Schedule:
         position=schedule.position[tokens],
         ended=[[] for _ in starts],
         prefill_ends=schedule.prefill_ends,
+        last_ends=schedule.last_ends,
+        is_draft=None if schedule.is_draft is None else schedule.is_draft[tokens],
     )
 
 

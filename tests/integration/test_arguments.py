@@ -100,8 +100,8 @@ def configure(model, **overrides):
         ({"cpu_offload_gb": 1.0}, ["cpu_offload_gb=1.0"]),
         ({"load_format": "sharded_state"}, ["load_format='sharded_state'", "safetensors"]),
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["speculative_config", "ngram"],
+            {"speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2}},
+            ["speculative_config.method='ngram_gpu'", "allowed: ngram, suffix"],
         ),
         ({"offload": {"cache_gb": "0%"}}, ["cache_gb='0%'", "(0%, 100%]"]),
         ({"offload": {"host_gb": 4}}, ["host_gb=4", "cache_gb"]),

@@ -27,6 +27,8 @@ METRICS = {
     for name in (
         "hits_total",
         "misses_total",
+        "draft_hits_total",
+        "draft_misses_total",
         "bypasses_total",
         "read_bytes_total",
         "prefetch_issued_total",
