@@ -33,6 +33,8 @@ class WorkerProbe:
         return {
             "hits_total": counted["hits"],
             "misses_total": counted["misses"],
+            "draft_hits_total": runtime.draft_hits,
+            "draft_misses_total": runtime.draft_misses,
             "bypasses_total": counted["bypasses"],
             "prefetch_issued_total": counted["prefetch_issued"],
             "prefetch_useful_total": counted["prefetch_useful"],
