@@ -83,9 +83,8 @@ class OffloadRuntime:
         self.stall_ns = 0
         self.busy_ns = 0
         self.num_tokens = 0
-        self._guessed: StepTokens | None = (
-            None  # the last step, if guesses are among its tokens
-        )
+        # The last step, if guesses are among its tokens.
+        self._guessed: StepTokens | None = None
         self._transfer = transfer
         self.prefetcher = prefetcher
         self._steps = LayerCalls(cache, policy, prefetcher)

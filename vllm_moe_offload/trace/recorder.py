@@ -237,10 +237,9 @@ class TraceRecorder:
         for request in list(self._drafted):
             self._reject(request)
         is_own = ~tokens["is_again"]
-        rejected = np.array(self._extra, np.int64)
-        is_own[rejected[rejected < is_own.size]] = (
-            False  # the last step may not be in the spool
-        )
+        extra_rows = np.array(self._extra, np.int64)
+        # The last step's rows may not be in the spool.
+        is_own[extra_rows[extra_rows < is_own.size]] = False
         extra, own = np.flatnonzero(~is_own), np.flatnonzero(is_own)
         own = own[np.argsort(tokens["request"][own], kind="stable")]  # positions ascend already
         row_token = np.empty(tokens.size, np.int64)
