@@ -206,9 +206,9 @@ typedef struct vmo_extent {
   uint64_t length;
 } vmo_extent;
 
-// One record read: extents filled from `offset` on in the reader's files, one behind the other; of
-// one file only. `tag` is the caller's; it is in use
-// until its completion was taken by vmo_reader_wait, or vmo_reader_drop returned 1.
+// One record read: extents filled from `offset` on in the reader's files, one behind the other;
+// of one file only. `tag` is the caller's; it is in use until its completion was taken by
+// vmo_reader_wait, or vmo_reader_drop returned 1.
 typedef struct vmo_read {
   uint64_t offset;
   const vmo_extent* extents;
@@ -225,8 +225,8 @@ typedef struct vmo_completion {
 } vmo_completion;
 
 // Opens `paths` (num_paths entries) read-only. direct 1: O_DIRECT, error where the file system
-// refuses; 0: page cache. `cpus` (num_cpus entries) is the affinity of the I/O threads; with none
-// they inherit that of the calling thread.
+// refuses; 0: page cache. `cpus` (num_cpus entries) is the affinity of the I/O threads; with
+// none they inherit that of the calling thread.
 VMO_API vmo_reader* vmo_reader_open(const char* const* paths, int32_t num_paths, int32_t direct,
                                     int32_t num_threads, const int32_t* cpus, int32_t num_cpus);
 // Waits for chunks that are being read, drops the rest. No other call may be running.

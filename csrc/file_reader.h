@@ -45,8 +45,8 @@ struct ReadResult {
 // An open regular file.
 class OpenFile {
  public:
-  // `direct` bypasses the page cache. Throws std::runtime_error naming the path if it is no regular
-  // file, cannot be opened, or its file system refuses O_DIRECT.
+  // `direct` bypasses the page cache. Throws std::runtime_error naming the path if it is no
+  // regular file, cannot be opened, or its file system refuses O_DIRECT.
   OpenFile(const std::string& path, bool direct);
   ~OpenFile();
   OpenFile(OpenFile&& other) noexcept;
@@ -63,8 +63,8 @@ class OpenFile {
   uint64_t bytes_ = 0;
 };
 
-// Files, one behind the other, and the threads that read them. Safe to call from several threads,
-// except for the destructor, which must not race with anything.
+// Files, one behind the other, and the threads that read them. Safe to call from several
+// threads, except for the destructor, which must not race with anything.
 class FileReader {
  public:
   // Opens `paths` (one at least). Threads run on `cpus`, or where the calling thread may run if
