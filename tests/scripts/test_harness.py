@@ -121,6 +121,7 @@ def test_a_file_that_is_forgotten_has_to_be_read_again(tmp_path: Path) -> None:
         if not is_cached():
             break
         time.sleep(0.05)
+        os.sync()
     assert not is_cached()
 
 
