@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "vllm_moe_offload"
 ROOMS = [
-    {"config", "native", "step", "rank"},
+    {"config", "files", "native", "step", "rank"},
     {"trace", "cache"},
     {"forecast", "store"},
     {"policy"},
@@ -23,6 +23,7 @@ RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 NO_TORCH = {
     *(
         "config",
+        "files",
         "native",
         "step",
         "rank",

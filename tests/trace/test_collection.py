@@ -9,6 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from tests.trace.mutations import mutated
 from vllm_moe_offload.trace.collection import (
     ActivationCollection,
     CollectionError,
@@ -124,7 +125,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vllm_moe_offload.trace.collection.os.fsync", full_disk)
+    monkeypatch.setattr("vllm_moe_offload.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         ActivationCollection(2, 4, 2).save(path)
     assert path.read_bytes() == before
@@ -158,8 +159,19 @@ def document(**changes: object) -> bytes:
         (document(fingerprint="model-b"), "belongs to model 'model-b', this is 'model-a'"),
         (document(entries=[[b"123", b"1234"]]), "is damaged"),
         (document(entries=[[b"\x63\0\0\0", b"\0\0\x80\x3f"]]), r"ascend within \[0, 8\)"),
-        (document(entries=[[b"\x01\0\0\0", b"\0\0\xc0\x7f"]]), "positive and finite"),
+        (document(entries=[[b"\x01\0\0\0", b"\0\0\xc0\x7f"]]), "numbers of tokens"),
+        (document(entries=[[b"\x01\0\0\0", b"\1\0\0\0"]]), "numbers of tokens"),
+        (document(entries=[[b"", b""]]), "is damaged"),
+        (document(entries=[7]), "two byte strings"),
+        (document(entries=[["\1\0\0\0", 1.5]]), "two byte strings"),
+        (document(entries={"a": 1}), "entries must be a list"),
+        (document(entries=[None] * 20_001), "damaged or no collection"),
         (document(num_layers="two"), "is damaged"),
+        (document(num_layers=float("inf")), "must be integers"),
+        (document(num_layers=2**31), "not 2147483648 layers of 4"),
+        (document(num_layers=0), "not 0 layers of 4"),
+        (document(num_experts=2**16 + 1), r"must lie in \[1, 65536\], is 65537"),
+        (document(fingerprint="model-a", num_experts=-1), r"must lie in \[1, 65536\], is -1"),
     ],
 )
 def test_foreign_and_damaged_files_are_refused(
@@ -171,6 +183,55 @@ def test_foreign_and_damaged_files_are_refused(
         ActivationCollection.load(path, fingerprint="model-a")
     assert str(path) in str(error.value)
     assert "delete it or set another trace_path" in str(error.value)
+
+
+def test_a_collection_of_another_shape_is_refused_whatever_its_fingerprint(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "eam.msgpack"
+    filled().save(path)
+    assert len(ActivationCollection.load(path, fingerprint="model-a", shape=(2, 4))) == 3
+    with pytest.raises(CollectionError, match="is of 2 layers x 4 experts, this model has 4 x 2"):
+        ActivationCollection.load(path, fingerprint="model-a", shape=(4, 2))
+
+
+def test_a_file_too_large_for_a_collection_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "eam.msgpack"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # takes no room: all of it is a hole
+    with pytest.raises(CollectionError, match="has 1099511627776 bytes"):
+        ActivationCollection.load(path)
+
+
+def test_lists_in_lists_take_no_memory(tmp_path: Path) -> None:
+    """Each level may say that it is long: of this file 500 lists of its length would be made."""
+    path = tmp_path / "eam.msgpack"
+    length = 8 << 20
+    path.write_bytes((b"\xdd" + length.to_bytes(4, "big")) * 500 + bytes(length))
+    with pytest.raises(CollectionError, match="damaged or no collection"):
+        ActivationCollection.load(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_change_of_bytes_gives_another_error(tmp_path: Path, seed: int) -> None:
+    """Bits, bytes and pieces changed, 500 times each: read, or refused by name."""
+    path = tmp_path / "eam.msgpack"
+    whole = document(
+        entries=[[e.keys.tobytes(), e.counts.tobytes()] for e in map(filled().entry, range(3))]
+    )
+    generator = np.random.default_rng(seed)
+    refused = 0
+    for _ in range(500):
+        path.write_bytes(mutated(whole, generator))
+        try:
+            loaded = ActivationCollection.load(path, capacity=10)
+        except CollectionError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert np.isfinite(loaded.mean()).all()
+            assert np.isfinite(loaded.nearest(np.ones(loaded.mean().shape), 3)[1]).all()
+    assert refused > 100
 
 
 def test_capacity_is_checked() -> None:

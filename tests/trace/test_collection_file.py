@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -34,7 +37,8 @@ def test_what_one_server_learned_the_next_one_knows(tmp_path: Path) -> None:
 
 def test_it_is_saved_without_being_asked(tmp_path: Path) -> None:
     path = tmp_path / "a.msgpack"
-    file = CollectionFile(path, collection(count=1), delay_s=0.01)
+    file = CollectionFile(path, collection(), delay_s=0.01)
+    file.load().add(np.ones((LAYERS, EXPERTS)))
     file.changed()
     deadline = time.monotonic() + 20
     while not path.exists() and time.monotonic() < deadline:
@@ -45,6 +49,7 @@ def test_it_is_saved_without_being_asked(tmp_path: Path) -> None:
 
 def test_nothing_new_nothing_written(tmp_path: Path) -> None:
     file = CollectionFile(tmp_path / "a.msgpack", collection(count=1))
+    file.load()
     file.close()
     assert not list(tmp_path.iterdir())
 
@@ -66,6 +71,7 @@ def test_a_foreign_or_damaged_file_is_left_alone(tmp_path: Path, caplog) -> None
 
 def test_only_the_writer_writes(tmp_path: Path) -> None:
     file = CollectionFile(tmp_path / "a.msgpack", collection(count=1), writes=False)
+    file.load()
     file.changed()
     file.close()
     assert not list(tmp_path.iterdir())
@@ -73,6 +79,77 @@ def test_only_the_writer_writes(tmp_path: Path) -> None:
 
 def test_an_unwritable_directory_is_a_warning(tmp_path: Path, caplog) -> None:
     file = CollectionFile(tmp_path / "gone" / "a.msgpack", collection(count=1))
+    file.load()
     file.changed()
     file.close()
     assert "cannot save activation matrices" in caplog.text
+
+
+def test_a_disk_that_fills_up_is_a_warning(tmp_path: Path, caplog, monkeypatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    file = CollectionFile(tmp_path / "a.msgpack", collection(count=1))
+    file.load()
+    file.changed()
+    monkeypatch.setattr("vllm_moe_offload.files.os.fsync", full_disk)
+    file.close()
+    assert "cannot save activation matrices: [Errno 28] No space left" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_collection_of_another_shape_is_left_alone(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "a.msgpack"
+    made = ActivationCollection(LAYERS, EXPERTS + 1, 10, "model")
+    made.save(path)
+    file = CollectionFile(path, collection())
+    assert file.load().num_experts == EXPERTS
+    assert "is of 2 layers x 5 experts, this model has 2 x 4" in caplog.text
+    file.changed()
+    file.close()
+    assert ActivationCollection.load(path).num_experts == EXPERTS + 1
+
+
+def test_of_two_servers_the_first_one_keeps_its_matrices(tmp_path: Path, caplog) -> None:
+    """The other one, which ends later, does not write over them."""
+    path = tmp_path / "a.msgpack"
+    first = CollectionFile(path, collection())
+    second = CollectionFile(path, collection())
+    first.load()
+    with caplog.at_level(logging.WARNING, logger="vllm.moe_offload"):
+        second.load()
+    (record,) = caplog.records
+    assert f"another server keeps its activation matrices in {path}" in record.getMessage()
+    for file, count in ((first, 6), (second, 1)):
+        for index in range(count):
+            file.collection.add(np.eye(EXPERTS)[[index % EXPERTS, 0]] + index)
+            file.changed()
+    first.close()
+    second.changed()
+    second.close()
+    assert len(ActivationCollection.load(path)) == 6
+    third = CollectionFile(path, collection())
+    assert len(third.load()) == 6
+    third.collection.add(np.ones((LAYERS, EXPERTS)))
+    third.changed()
+    third.close()
+    assert len(ActivationCollection.load(path)) == 7
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.msgpack"]
+
+
+def test_what_a_killed_save_left_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    path = tmp_path / "a.msgpack"
+    code = f"""
+import os, signal
+from pathlib import Path
+from vllm_moe_offload import files
+from vllm_moe_offload.trace.collection import ActivationCollection
+files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+ActivationCollection(2, 4, 10).save(Path({str(path)!r}))
+"""
+    subprocess.run([sys.executable, "-c", code])
+    assert len(list(tmp_path.iterdir())) == 1
+    file = CollectionFile(path, collection())
+    file.load()
+    file.close()
+    assert not list(tmp_path.iterdir())

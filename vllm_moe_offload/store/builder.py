@@ -14,8 +14,9 @@ import numpy.typing as npt
 import xxhash
 
 from vllm_moe_offload.cache.layout import ExpertLayout
+from vllm_moe_offload.files import sync_directory
 from vllm_moe_offload.store.direct_io import Bytes, DirectWriter, io_threads
-from vllm_moe_offload.store.directory import building_directory, sync_directory
+from vllm_moe_offload.store.directory import building_directory
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.expert_store import (
     EXPERTS_NAME,

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_moe_offload.files import open_lock
 from vllm_moe_offload.store.errors import StoreError
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -69,7 +70,7 @@ def store_lock(directory: Path) -> Iterator[None]:
     prepare_store_dir(directory)
     path = directory.with_name(f"{directory.name}.lock")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = open_lock(path)
     except OSError as error:
         raise StoreError(
             f"cannot open the lock {path}: {error}; set store_dir to a directory of your own"
@@ -144,12 +145,3 @@ def delete(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise StoreError(f"cannot delete {path}: {error}") from error
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames in ``path`` survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

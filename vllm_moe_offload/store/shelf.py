@@ -165,6 +165,8 @@ def remove(shelved: ShelvedModel) -> None:
     """
     with contextlib.ExitStack() as locks:
         for lock in sorted(shelved.directory.glob("*.lock")):
-            locks.enter_context(store_lock(lock.with_suffix("")))
+            # Beside those of parts lies that of a server that keeps its activation matrices here.
+            if _PARTS.fullmatch(lock.stem):
+                locks.enter_context(store_lock(lock.with_suffix("")))
         for path in _contents(shelved.directory):
             delete(path)

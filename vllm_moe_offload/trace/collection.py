@@ -13,7 +13,6 @@ of 10,000 matrices of 61,440 experts reads 2.4 GB.
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.files import open_regular, replacing
+from vllm_moe_offload.trace.shape import shape_fault
 from vllm_moe_offload.trace.sketches import Sketches
 
 FloatArray = npt.NDArray[np.float32]
@@ -31,6 +32,10 @@ VERSION = 1
 RERANKED = 8
 MAX_NONZERO = 4096
 """Largest counts kept per matrix; the others are too rare to predict anything."""
+MAX_ENTRIES = 20_000
+"""Most that a file may hold; a server collects some hundred."""
+MAX_COUNT = 1 << 40
+MAX_FILE_BYTES = 1 << 30
 
 
 class CollectionError(ValueError):
@@ -214,21 +219,16 @@ class ActivationCollection:
                 for entry in list(self._entries)  # the server goes on adding
             ],
         }
-        path = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:  # mkstemp made it 0600
-                file.write(msgpack.packb(document))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with replacing(Path(path)) as file:
+            file.write(msgpack.packb(document))
 
     @classmethod
     def load(
-        cls, path: str | Path, capacity: int | None = None, fingerprint: str | None = None
+        cls,
+        path: str | Path,
+        capacity: int | None = None,
+        fingerprint: str | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> ActivationCollection:
         """Reads a collection; keeps its last ``capacity`` entries.
 
@@ -236,18 +236,14 @@ class ActivationCollection:
             path: file written by :meth:`save`.
             capacity: of the new collection; None: the entries that the file holds.
             fingerprint: refuse a file of another model; None takes any.
+            shape: layers and experts per layer; refuse a file of others; None takes any.
 
         Raises:
             CollectionError: damaged, foreign, of another version or model; says which.
             OSError: the file cannot be read.
         """
         remedy = "delete it or set another trace_path"
-        try:
-            document = msgpack.unpackb(Path(path).read_bytes())
-        except (ValueError, msgpack.exceptions.UnpackException) as error:
-            raise CollectionError(
-                f"{path} is damaged or no collection ({error}); {remedy}"
-            ) from error
+        document = _document(path, remedy)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CollectionError(f"{path} is not an EAM collection; {remedy}")
         if document.get("version") != VERSION:
@@ -260,31 +256,78 @@ class ActivationCollection:
                 f"{path} belongs to model {document.get('fingerprint')!r}, this is "
                 f"{fingerprint!r}; {remedy}"
             )
-        try:
-            layers, experts = int(document["num_layers"]), int(document["num_experts"])
-            raw = document["entries"]
-            collection = cls(
-                layers, experts, capacity or max(len(raw), 1), str(document["fingerprint"])
+        found = (document.get("num_layers"), document.get("num_experts"))
+        if shape is not None and found != shape:
+            raise CollectionError(
+                f"{path} is of {found[0]} layers x {found[1]} experts, this model has "
+                f"{shape[0]} x {shape[1]}; {remedy}"
             )
-            for keys, counts in raw[-collection.capacity :]:
-                collection._insert(_decoded(keys, counts, layers * experts))
-        except (KeyError, TypeError, ValueError) as error:
+        try:
+            return cls._of_document(document, capacity)
+        except ValueError as error:
             raise CollectionError(f"{path} is damaged ({error}); {remedy}") from error
+
+    @classmethod
+    def _of_document(
+        cls, document: dict[str, Any], capacity: int | None
+    ) -> ActivationCollection:
+        """Raises ValueError for what :meth:`save` does not write; before it takes memory for it."""
+        layers, experts = document.get("num_layers"), document.get("num_experts")
+        if not isinstance(layers, int) or not isinstance(experts, int):
+            raise ValueError("num_layers and num_experts must be integers")
+        fault = shape_fault(layers, experts)
+        if fault is not None:
+            raise ValueError(fault)
+        raw, fingerprint = document.get("entries"), document.get("fingerprint")
+        if not isinstance(raw, list) or not isinstance(fingerprint, str):
+            raise ValueError("entries must be a list, and fingerprint text")
+        collection = cls(layers, experts, capacity or max(len(raw), 1), fingerprint)
+        for entry in raw[-collection.capacity :]:
+            collection._insert(_decoded(entry, layers * experts))
         return collection
 
 
-def _decoded(keys: bytes, counts: bytes, size: int) -> SparseMatrix:
-    entry = SparseMatrix(
-        np.frombuffer(keys, "<i4").astype(np.int32),
-        np.frombuffer(counts, "<f4").astype(np.float32),
-    )
-    if entry.keys.size != entry.counts.size or not entry.keys.size:
+def _document(path: str | Path, remedy: str) -> Any:
+    """What a file holds, of sizes that a collection may have."""
+    with open_regular(Path(path)) as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > MAX_FILE_BYTES:
+            raise CollectionError(
+                f"{path} has {nbytes} bytes, a collection {MAX_FILE_BYTES} at most; {remedy}"
+            )
+        content = file.read(MAX_FILE_BYTES)
+    try:
+        return msgpack.unpackb(
+            content,
+            max_array_len=MAX_ENTRIES,
+            max_bin_len=MAX_NONZERO * 4,
+            max_str_len=4096,
+            max_map_len=64,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise CollectionError(
+            f"{path} is damaged or no collection ({error}); {remedy}"
+        ) from error
+
+
+def _decoded(raw: Any, size: int) -> SparseMatrix:
+    """An entry as :meth:`ActivationCollection.save` writes it; raises ValueError for others."""
+    if not isinstance(raw, list) or len(raw) != 2 or not all(map(_is_bytes, raw)):
+        raise ValueError("an entry must be two byte strings, keys and counts")
+    keys = np.frombuffer(raw[0], "<i4").astype(np.int32)
+    counts = np.frombuffer(raw[1], "<f4").astype(np.float32)
+    if keys.size != counts.size or not keys.size:
         raise ValueError("an entry's keys and counts differ in number, or there are none")
-    if entry.keys.min() < 0 or entry.keys.max() >= size or np.any(np.diff(entry.keys) <= 0):
+    if keys.min() < 0 or keys.max() >= size or np.any(np.diff(keys) <= 0):
         raise ValueError(f"keys of an entry must ascend within [0, {size})")
-    if not np.all(np.isfinite(entry.counts)) or entry.counts.min() <= 0:
-        raise ValueError("counts must be positive and finite")
-    return entry
+    if not np.all((counts >= 1) & (counts <= MAX_COUNT)):
+        raise ValueError(f"counts must be numbers of tokens, from 1 to {MAX_COUNT}")
+    return SparseMatrix(keys, counts)
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, bytes)
 
 
 def _normalise_rows(table: FloatArray) -> FloatArray:

@@ -6,6 +6,7 @@ import logging
 import threading
 from pathlib import Path
 
+from vllm_moe_offload.files import FileInUse, FileLock, remove_unfinished
 from vllm_moe_offload.trace.collection import ActivationCollection, CollectionError
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -16,7 +17,7 @@ server that is killed loses no more than this."""
 
 
 class CollectionFile:
-    """One file, one collection, one writer.
+    """One file, one collection, one writer: of several servers the first, as long as it runs.
 
     Attributes:
         path: the file, written atomically and readable by its owner only.
@@ -31,10 +32,18 @@ class CollectionFile:
         writes: bool = True,
         delay_s: float = SAVE_DELAY_S,
     ) -> None:
-        """``writes`` False: only :meth:`load` (another rank writes the same file)."""
+        """Touches nothing yet.
+
+        Args:
+            path: the file.
+            collection: what is kept there; empty, of the model that is served.
+            writes: False: only :meth:`load` (another rank writes the same file).
+            delay_s: time from a change until it is saved.
+        """
         self.path = path
         self.collection = collection
-        self._writes = writes
+        self._may_write = writes
+        self._writer: FileLock | None = None
         self._delay_s = delay_s
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
@@ -42,17 +51,21 @@ class CollectionFile:
     def load(self) -> ActivationCollection:
         """Replaces :attr:`collection` by the file's, if there is one; returns it.
 
-        A file that is damaged, foreign or unreadable is left alone and a warning logged: the
+        From now on this server keeps what it collects in the file, unless another one does. A
+        file that is damaged, foreign or unreadable is left alone and a warning logged: the
         server then starts with an empty collection, and does not write over that file.
         """
+        if self._may_write:
+            self._become_writer()
+        own = self.collection
         try:
             self.collection = ActivationCollection.load(
-                self.path, self.collection.capacity, self.collection.fingerprint
+                self.path, own.capacity, own.fingerprint, (own.num_layers, own.num_experts)
             )
         except FileNotFoundError:
             pass
         except (CollectionError, OSError) as error:
-            self._writes = False
+            self._release()
             logger.warning(
                 "MoE offload: starting without the activation matrices of earlier requests, and "
                 "not keeping this server's: %s",
@@ -66,9 +79,28 @@ class CollectionFile:
             )
         return self.collection
 
+    def _become_writer(self) -> None:
+        try:
+            self._writer = FileLock(self.path)
+            remove_unfinished(self.path)
+        except FileInUse:
+            logger.warning(
+                "MoE offload: another server keeps its activation matrices in %s; this one starts "
+                "with them and keeps none of its own (set another trace_path to keep them)",
+                self.path,
+            )
+        except OSError as error:
+            self._release()
+            _warn(error)
+
+    def _release(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+            self._writer = None
+
     def changed(self) -> None:
         """The collection changed: it is saved soon, by another thread."""
-        if not self._writes:
+        if self._writer is None:
             return
         with self._lock:
             if self._timer is None:
@@ -77,13 +109,16 @@ class CollectionFile:
                 self._timer.start()
 
     def close(self) -> None:
-        """Saves what was not saved yet."""
+        """Saves what was not saved yet; another server may keep its own here afterwards."""
         with self._lock:
             timer = self._timer
-        if timer is not None:
-            timer.cancel()
-            timer.join()
-            self._save()
+        try:
+            if timer is not None:
+                timer.cancel()
+                timer.join()
+                self._save()
+        finally:
+            self._release()
 
     def _save(self) -> None:
         with self._lock:
@@ -93,4 +128,8 @@ class CollectionFile:
         try:
             self.collection.save(self.path)
         except OSError as error:
-            logger.warning("MoE offload: cannot save activation matrices: %s", error)
+            _warn(error)
+
+
+def _warn(error: OSError) -> None:
+    logger.warning("MoE offload: cannot save activation matrices: %s", error)
