@@ -20,6 +20,9 @@ from pydantic.fields import FieldInfo
 Mode = Literal["off", "lru", "lru-layer", "lfu", "lrfu", "trace"]
 MODES: tuple[str, ...] = get_args(Mode)
 GIB = 1 << 30
+MAX_TRACE_GIB = 1 << 20
+KEEP_NOTHING = "none"
+"""As ``trace_path``."""
 
 
 class OptionError(ValueError):
@@ -90,7 +93,8 @@ class OffloadConfig(BaseModel):
         Field(
             description="Where trace mode keeps the activation matrices of finished requests "
             "between starts: a .msgpack file; where experts or layers are divided among workers, "
-            "one for each part, its name before the suffix.",
+            'one for each part, its name before the suffix. "none": they are forgotten at exit. '
+            "They say what requests were about (security.md).",
             json_schema_extra={
                 "default": "activations.msgpack in the model's directory below store_dir"
             },
@@ -100,7 +104,8 @@ class OffloadConfig(BaseModel):
         str | None,
         Field(
             description="Write the routing of all requests to this .npz file at exit; with pipeline "
-            "parallelism one for each stage, its name before the suffix.",
+            "parallelism one for each stage, its name before the suffix. Most of the prompts can be "
+            "read out of it (security.md).",
             json_schema_extra={"default": "nothing is recorded"},
         ),
     ] = None
@@ -108,6 +113,7 @@ class OffloadConfig(BaseModel):
         float,
         Field(
             gt=0,
+            le=MAX_TRACE_GIB,
             description="Stop recording when the trace holds this much.",
             json_schema_extra={"unit": "GiB"},
         ),
@@ -147,8 +153,8 @@ class OffloadConfig(BaseModel):
     @field_validator("trace_path")
     @classmethod
     def _check_trace_path(cls, value: str | None) -> str | None:
-        if value is not None and not value.endswith(".msgpack"):
-            raise ValueError("must end in .msgpack")
+        if value not in (None, KEEP_NOTHING) and not value.endswith(".msgpack"):
+            raise ValueError('must end in .msgpack, or be "none"')
         return value
 
     @property

@@ -436,15 +436,20 @@ class OffloadRuntime:
         )
 
     def close(self) -> None:
-        """Stops reading and finishes the recording; safe to call again."""
+        """Stops reading and finishes the recording; safe to call again.
+
+        Raises:
+            ExceptionGroup: what could not be closed; the rest is.
+        """
         if self._closed:
             return
         self._closed = True
-        self._publish()
-        if self.published is not None:
-            self.published.close()
-        if self._recorder is not None:
-            self._recorder.close()
-        if self._collection_file is not None:
-            self._collection_file.close()
-        self._transfer.close()
+        parts = (self.published, self._recorder, self._collection_file, self._transfer)
+        errors = []
+        for close in (self._publish, *(part.close for part in parts if part is not None)):
+            try:
+                close()
+            except Exception as error:  # noqa: BLE001 (raised below, with the others)
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("the expert cache did not close", errors)

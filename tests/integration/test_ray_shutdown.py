@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_moe_offload.integration import ray_shutdown
+from vllm_moe_offload.integration import ray_shutdown, requests
 
 
 class Executor:
@@ -51,7 +51,32 @@ def test_what_may_be_missing_is_said(error, caplog):
 def test_a_worker_ends_its_runtime(monkeypatch):
     closed = []
     runtime = SimpleNamespace(close=lambda: closed.append(True))
-    monkeypatch.setattr(ray_shutdown, "runtime_of", lambda runner: runner)
+    monkeypatch.setattr(requests, "runtime_of", lambda runner: runner)
     ray_shutdown.moe_offload_close(SimpleNamespace(model_runner=runtime))
     ray_shutdown.moe_offload_close(SimpleNamespace(model_runner=None))  # dense layers alone
     assert closed == [True]
+
+
+def test_files_that_cannot_be_written_are_named_and_the_end_goes_on(monkeypatch, caplog):
+    """One line for each; vLLM's own shutdown follows."""
+
+    def close() -> None:
+        errors = [OSError("no room for the trace"), OSError("no room for the counters")]
+        raise ExceptionGroup("the expert cache did not close", errors)
+
+    monkeypatch.setattr(requests, "runtime_of", lambda runner: runner)
+    result = requests.shutdown(lambda runner: "shut down", SimpleNamespace(close=close))
+    assert result == "shut down"
+    assert [record.getMessage() for record in caplog.records] == [
+        "MoE offload: no room for the trace",
+        "MoE offload: no room for the counters",
+    ]
+
+
+def test_errors_that_are_no_files_are_raised(monkeypatch):
+    def close() -> None:
+        raise ExceptionGroup("the expert cache did not close", [KeyError("a")])
+
+    monkeypatch.setattr(requests, "runtime_of", lambda runner: runner)
+    with pytest.raises(ExceptionGroup):
+        requests.close_runtime(SimpleNamespace(close=close))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import stat
+import subprocess
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vllm_moe_offload.files import FileInUse
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.trace.routing import TraceError, load_trace
+from vllm_moe_offload.trace.spool import ROW, finish_trace, spool_of
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
@@ -76,7 +83,7 @@ def test_requests_come_back_whole_whatever_their_steps(tmp_path: Path) -> None:
     step(target, ("b", 3, 1, False))
     target.close()
     trace = load_trace(path)
-    assert trace.names == ["a", "b"]
+    assert trace.names == []
     assert trace.lens.tolist() == [5, 4]
     assert trace.prefill_lens.tolist() == [4, 2]
     for request, name in enumerate("ab"):
@@ -206,7 +213,7 @@ def test_a_step_that_broke_off_is_dropped(tmp_path: Path) -> None:
 
 def test_the_limit_stops_recording_with_one_warning(tmp_path: Path, caplog) -> None:
     path = tmp_path / "trace.npz"
-    row_bytes = LAYERS * TOP_K + 22
+    row_bytes = LAYERS * TOP_K + ROW.itemsize
     target = recorder(path, limit_bytes=4 * row_bytes)
     with caplog.at_level(logging.WARNING, logger="vllm.moe_offload"):
         step(target, ("a", 0, 3, True))
@@ -221,22 +228,15 @@ def test_the_limit_stops_recording_with_one_warning(tmp_path: Path, caplog) -> N
     assert load_trace(path).lens.tolist() == [4]
 
 
-def test_a_full_disk_stops_recording_not_serving(tmp_path: Path, caplog) -> None:
+def test_a_full_disk_stops_recording_not_serving(tmp_path: Path, caplog, monkeypatch) -> None:
     path = tmp_path / "trace.npz"
     target = recorder(path)
     step(target, ("a", 0, 1, True))
 
-    class FullDisk:
-        def __init__(self, file) -> None:
-            self.file = file
+    def full_disk(*_: object) -> int:
+        raise OSError(28, "No space left on device")
 
-        def write(self, data: bytes) -> int:
-            raise OSError(28, "No space left on device")
-
-        def __getattr__(self, name: str):
-            return getattr(self.file, name)
-
-    target._ids_file = FullDisk(target._ids_file)
+    monkeypatch.setattr(target._spool, "_append", full_disk)
     step(target, ("a", 1, 1, False))
     assert "No space left on device" in caplog.text
     assert not target.is_recording
@@ -246,14 +246,18 @@ def test_files_are_private_and_nothing_else_is_left(tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     target = recorder(path)
     step(target, ("a", 0, 1, True))
-    assert list(tmp_path.iterdir()) == []  # nameless until it is whole
+    (spool,) = tmp_path.glob("*.spool")
+    assert stat.S_IMODE(spool.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in spool.iterdir()} == {0o600}
     target.close()
     target.close()
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_failed_write_leaves_the_old_trace(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_write_leaves_the_old_trace_and_what_was_recorded(
+    tmp_path: Path, monkeypatch
+) -> None:
     path = tmp_path / "trace.npz"
     path.write_bytes(b"old")
     target = recorder(path)
@@ -262,11 +266,173 @@ def test_a_failed_write_leaves_the_old_trace(tmp_path: Path, monkeypatch) -> Non
     def failing(*_: object) -> None:
         raise OSError("disk on fire")
 
-    monkeypatch.setattr("vllm_moe_offload.trace.recorder.os.replace", failing)
-    with pytest.raises(OSError, match="disk on fire"):
-        target.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_moe_offload.files.os.replace", failing)
+        with pytest.raises(
+            OSError, match=r"disk on fire; .* kept in .*trace\.npz\.spool: make"
+        ):
+            target.close()
     assert path.read_bytes() == b"old"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "trace.npz",
+        "trace.npz.spool",
+    ]
+    assert finish_trace(path) == (1, 1)
+    assert load_trace(path).lens.tolist() == [1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_full_disk_loses_nothing_that_was_recorded(small_disk: Path, tmp_path: Path) -> None:
+    """Where the spool fills the disk there is no room for the trace beside it."""
+    path = small_disk / "trace.npz"
+    target = recorder(path, limit_bytes=1 << 30)
+    position = 0
+    while target.is_recording:
+        step(target, ("a", position, 500, True))
+        position += 500
+    with pytest.raises(OSError, match="No space left on device") as error:
+        target.close()
+    assert "vllm-moe-offload trace finish" in str(error.value)
+    assert [entry.name for entry in small_disk.iterdir()] == ["trace.npz.spool"]
+    elsewhere = tmp_path / "trace.npz"
+    shutil.copytree(spool_of(path), spool_of(elsewhere))
+    assert finish_trace(elsewhere) == (target.num_tokens, 1)
+    trace = load_trace(elsewhere)
+    assert trace.lens.tolist() == [target.num_tokens]
+    assert target.num_tokens > 10_000
+    assert trace.ids[-1].tolist() == ids_of(ord("a"), target.num_tokens - 1)
+
+
+def test_of_a_killed_server_a_trace_can_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True), ("b", 0, 1, True))
+    step(target, ("a", 2, 3, False), ("b", 1, 3, False), drafted=(2, 2))
+    target.verify({"a": 4})
+    target.end_request("a")
+    copy = tmp_path / "killed.npz"
+    shutil.copytree(spool_of(path), spool_of(copy))
+    assert finish_trace(copy) == (9, 2)
+    trace = load_trace(copy)
+    assert trace.lens.tolist() == [4, 2]
+    assert trace.prefill_lens.tolist() == [2, 1]
+    assert trace.schedule.end_steps.tolist() == [2, -1]
+    target.close()
+    assert load_trace(path).lens.tolist() == [4, 2]
+
+
+def test_a_step_that_the_disk_took_a_part_of_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 3, True))
+    step(target, ("a", 3, 2, True))
+    copy = spool_of(tmp_path / "cut.npz")
+    shutil.copytree(spool_of(path), copy)
+    os.truncate(copy / "ids", 4 * LAYERS * TOP_K + 1)
+    os.truncate(copy / "rows", 5 * ROW.itemsize - 1)
+    assert finish_trace(tmp_path / "cut.npz") == (4, 1)
+    assert load_trace(tmp_path / "cut.npz").lens.tolist() == [4]
+    target.close()
+
+
+def test_one_server_at_a_time_records_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True))
+    with pytest.raises(FileInUse):
+        recorder(path)
+    with pytest.raises(TraceError, match="is being recorded"):
+        finish_trace(path)
+    step(target, ("a", 2, 1, False))
+    target.close()
+    assert load_trace(path).lens.tolist() == [3]
+    recorder(path).close()
+    assert load_trace(path).lens.tolist() == [3]
+
+
+def test_what_a_killed_server_left_makes_room_for_the_next(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 2, True))
+    shutil.copytree(spool_of(path), tmp_path / "left")
+    target.close()
+    (tmp_path / "left").rename(spool_of(path))
+    (tmp_path / ".trace.npz.12345678.new").touch()
+    target = recorder(path)
+    assert f"removed {spool_of(path)}" in caplog.text
+    target.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
+
+
+@pytest.mark.parametrize("what", ["link", "file", "others"])
+def test_only_a_spool_is_removed(tmp_path: Path, what: str) -> None:
+    path, other = tmp_path / "trace.npz", tmp_path / "other"
+    other.mkdir()
+    (other / "rows").touch()
+    match what:
+        case "link":
+            spool_of(path).symlink_to(other)
+        case "file":
+            spool_of(path).touch()
+        case "others":
+            spool_of(path).mkdir()
+            (spool_of(path) / "mine").touch()
+    with pytest.raises(OSError, match=r"no directory of yours|not empty"):
+        recorder(path)
+    assert (other / "rows").exists()
+    assert spool_of(path).exists()
+    assert not (tmp_path / "trace.npz.lock").exists()
+
+
+def test_long_request_ids_are_not_kept(tmp_path: Path) -> None:
+    """What clients call their requests may be long: in an array of numpy's all would be as long."""
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, *((f"{index:03}" + "x" * 100_000, 0, 1, True) for index in range(200)))
+    target.close()
+    assert load_trace(path).num_requests == 200
+    with zipfile.ZipFile(path) as archive:
+        assert sum(member.file_size for member in archive.infolist()) < 64 << 10
+
+
+def test_there_is_nothing_to_finish(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match=r"there is no recording .*trace\.npz\.spool"):
+        finish_trace(tmp_path / "trace.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("server.json", b"{}"),
+        ("server.json", b"no JSON"),
+        ("rows", b"\xff" * ROW.itemsize),
+        ("rows", b"\x7f" * ROW.itemsize),
+    ],
+)
+def test_a_damaged_spool_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 1, True))
+    copy = tmp_path / "copy.npz"
+    shutil.copytree(spool_of(path), spool_of(copy))
+    (spool_of(copy) / name).write_bytes(content)
+    with pytest.raises(TraceError, match=f"{name} is damaged"):
+        finish_trace(copy)
+    target.close()
 
 
 def test_an_empty_recording_writes_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_moe_offload import __version__
-from vllm_moe_offload.cli import plan, replay, store, trace_show
+from vllm_moe_offload.cli import plan, replay, store, trace_finish, trace_show
 from vllm_moe_offload.cli.command import Command
 from vllm_moe_offload.store import StoreError
 from vllm_moe_offload.transfer.flights import TransferError
@@ -17,6 +17,7 @@ COMMANDS: list[Command] = [
     plan.COMMAND,
     replay.COMMAND,
     *store.COMMANDS,
+    trace_finish.COMMAND,
     trace_show.COMMAND,
 ]
 GROUP_HELP = {"trace": "recorded traces and collections", "store": "expert stores"}

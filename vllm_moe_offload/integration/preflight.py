@@ -18,8 +18,13 @@ from vllm import envs
 from vllm.distributed.utils import get_pp_indices
 
 from vllm_moe_offload.cache.sizing import cache_slots, host_slots
-from vllm_moe_offload.config import OffloadConfig, OptionError, parse_cache_size
-from vllm_moe_offload.integration import patching
+from vllm_moe_offload.config import (
+    KEEP_NOTHING,
+    OffloadConfig,
+    OptionError,
+    parse_cache_size,
+)
+from vllm_moe_offload.integration import patching, recording
 from vllm_moe_offload.integration.model_files import (
     CONFIG,
     check_dtype,
@@ -61,6 +66,7 @@ def check(vllm_config: Any, options: OffloadConfig) -> None:
         OptionError: an option, or the model it names, cannot be served; says why.
     """
     check_paths(options)
+    recording.check(vllm_config, options)
     directory = files_here(vllm_config)
     if directory is None:
         return
@@ -84,7 +90,7 @@ def check_paths(options: OffloadConfig) -> None:
         raise OptionError(str(error)) from None
     for name in ("trace_path", "record_trace"):
         path = getattr(options, name)
-        if path is None:
+        if path in (None, KEEP_NOTHING):
             continue
         parent = Path(path).absolute().parent
         if not parent.is_dir():

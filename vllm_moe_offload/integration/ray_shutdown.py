@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm_moe_offload.integration.requests import runtime_of
+from vllm_moe_offload.integration.requests import close_runtime
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -27,9 +27,7 @@ def install_in_worker() -> None:
 
 def moe_offload_close(worker: Any) -> None:
     """Ends the worker's runtime; nothing is served after it."""
-    runtime = runtime_of(worker.model_runner)
-    if runtime is not None:
-        runtime.close()
+    close_runtime(worker.model_runner)
 
 
 def close_workers(executor: Any) -> None:

@@ -6,6 +6,8 @@ worker's runtime. A runner whose model has no offloaded layer passes straight th
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +17,8 @@ from vllm_moe_offload.integration import failures, verified
 from vllm_moe_offload.integration.experts import find_runtime
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.step import StepTokens
+
+logger = logging.getLogger("vllm.moe_offload")
 
 _UNKNOWN = object()
 
@@ -121,10 +125,29 @@ def warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """The worker goes: close the store, finish the recording, print the summary."""
-    runtime = runtime_of(self)
-    if runtime is not None:
-        runtime.close()
+    close_runtime(self)
     return original(self, *args, **kwargs)
+
+
+def close_runtime(runner: Any) -> None:
+    """Closes the runtime behind a model runner, if there is one. A file that cannot be written is
+    an error in the log: the server has served, and goes on ending."""
+    runtime = runtime_of(runner)
+    if runtime is None:
+        return
+    try:
+        runtime.close()
+    except* OSError as group:
+        for error in _leaves(group):
+            logger.error("MoE offload: %s", error)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def refuse_reload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,14 +9,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vllm_moe_offload import __version__
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
-from vllm_moe_offload.config import GIB, OffloadConfig, parse_cache_size
+from vllm_moe_offload.config import GIB, KEEP_NOTHING, OffloadConfig, parse_cache_size
 from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
+from vllm_moe_offload.integration import recording
 from vllm_moe_offload.integration.counters_dir import counters_dir
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.integration.placement import (
@@ -33,7 +32,6 @@ from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.trace.collection_file import CollectionFile
-from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.transfer.prefetch import LAYERS_AHEAD, Prefetcher
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -87,7 +85,7 @@ def start_runtime(
         draft_policy=draft_policy,
         num_draft_layers=len(draft_layers),
         collection_file=_collection_file(options, store, policy, layers),
-        recorder=_recorder(options, store, shape, layers),
+        recorder=recording.recorder(options, store.identity.rank, shape, layers),
         published=_counter_file(
             vllm_config, options, store.identity.rank, reads_ahead=prefetcher is not None
         ),
@@ -203,8 +201,8 @@ def _predictor(
 def _collection_file(
     options: OffloadConfig, store: ExpertStore, policy: Policy, layers: list[Any]
 ) -> CollectionFile | None:
-    """Loads the policy's collection, of the experts that this worker has."""
-    if not isinstance(policy, TracePolicy):
+    """Loads the policy's collection, of the experts that this worker has; None if none is kept."""
+    if not isinstance(policy, TracePolicy) or options.trace_path == KEEP_NOTHING:
         return None
     path = store.directory.parent / COLLECTION_NAME
     if options.trace_path is not None:
@@ -224,28 +222,6 @@ def _collection_file(
     )
     policy.forecast.collection = file.load()
     return file
-
-
-def _recorder(
-    options: OffloadConfig, store: ExpertStore, shape: CacheShape, layers: list[Any]
-) -> TraceRecorder | None:
-    """A stage's first worker records what its layers are routed to, other ranks' experts included."""
-    rank = store.identity.rank
-    if options.record_trace is None or rank.tp != 0 or rank.ep != 0:
-        return None
-    stage = Rank(pp=rank.pp, pp_size=rank.pp_size)
-    numbers = decoder_layers(layers)
-    return TraceRecorder(
-        stage.trace_file(Path(options.record_trace)),
-        num_layers=len(layers),
-        num_experts=layers[0].global_num_experts,
-        top_k=layers[0].top_k,
-        layer_ids=np.array(numbers) if len(numbers) == len(layers) else None,
-        own_experts=own_experts(layers),
-        num_slots=shape.num_slots,
-        num_staging_slots=shape.num_staging_slots,
-        limit_bytes=int(options.record_trace_limit_gb * GIB),
-    )
 
 
 def _counter_file(

@@ -313,10 +313,11 @@ def _document(path: str | Path, remedy: str) -> Any:
 
 def _decoded(raw: Any, size: int) -> SparseMatrix:
     """An entry as :meth:`ActivationCollection.save` writes it; raises ValueError for others."""
-    if not isinstance(raw, list) or len(raw) != 2 or not all(map(_is_bytes, raw)):
+    parts = raw if isinstance(raw, list) else ()
+    if len(parts) != 2 or not all(isinstance(part, bytes) for part in parts):
         raise ValueError("an entry must be two byte strings, keys and counts")
-    keys = np.frombuffer(raw[0], "<i4").astype(np.int32)
-    counts = np.frombuffer(raw[1], "<f4").astype(np.float32)
+    keys = np.frombuffer(parts[0], "<i4").astype(np.int32)
+    counts = np.frombuffer(parts[1], "<f4").astype(np.float32)
     if keys.size != counts.size or not keys.size:
         raise ValueError("an entry's keys and counts differ in number, or there are none")
     if keys.min() < 0 or keys.max() >= size or np.any(np.diff(keys) <= 0):
@@ -324,10 +325,6 @@ def _decoded(raw: Any, size: int) -> SparseMatrix:
     if not np.all((counts >= 1) & (counts <= MAX_COUNT)):
         raise ValueError(f"counts must be numbers of tokens, from 1 to {MAX_COUNT}")
     return SparseMatrix(keys, counts)
-
-
-def _is_bytes(value: Any) -> bool:
-    return isinstance(value, bytes)
 
 
 def _normalise_rows(table: FloatArray) -> FloatArray:
