@@ -79,13 +79,3 @@ def test_a_size_that_the_user_gave_is_taken_and_ram_is_made_to_grow(
     machine = Machine(monkeypatch, 6)
     assert rows(host_gb) == {5: 10, "25%": 8, 10: 20, "100%": 32}[host_gb]
     assert [floor for _, floor in machine.probed] == [gpu_memory.EXPLICIT_FLOOR_BYTES] * probed
-
-
-def test_the_least_of_system_and_cgroups(monkeypatch):
-    small = Headroom(5 * GIB, 6 * GIB, "cgroup /jobs")
-    memory = SimpleNamespace(available=50 * GIB, total=64 * GIB)
-    monkeypatch.setattr(gpu_memory.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(gpu_memory, "cgroup_headrooms", lambda: iter([small]))
-    assert gpu_memory.host_headroom() is small
-    monkeypatch.setattr(gpu_memory, "cgroup_headrooms", lambda: iter([]))
-    assert gpu_memory.host_headroom() == Headroom(50 * GIB, 64 * GIB, "the system")

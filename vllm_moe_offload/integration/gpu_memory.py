@@ -6,11 +6,10 @@ import logging
 import time
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
-from vllm_moe_offload.cache.host_memory import Headroom, cgroup_headrooms, probe
+from vllm_moe_offload.cache.host_memory import host_headroom, probe
 from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.cache.sizing import (
@@ -171,13 +170,6 @@ EXPLICIT_FLOOR_BYTES = GIB // 2
 """Stays available while RAM is made to grow for a size that the user gave."""
 PROBE_WAIT_S = 0.1
 """A moment for a virtual machine to be given more memory."""
-
-
-def host_headroom() -> Headroom:
-    """What the system, and the cgroups that this process is in, leave at most now."""
-    memory = psutil.virtual_memory()
-    system = Headroom(memory.available, memory.total, "the system")
-    return min((system, *cgroup_headrooms()), key=lambda headroom: headroom.spare_bytes)
 
 
 def spare_host_bytes(

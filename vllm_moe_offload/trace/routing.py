@@ -38,7 +38,7 @@ server counted. One entry per token row that the server computed, in the order o
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_moe_offload.native import NO_EXPERT
+from vllm_moe_offload.trace.archive import Archive, ArchiveError, opened
+from vllm_moe_offload.trace.shape import MAX_EXPERTS, shape_fault
 
 Ids = npt.NDArray[np.integer[Any]]
 Int64s = npt.NDArray[np.int64]
@@ -144,114 +146,194 @@ def id_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 
 def load_trace(path: str | Path) -> RoutingTrace:
-    """Reads and checks a routing trace.
+    """Reads and checks a routing trace; anybody may have made it.
 
     Raises:
         TraceError: not a routing trace, or arrays that contradict each other.
         OSError: the file cannot be read.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise TraceError(f"{path} is a single array, not an .npz routing trace")
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except TraceError:
-        raise
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        with opened(path) as archive:
+            _check_headers(archive)
+            names = [name for name in archive.headers if name in _FIELDS]
+            archive.check_memory(names)
+            arrays = {name: archive.read(name) for name in names}
+        _check_requests(arrays)
+        if SCHEDULE[0] in arrays:
+            _check_schedule(arrays)
+    except ArchiveError as error:
         raise TraceError(f"{path} is not an .npz routing trace: {error}") from error
-    missing = [name for name in REQUIRED if name not in arrays]
-    if missing:
-        raise TraceError(f"{path} is not a routing trace: it lacks {', '.join(missing)}")
-    ids, starts, lens = arrays["ids"], arrays["starts"], arrays["lens"]
-    _require(path, ids.ndim == 3, f"ids must have shape [tokens, layers, k], has {ids.shape}")
-    _require(path, ids.dtype.kind in "ui", f"ids must be unsigned integers, are {ids.dtype}")
-    _require(
-        path,
-        starts.ndim == 1 and starts.shape == lens.shape,
-        f"starts {starts.shape} and lens {lens.shape} must be vectors of equal length",
-    )
-    num_experts = int(arrays["num_experts"])
-    _require(
-        path,
-        ids.size == 0 or (int(ids.min()) >= 0 and int(ids.max()) < num_experts),
-        f"ids must lie in [0, num_experts = {num_experts})",
-    )
-    _require(
-        path,
-        bool(np.all((starts >= 0) & (lens >= 0) & (starts + lens <= ids.shape[0]))),
-        f"a request lies outside the {ids.shape[0]} tokens",
-    )
+    except TraceError as error:
+        raise TraceError(f"{path}: {error}") from error
     prefill_lens = arrays.get("prefill_lens")
     return RoutingTrace(
-        ids=ids,
-        starts=starts.astype(np.int64),
-        lens=lens.astype(np.int64),
-        num_experts=num_experts,
+        ids=arrays["ids"],
+        starts=arrays["starts"].astype(np.int64),
+        lens=arrays["lens"].astype(np.int64),
+        num_experts=int(arrays["num_experts"]),
         names=[str(name) for name in arrays.get("names", ())],
         prefill_lens=None if prefill_lens is None else prefill_lens.astype(np.int64),
         weights=arrays.get("weights"),
-        schedule=_schedule(path, arrays),
+        schedule=_schedule(arrays) if SCHEDULE[0] in arrays else None,
     )
 
 
-def _schedule(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> RecordedSchedule | None:
-    present = [name for name in SCHEDULE if name in arrays]
-    if not present:
-        return None
-    missing = [name for name in SCHEDULE if name not in arrays]
-    _require(path, not missing, f"its schedule lacks {', '.join(missing)}")
-    num_rows = arrays["row_step"].size
-    is_draft = arrays.get("row_is_draft")
-    for name in ("row_request", "row_position", "row_token", "row_is_draft"):
-        if name in arrays:
-            _require(
-                path,
-                arrays[name].shape == (num_rows,),
-                f"{name} must have {num_rows} entries like row_step, has {arrays[name].shape}",
-            )
-    steps, tokens = arrays["row_step"], arrays["row_token"]
-    known = arrays["ids"].shape[0] + arrays["recomputed_ids"].shape[0]
-    _require(path, bool(np.all(np.diff(steps) >= 0)), "row_step must be ascending")
-    _require(
-        path,
-        num_rows == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < known),
-        f"row_token must lie in [0, {known})",
-    )
+def _schedule(arrays: Arrays) -> RecordedSchedule:
+    own = arrays.get("own_experts")
     return RecordedSchedule(
-        row_step=steps,
-        row_request=arrays["row_request"],
-        row_position=arrays["row_position"],
-        row_token=tokens,
+        row_step=arrays["row_step"].astype(np.int64),
+        row_request=arrays["row_request"].astype(np.int32),
+        row_position=arrays["row_position"].astype(np.int64),
+        row_token=arrays["row_token"].astype(np.int64),
         recomputed_ids=arrays["recomputed_ids"],
-        first_positions=arrays["first_positions"],
-        end_steps=arrays["end_steps"],
-        layer_ids=arrays["layer_ids"],
+        first_positions=arrays["first_positions"].astype(np.int64),
+        end_steps=arrays["end_steps"].astype(np.int64),
+        layer_ids=arrays["layer_ids"].astype(np.int64),
         slots=int(arrays["slots"]),
         staging_slots=int(arrays["staging_slots"]),
-        own_experts=_own_experts(path, arrays),
-        row_is_draft=None if is_draft is None else is_draft.astype(np.bool_),
+        own_experts=None if own is None else own.astype(np.int64),
+        row_is_draft=arrays.get("row_is_draft"),
     )
 
 
-def _own_experts(path: str | Path, arrays: dict[str, npt.NDArray[Any]]) -> Int64s | None:
-    own = arrays.get("own_experts")
-    if own is None:
-        return None
-    num_experts = int(arrays["num_experts"])
+# ---- what may be in a file ------------------------------------------------------------------
+# Whatever passes is used as indices, sizes and positions without another look.
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+_INTEGERS = "ui"
+_FIELDS = {
+    "ids": ("tokens layers k", _INTEGERS),
+    "starts": ("requests", _INTEGERS),
+    "lens": ("requests", _INTEGERS),
+    "num_experts": ("", _INTEGERS),
+    "names": ("requests", "U"),
+    "prefill_lens": ("requests", _INTEGERS),
+    "weights": ("tokens layers k", "f"),
+    "row_step": ("rows", _INTEGERS),
+    "row_request": ("rows", _INTEGERS),
+    "row_position": ("rows", _INTEGERS),
+    "row_token": ("rows", _INTEGERS),
+    "row_is_draft": ("rows", "b"),
+    "recomputed_ids": ("recomputed layers k", _INTEGERS),
+    "first_positions": ("requests", _INTEGERS),
+    "end_steps": ("requests", _INTEGERS),
+    "layer_ids": ("layers", _INTEGERS),
+    "slots": ("", _INTEGERS),
+    "staging_slots": ("", _INTEGERS),
+    "own_experts": ("own", _INTEGERS),
+}
+"""Of every array its lengths, by name, and kinds of numbers (as numpy names them)."""
+_KINDS = {_INTEGERS: "integers", "U": "text", "f": "floating point numbers", "b": "booleans"}
+_MAX_NUMBER = 1 << 40
+"""Of positions and steps: sums of a few of them are no more than an int64 holds."""
+
+
+def _check_headers(archive: Archive) -> None:
+    """Kinds and lengths of all arrays, before one is read."""
+    headers = archive.headers
+    missing = [name for name in REQUIRED if name not in headers]
+    if missing:
+        raise TraceError(f"not a routing trace: it lacks {', '.join(missing)}")
+    if any(name in headers for name in SCHEDULE):
+        missing = [name for name in SCHEDULE if name not in headers]
+        _require(not missing, f"its schedule lacks {', '.join(missing)}")
+    known: dict[str, int] = {}
+    for name, (lengths, kinds) in _FIELDS.items():
+        header = headers.get(name)
+        if header is None:
+            continue
+        _require(
+            header.dtype.kind in kinds, f"{name} must be {_KINDS[kinds]}, are {header.dtype}"
+        )
+        names = lengths.split()
+        _require(
+            len(header.shape) == len(names),
+            f"{name} must have shape [{', '.join(names)}], has {list(header.shape)}",
+        )
+        for length, found in zip(names, header.shape, strict=True):
+            wanted = known.setdefault(length, found)
+            _require(
+                found == wanted, f"{name} has {found} {length}, other arrays have {wanted}"
+            )
+
+
+def _check_requests(arrays: Arrays) -> None:
+    num_experts, ids = int(arrays["num_experts"]), arrays["ids"]
+    num_tokens, num_layers, top_k = ids.shape
+    fault = shape_fault(num_layers, num_experts)
+    _require(fault is None, str(fault))
     _require(
-        path,
-        own.ndim == 1 and own.dtype.kind in "ui" and 0 < own.size == np.unique(own).size,
-        "own_experts must be a vector of different integers",
+        1 <= top_k <= num_experts, f"k must lie in [1, num_experts = {num_experts}], is {top_k}"
     )
+    _check_range("ids", ids, 0, num_experts, "num_experts")
+    lens = arrays["lens"]
+    for name in ("starts", "lens"):
+        _check_range(name, arrays[name], 0, num_tokens + 1, "tokens + 1")
+    starts = arrays["starts"].astype(np.int64)
+    ends = starts + lens.astype(np.int64)
     _require(
-        path,
-        int(own.min()) >= 0 and int(own.max()) < num_experts,
-        f"own_experts must lie in [0, num_experts = {num_experts})",
+        bool(np.all(ends <= num_tokens)), f"a request lies outside the {num_tokens} tokens"
     )
-    return own.astype(np.int64)
+    _require(bool(np.all(starts[1:] >= ends[:-1])), "requests must follow each other")
+    if "prefill_lens" in arrays:
+        prefill = arrays["prefill_lens"]
+        _require(
+            bool(np.all((prefill >= 0) & (prefill <= lens))),
+            "prefill_lens must lie between 0 and lens",
+        )
+    if "weights" in arrays:
+        _require(bool(np.isfinite(arrays["weights"]).all()), "weights must be finite")
 
 
-def _require(path: str | Path, condition: bool, message: str) -> None:
+def _check_schedule(arrays: Arrays) -> None:
+    num_experts, num_requests = int(arrays["num_experts"]), arrays["starts"].size
+    known = arrays["ids"].shape[0] + arrays["recomputed_ids"].shape[0]
+    _check_range("recomputed_ids", arrays["recomputed_ids"], 0, num_experts, "num_experts")
+    _check_range("row_request", arrays["row_request"], 0, num_requests, "requests")
+    _check_range("row_token", arrays["row_token"], 0, known, "ids and recomputed_ids")
+    for name in ("row_step", "row_position", "first_positions", "layer_ids"):
+        _check_range(name, arrays[name], 0, _MAX_NUMBER)
+    _check_range("end_steps", arrays["end_steps"], -1, _MAX_NUMBER)
+    # A drafter's layers, which are not in the trace, share the slots.
+    _check_range("slots", arrays["slots"], 1, MAX_EXPERTS + 1)
+    _check_range("staging_slots", arrays["staging_slots"], 0, MAX_EXPERTS + 1)
+    if "own_experts" in arrays:
+        own = arrays["own_experts"]
+        _check_range("own_experts", own, 0, num_experts, "num_experts")
+        _require(
+            0 < own.size == np.unique(own).size, "own_experts must be different, and not none"
+        )
+    _check_steps(arrays)
+
+
+def _check_steps(arrays: Arrays) -> None:
+    """A request's tokens of a step follow each other, in their batch and by position."""
+    steps, requests, positions = (
+        arrays[name].astype(np.int64) for name in ("row_step", "row_request", "row_position")
+    )
+    _require(bool(np.all(np.diff(steps) >= 0)), "row_step must be ascending")
+    goes_on = (np.diff(steps) == 0) & (np.diff(requests) == 0)
+    _require(
+        bool(np.all(np.diff(positions)[goes_on] == 1)),
+        "row_position must ascend by 1 within a request's tokens of a step",
+    )
+    begins = np.flatnonzero(np.append(True, ~goes_on)[: steps.size])
+    parts = np.stack([steps[begins], requests[begins]], axis=1)
+    _require(
+        len(np.unique(parts, axis=0)) == len(parts),
+        "row_request must have a request's tokens of a step together",
+    )
+
+
+def _check_range(
+    name: str, values: npt.NDArray[Any], low: int, end: int, what: str | None = None
+) -> None:
+    """Raises TraceError unless all integers lie in ``[low, end)``; ``what``: that ``end`` is."""
+    if values.size and not (int(values.min()) >= low and int(values.max()) < end):
+        raise TraceError(f"{name} must lie in [{low}, {f'{what} = ' if what else ''}{end})")
+
+
+def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise TraceError(f"{path}: {message}")
+        raise TraceError(message)
