@@ -68,8 +68,8 @@ def test_files_that_cannot_be_written_are_named_and_the_end_goes_on(monkeypatch,
     result = requests.shutdown(lambda runner: "shut down", SimpleNamespace(close=close))
     assert result == "shut down"
     assert [record.getMessage() for record in caplog.records] == [
-        "MoE offload: no room for the trace",
-        "MoE offload: no room for the counters",
+        "MoE offload: not all was written at the end: no room for the trace",
+        "MoE offload: not all was written at the end: no room for the counters",
     ]
 
 

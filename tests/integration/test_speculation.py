@@ -117,10 +117,12 @@ def recorded(path: Path) -> tuple[list[np.ndarray], list[int]]:
     """Routing of every request in the order of its coming, and how many of its tokens were prompt."""
     trace = load_trace(path)
     assert trace.prefill_lens is not None
-    order = sorted(range(trace.num_requests), key=lambda i: int(trace.names[i].split("-")[0]))
-    del order[-len(LAST) :]
-    parts = [trace.ids[trace.starts[i] : trace.starts[i] + trace.lens[i]] for i in order]
-    return parts, trace.prefill_lens[order].tolist()
+    count = trace.num_requests - len(LAST)
+    parts = [
+        trace.ids[start : start + length]
+        for start, length in zip(trace.starts[:count], trace.lens[:count], strict=True)
+    ]
+    return parts, trace.prefill_lens[:count].tolist()
 
 
 def test_traces_are_those_of_the_generation(demo_model, store_dir, share_engines, tmp_path):

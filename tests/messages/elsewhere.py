@@ -138,11 +138,26 @@ ELSEWHERE = {
     + "tests/trace/test_collection_file.py::test_a_foreign_or_damaged_file_is_left_alone",
     "set another trace_path": WARNING
     + "tests/trace/test_collection.py::test_foreign_and_damaged_files_are_refused",
+    "another server keeps its activation matrices": WARNING
+    + "tests/trace/test_collection_file.py"
+    "::test_of_two_servers_the_first_one_keeps_its_matrices",
     "cannot save activation matrices": WARNING
     + "tests/trace/test_collection_file.py::test_an_unwritable_directory_is_a_warning",
     "record_trace stopped": WARNING
     + "tests/trace/test_recorder.py::test_a_full_disk_stops_recording_not_serving",
+    "not all was written at the end": "an error in the log, the server has served: "
+    "tests/integration/test_ray_shutdown.py"
+    "::test_files_that_cannot_be_written_are_named_and_the_end_goes_on",
+    "cannot write the recorded trace": "an error in the log, the server has served: "
+    "tests/trace/test_recorder.py::test_a_full_disk_loses_nothing_that_was_recorded",
+    "what an earlier server recorded": WARNING
+    + "tests/trace/test_recorder.py::test_what_a_killed_server_left_makes_room_for_the_next",
+    "another server records to": "needs another server: "
+    "tests/integration/test_recording.py::test_two_servers_do_not_record_to_one_file",
     # `vllm-moe-offload`
+    "half of what is available at most": "needs a trace as large as memory: "
+    "tests/trace/test_routing.py"
+    "::test_a_small_file_that_unpacks_to_more_than_there_is_is_refused",
     "do not fit in": "needs a trace whose every token is one layer call of many experts: "
     "tests/replay/test_replay.py",
     "--plot needs matplotlib": "needs an environment without it",

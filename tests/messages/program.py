@@ -11,6 +11,7 @@ import numpy as np
 
 from scripts.synthetic_trace import synthetic_trace
 from vllm_moe_offload.plan.shapes import known_models
+from vllm_moe_offload.trace.recorder import TraceRecorder
 
 CommandLine = Callable[[Path], list[str]]
 """Makes files in an empty directory; gives the arguments."""
@@ -69,16 +70,41 @@ def replay(*options: str, **changes: Any) -> CommandLine:
     return lambda directory: ["replay", str(trace(directory, **changes)), *options]
 
 
-def array(directory: Path) -> list[str]:
-    """A replay of what is no archive."""
-    np.save(directory / "array.npy", np.zeros(3))
-    return ["replay", str(directory / "array.npy")]
-
-
 def text(directory: Path) -> list[str]:
     """A replay of what is no numpy file."""
     (directory / "x.npz").write_text("hello")
     return ["replay", str(directory / "x.npz")]
+
+
+def zeros(directory: Path) -> list[str]:
+    """A replay of a small file that unpacks to a large one."""
+    path = directory / "trace.npz"
+    np.savez_compressed(
+        path,
+        ids=np.zeros((80 << 20, 1, 1), np.uint8),
+        starts=np.array([0]),
+        lens=np.array([80 << 20]),
+        num_experts=1,
+    )
+    return ["replay", str(path)]
+
+
+_recorders: list[TraceRecorder] = []
+
+
+def recording(directory: Path) -> list[str]:
+    """The trace that a server of this process records."""
+    path = directory / "trace.npz"
+    options = {"num_layers": 1, "num_experts": 4, "top_k": 1, "limit_bytes": 1 << 20}
+    _recorders.append(TraceRecorder(path, num_slots=2, num_staging_slots=1, **options))
+    return ["trace", "finish", str(path)]
+
+
+def damaged_recording(directory: Path) -> list[str]:
+    """What is no recording, though it lies where one would."""
+    (directory / "trace.npz.spool").mkdir()
+    (directory / "trace.npz.spool" / "server.json").write_text("{}")
+    return ["trace", "finish", str(directory / "trace.npz")]
 
 
 def store(*arguments: str) -> CommandLine:
@@ -90,10 +116,18 @@ PROGRAM: dict[str, CommandLine] = {
     # The store
     "there is no store ... in ...; there are: ...": store("verify", "mixtral"),
     # `vllm-moe-offload`
-    "... is a single array, not an .npz routing trace": array,
     "... is not an .npz routing trace: ...": text,
-    "... is not a routing trace: it lacks ...": replay(lens=None),
-    "ids must lie in [0, num_experts = ...)": replay(num_experts=2),
+    "not a routing trace: it lacks ...": replay(lens=None),
+    "its arrays take ... bytes of memory, and no routing is packed in ... bytes of that": zeros,
+    "... must have shape [...], has ...": replay(starts=np.zeros((1, 3), np.int64)),
+    "... must lie in [..., ...)": replay(num_experts=2),
+    "there is no recording ... to make a trace of": lambda directory: [
+        "trace",
+        "finish",
+        str(directory / "trace.npz"),
+    ],
+    "... is being recorded: the server that does so writes ... when it ends": recording,
+    "... is damaged; the recording is lost": damaged_recording,
     "the trace carries no schedule: it was not written by record_trace; replay it with "
     "--schedule decode": replay("--schedule=recorded"),
     "concurrency must be at least 1, got ...": replay("--concurrency=0"),

@@ -142,7 +142,7 @@ SERVE: dict[str, Case] = {
     "allowed: ...": option("cache_gb", "lots"),
     "allowed: ...; a share lies in (0%, 100%]": option("cache_gb", "101%"),
     "must end in .npz": option("record_trace", "trace.json"),
-    "must end in .msgpack": option("trace_path", "trace.npz"),
+    'must end in .msgpack, or be "none"': option("trace_path", "trace.npz"),
     "there is no directory ...": option("trace_path", "{tmp}/none/trace.msgpack"),
     "... is not writable": option(
         "record_trace", "{tmp}/trace.npz", patch="nothing_but_stores_writable"

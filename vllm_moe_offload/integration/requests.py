@@ -139,7 +139,7 @@ def close_runtime(runner: Any) -> None:
         runtime.close()
     except* OSError as group:
         for error in _leaves(group):
-            logger.error("MoE offload: %s", error)
+            logger.error("MoE offload: not all was written at the end: %s", error)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
