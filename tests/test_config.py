@@ -50,6 +50,11 @@ def test_cache_size_is_parsed(value, expected):
         ({"io_threads": 0}, ["io_threads", "0", "greater than or equal to 1"]),
         ({"record_trace": "trace.txt"}, ["record_trace", "trace.txt", ".npz"]),
         ({"trace_path": "eam.npz"}, ["trace_path", "eam.npz", ".msgpack"]),
+        ({"trace_path": "nothing"}, ["trace_path", "nothing", '"none"']),
+        ({"record_trace_limit_gb": float("inf")}, ["record_trace_limit_gb", "inf", "1048576"]),
+        ({"record_trace_limit_gb": "1e300"}, ["record_trace_limit_gb", "1e300", "1048576"]),
+        ({"record_trace_limit_gb": float("nan")}, ["record_trace_limit_gb", "nan"]),
+        ({"record_trace_limit_gb": -1}, ["record_trace_limit_gb", "-1", "greater than 0"]),
         ({"verify": "perhaps"}, ["verify", "perhaps"]),
         ({"cachegb": 8}, ["cachegb", "cache_gb", "store_dir"]),
     ],
@@ -59,6 +64,7 @@ def test_refusal_names_option_value_and_what_is_allowed(options, fragments):
         parse_options({"mode": "trace", **options})
     for fragment in fragments:
         assert fragment in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_every_problem_is_reported_at_once():

@@ -442,3 +442,35 @@ def test_serving_observes_scores_and_counts_as_replay_does(store, id_type) -> No
         np.testing.assert_array_equal(runtime.cache.counters, cache.counters)
     assert cache.count("misses") > 50
     runtime.close()
+
+
+# ---- the end -------------------------------------------------------------------------------
+
+
+class Part:
+    """Something that is closed, and may fail at that."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_each_part_is_closed_whatever_becomes_of_the_others(store) -> None:
+    """A full disk at the end of a recording is no reason to lose the activation matrices."""
+    runtime = runtime_of(store, 12, 2)
+    recorder, collection = Part(OSError("no room")), Part(ValueError("damaged"))
+    transfer = runtime._transfer
+    last = Part()
+    runtime._recorder, runtime._collection_file, runtime._transfer = recorder, collection, last
+    with pytest.raises(ExceptionGroup, match="did not close") as caught:
+        runtime.close()
+    assert caught.value.exceptions == (recorder.error, collection.error)
+    assert (recorder.closed, collection.closed, last.closed) == (1, 1, 1)
+    runtime.close()
+    assert last.closed == 1
+    transfer.close()

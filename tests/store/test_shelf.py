@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.stores import build
+from vllm_moe_offload.files import FileLock
 from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import StoreError, store_lock
 from vllm_moe_offload.store.shelf import log_others, others_of, remove, shelved_models
@@ -160,3 +161,20 @@ def test_what_cannot_be_read_is_said_and_stops_nobody(
     states = {one.directory: one.state for one in shelved_models(tmp_path)}
     assert states[mine.directory.parent] == "complete"
     assert "cannot be read: " in states[other.directory.parent]
+
+
+def test_a_server_that_keeps_activation_matrices_there_is_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    """It does so until it ends, and it has its store open."""
+    model_dir = build(tmp_path).directory.parent
+    kept = model_dir / "activations.msgpack"
+    kept.touch()
+    lock = FileLock(kept)
+    removing = threading.Thread(target=remove, args=shelved_models(tmp_path), daemon=True)
+    removing.start()
+    removing.join(20)
+    assert not removing.is_alive()
+    assert shelved_models(tmp_path) == []
+    assert lock.path.exists()
+    lock.release()
