@@ -5,9 +5,10 @@ import json
 import pytest
 
 from scripts.harness.server import Server, ServerDied
-from tests.integration.conftest import assert_recorded
-from tests.integration.served import ARGUMENTS, PROMPTS, complete
+from tests.integration.conftest import assert_recorded, prompt
+from tests.integration.served import ARGUMENTS, PROMPTS, complete, serve
 from vllm_moe_offload.replay.run import replay_recorded
+from vllm_moe_offload.trace.collection import ActivationCollection
 from vllm_moe_offload.trace.routing import load_trace
 
 pytestmark = pytest.mark.vllm
@@ -74,3 +75,34 @@ def test_a_wrong_option_ends_the_server_at_once(demo_model, tmp_path):
         pytest.raises(ServerDied, match="unknown option 'cachegb'; allowed: mode, cache_gb"),
     ):
         server.wait_healthy()
+
+
+def test_two_servers_share_a_store(demo_model, tmp_path):
+    """Features: the first one keeps its activation matrices and its trace; the second one, which
+    ends later, changes neither, and a third that would record the same is refused."""
+    model, stores, trace = demo_model("mixtral"), tmp_path / "stores", tmp_path / "a.npz"
+    records = ["--moe-offload-config.record_trace", str(trace)]
+    patient = ["--shutdown-timeout", "60"]
+    with serve(model, stores, tmp_path / "first", *records) as first:
+        first.wait_healthy()
+        with serve(model, stores, tmp_path / "second", *patient) as second:
+            second.wait_healthy()
+            (kept,) = stores.glob("*/activations.msgpack.lock")
+            kept = kept.with_suffix("")
+            assert f"another server keeps its activation matrices in {kept}" in second.log
+            with (
+                serve(model, stores, tmp_path / "third", *records) as third,
+                pytest.raises(ServerDied, match=f"another server records to {trace}; give"),
+            ):
+                third.wait_healthy()
+            for server, count in ((first, 7), (second, 2)):
+                for seed in range(count):
+                    complete(server, prompt(seed, 20))
+            first.stop()
+            assert "another server" not in first.log
+            # That the last one ended shows at the step after it.
+            assert len(ActivationCollection.load(kept)) == 6
+            second.stop()
+    assert len(ActivationCollection.load(kept)) == 6
+    assert load_trace(trace).num_requests == 7
+    assert [path.name for path in tmp_path.glob("a.npz*")] == ["a.npz"]

@@ -235,6 +235,52 @@ def test_no_change_of_bytes_gives_another_error(tmp_path: Path, seed: int) -> No
     assert refused > 100
 
 
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63,
+    0.5,
+    float("inf"),
+    float("nan"),
+    "a",
+    b"a" * 8,
+    [],
+    {},
+)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "key", ["format", "version", "fingerprint", "num_layers", "num_experts"]
+)
+def test_no_value_gives_another_error(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "eam.msgpack"
+    path.write_bytes(document(**{key: value}))
+    if (key, value) == ("fingerprint", "a"):
+        assert ActivationCollection.load(path).fingerprint == "a"
+        return
+    with pytest.raises(CollectionError, match=r"eam\.msgpack"):
+        ActivationCollection.load(path)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("depth", range(3))
+def test_no_entry_gives_another_error(tmp_path: Path, depth: int, value: object) -> None:
+    """In the place of all entries, of one, and of its counts."""
+    path = tmp_path / "eam.msgpack"
+    entry = [b"\0\0\0\0", b"\0\0\x80\x3f"]
+    entries = (value, [entry, value], [entry, [entry[0], value]])[depth]
+    path.write_bytes(document(entries=entries))
+    if (depth, value) == (0, []):
+        assert len(ActivationCollection.load(path)) == 0
+        return
+    with pytest.raises(CollectionError, match=r"eam\.msgpack"):
+        ActivationCollection.load(path)
+
+
 def test_capacity_is_checked() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         ActivationCollection(2, 4, 0)
