@@ -141,8 +141,10 @@ class FileLock:
         """Lets others have it; safe to call again, and by forked children, which have none."""
         if self._file is None:
             return
-        self.path.unlink(missing_ok=True)
-        self.forget()
+        try:
+            self.path.unlink(missing_ok=True)
+        finally:
+            self.forget()
 
     def forget(self) -> None:
         """Closes the file without releasing the lock of a process that has it open, too."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scripts.synthetic_trace import synthetic_trace
+from tests.trace.recordings import recorder, step
 from vllm_moe_offload import cli
 from vllm_moe_offload.trace.collection import ActivationCollection
 from vllm_moe_offload.trace.inspect import adjacent_reuse, describe
@@ -146,3 +147,25 @@ def test_help_lists_every_command(capsys) -> None:
     text = capsys.readouterr().out
     for command in cli.COMMANDS:
         assert command.path[0] in text
+
+
+def test_trace_finish_writes_what_a_server_could_not(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "trace.npz"
+    target = recorder(path)
+    step(target, ("a", 0, 3, True))
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_moe_offload.files.os.fsync", full_disk)
+        with pytest.raises(OSError, match=f"trace finish {path}"):
+            target.close()
+    assert cli.main(["trace", "finish", str(path)]) == 0
+    assert capsys.readouterr().out == (
+        f"wrote the routing of 3 tokens of 1 requests to {path}\n"
+    )
+    assert cli.main(["replay", str(path), "--policy=lru", "--schedule=recorded"]) == 0
+    assert cli.main(["trace", "finish", str(path)]) == 2
+    assert "there is no recording" in capsys.readouterr().err

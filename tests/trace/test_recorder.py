@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import stat
 import subprocess
@@ -14,63 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.trace.recordings import LAYERS, TOP_K, ids_of, recorder, step
 from vllm_moe_offload.files import FileInUse
-from vllm_moe_offload.step import StepTokens
-from vllm_moe_offload.trace.recorder import TraceRecorder
+from vllm_moe_offload.trace.finish import finish_trace
 from vllm_moe_offload.trace.routing import TraceError, load_trace
-from vllm_moe_offload.trace.spool import ROW, finish_trace, spool_of
-
-LAYERS, EXPERTS, TOP_K = 2, 8, 2
-
-
-def recorder(path: Path, **changes: int) -> TraceRecorder:
-    options = {
-        "num_layers": LAYERS,
-        "num_experts": EXPERTS,
-        "top_k": TOP_K,
-        "num_slots": 5,
-        "num_staging_slots": 3,
-        "limit_bytes": 1 << 20,
-    }
-    return TraceRecorder(path, **(options | changes))
-
-
-def ids_of(request: int, position: int, again: int = 0) -> list[list[int]]:
-    """A routing that tells who it is: ``[layers, top_k]``."""
-    return [
-        [
-            (request + position + layer) % EXPERTS,
-            (request + position + layer + 1 + again) % EXPERTS,
-        ]
-        for layer in range(LAYERS)
-    ]
-
-
-def step(
-    target: TraceRecorder,
-    *parts: tuple[str, int, int, bool],
-    again: int = 0,
-    layers: int = LAYERS,
-    drafted: tuple[int, ...] | None = None,
-) -> None:
-    """Parts are (request, first position, tokens, is prefill)."""
-    names, first, lengths, prefill = zip(*parts, strict=True)
-    num_drafted = None if drafted is None else np.array(drafted, np.int32)
-    tokens = StepTokens.of_lengths(
-        list(names), np.array(lengths), np.array(first), np.array(prefill), num_drafted
-    )
-    table = np.array(
-        [
-            ids_of(ord(names[request][0]), int(position), again)
-            for request, position in zip(tokens.request_of_token, tokens.positions, strict=True)
-        ],
-        np.int32,
-    ).transpose(1, 0, 2)
-    target.begin_step(tokens)
-    for layer in range(layers):
-        target.observe(layer, table[layer])
-    if layers == LAYERS:
-        target.end_step()
+from vllm_moe_offload.trace.spool import ROW, spool_of
 
 
 def test_requests_come_back_whole_whatever_their_steps(tmp_path: Path) -> None:
@@ -317,38 +264,6 @@ def test_a_full_disk_loses_nothing_that_was_recorded(small_disk: Path, tmp_path:
     assert trace.ids[-1].tolist() == ids_of(ord("a"), target.num_tokens - 1)
 
 
-def test_of_a_killed_server_a_trace_can_be_made(tmp_path: Path) -> None:
-    path = tmp_path / "trace.npz"
-    target = recorder(path)
-    step(target, ("a", 0, 2, True), ("b", 0, 1, True))
-    step(target, ("a", 2, 3, False), ("b", 1, 3, False), drafted=(2, 2))
-    target.verify({"a": 4})
-    target.end_request("a")
-    copy = tmp_path / "killed.npz"
-    shutil.copytree(spool_of(path), spool_of(copy))
-    assert finish_trace(copy) == (9, 2)
-    trace = load_trace(copy)
-    assert trace.lens.tolist() == [4, 2]
-    assert trace.prefill_lens.tolist() == [2, 1]
-    assert trace.schedule.end_steps.tolist() == [2, -1]
-    target.close()
-    assert load_trace(path).lens.tolist() == [4, 2]
-
-
-def test_a_step_that_the_disk_took_a_part_of_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "trace.npz"
-    target = recorder(path)
-    step(target, ("a", 0, 3, True))
-    step(target, ("a", 3, 2, True))
-    copy = spool_of(tmp_path / "cut.npz")
-    shutil.copytree(spool_of(path), copy)
-    os.truncate(copy / "ids", 4 * LAYERS * TOP_K + 1)
-    os.truncate(copy / "rows", 5 * ROW.itemsize - 1)
-    assert finish_trace(tmp_path / "cut.npz") == (4, 1)
-    assert load_trace(tmp_path / "cut.npz").lens.tolist() == [4]
-    target.close()
-
-
 def test_one_server_at_a_time_records_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     target = recorder(path)
@@ -378,26 +293,6 @@ def test_what_a_killed_server_left_makes_room_for_the_next(tmp_path: Path, caplo
     assert [entry.name for entry in tmp_path.iterdir()] == ["trace.npz"]
 
 
-@pytest.mark.parametrize("what", ["link", "file", "others"])
-def test_only_a_spool_is_removed(tmp_path: Path, what: str) -> None:
-    path, other = tmp_path / "trace.npz", tmp_path / "other"
-    other.mkdir()
-    (other / "rows").touch()
-    match what:
-        case "link":
-            spool_of(path).symlink_to(other)
-        case "file":
-            spool_of(path).touch()
-        case "others":
-            spool_of(path).mkdir()
-            (spool_of(path) / "mine").touch()
-    with pytest.raises(OSError, match=r"no directory of yours|not empty"):
-        recorder(path)
-    assert (other / "rows").exists()
-    assert spool_of(path).exists()
-    assert not (tmp_path / "trace.npz.lock").exists()
-
-
 def test_long_request_ids_are_not_kept(tmp_path: Path) -> None:
     """What clients call their requests may be long: in an array of numpy's all would be as long."""
     path = tmp_path / "trace.npz"
@@ -407,32 +302,6 @@ def test_long_request_ids_are_not_kept(tmp_path: Path) -> None:
     assert load_trace(path).num_requests == 200
     with zipfile.ZipFile(path) as archive:
         assert sum(member.file_size for member in archive.infolist()) < 64 << 10
-
-
-def test_there_is_nothing_to_finish(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match=r"there is no recording .*trace\.npz\.spool"):
-        finish_trace(tmp_path / "trace.npz")
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("server.json", b"{}"),
-        ("server.json", b"no JSON"),
-        ("rows", b"\xff" * ROW.itemsize),
-        ("rows", b"\x7f" * ROW.itemsize),
-    ],
-)
-def test_a_damaged_spool_is_named(tmp_path: Path, name: str, content: bytes) -> None:
-    path = tmp_path / "trace.npz"
-    target = recorder(path)
-    step(target, ("a", 0, 1, True))
-    copy = tmp_path / "copy.npz"
-    shutil.copytree(spool_of(path), spool_of(copy))
-    (spool_of(copy) / name).write_bytes(content)
-    with pytest.raises(TraceError, match=f"{name} is damaged"):
-        finish_trace(copy)
-    target.close()
 
 
 def test_an_empty_recording_writes_nothing(tmp_path: Path) -> None:

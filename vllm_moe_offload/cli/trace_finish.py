@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vllm_moe_offload.cli.command import Command
-from vllm_moe_offload.trace.spool import finish_trace
+from vllm_moe_offload.trace.finish import finish_trace
 
 
 def _add_finish_arguments(parser: argparse.ArgumentParser) -> None:

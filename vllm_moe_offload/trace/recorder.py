@@ -18,15 +18,9 @@ import numpy.typing as npt
 
 from vllm_moe_offload.files import FileLock, remove_unfinished
 from vllm_moe_offload.step import StepTokens
+from vllm_moe_offload.trace.finish import write_trace
 from vllm_moe_offload.trace.progress import RequestProgress
-from vllm_moe_offload.trace.spool import (
-    ROW,
-    Server,
-    SpoolWriter,
-    remove_spool,
-    spool_of,
-    write_trace,
-)
+from vllm_moe_offload.trace.spool import ROW, Server, SpoolWriter, remove_spool, spool_of
 
 logger = logging.getLogger("vllm.moe_offload")
 
