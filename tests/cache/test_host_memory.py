@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -300,13 +299,3 @@ def test_real_memory_is_given_back():
     found = probe(GIB, lambda: looks.pop(0) if len(looks) > 1 else looks[0], int, touch)
     assert found.touched_bytes == PROBE_STEP_BYTES
     assert [region.closed for region in held] == [True]
-
-
-def test_the_least_of_system_and_cgroups(monkeypatch) -> None:
-    small = Headroom(5 * GIB, 6 * GIB, "cgroup /jobs")
-    memory = SimpleNamespace(available=50 * GIB, total=64 * GIB)
-    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(host_memory, "cgroup_headrooms", lambda: iter([small]))
-    assert host_memory.host_headroom() is small
-    monkeypatch.setattr(host_memory, "cgroup_headrooms", lambda: iter([]))
-    assert host_memory.host_headroom() == Headroom(50 * GIB, 64 * GIB, "the system")

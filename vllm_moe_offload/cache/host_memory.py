@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from vllm_moe_offload.config import GIB
 
@@ -105,13 +104,6 @@ class Headroom:
     def spare_bytes(self) -> int:
         """What is available beyond the reserve; negative if even that is broken."""
         return self.available_bytes - self.reserve_bytes
-
-
-def host_headroom() -> Headroom:
-    """What the system, and the cgroups that this process is in, leave at most now."""
-    memory = psutil.virtual_memory()
-    system = Headroom(memory.available, memory.total, "the system")
-    return min((system, *cgroup_headrooms()), key=lambda headroom: headroom.spare_bytes)
 
 
 def cgroup_headrooms(

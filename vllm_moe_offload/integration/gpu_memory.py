@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vllm_moe_offload.cache.host_memory import host_headroom, probe
+from vllm_moe_offload.cache.headroom import host_headroom
+from vllm_moe_offload.cache.host_memory import probe
 from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.cache.sizing import (

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.cache.host_memory import host_headroom
+from vllm_moe_offload.cache.headroom import host_headroom
 from vllm_moe_offload.files import open_regular
 
 _npy: Any = np.lib.format  # untyped in numpy's stubs
