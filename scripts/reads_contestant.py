@@ -52,7 +52,8 @@ def main() -> int:
     ):  # vLLM's first prompts are slow, and this reads nothing
         for seed in WARM_UP_SEEDS:
             contestant.generate(seed)
-    reads = FirstReads(contestant.runtime._transfer._reader, checks=arguments["checks"])
+    transfer: Any = contestant.runtime._transfer
+    reads = FirstReads(transfer._reader, checks=arguments["checks"])
     shape = contestant.runtime.cache.shape
     total = shape.num_layers * shape.num_experts
     print(json.dumps({"slots": shape.num_slots, "records": total}), file=answers, flush=True)
