@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 from scripts.harness.engine import take_stdout  # noqa: E402
 from scripts.prefetch_contestant import Contestant  # noqa: E402
 
-WARM_UP_SEEDS = range(10**6, 10**6 + 3)
+WARM_UP_SEED = 10**6
+"""Of prompts that no round has."""
 
 
 class FirstReads:
@@ -47,11 +48,9 @@ def main() -> int:
     answers = take_stdout()
     arguments = json.loads(sys.argv[1])
     contestant = Contestant(arguments)
-    with (
-        contestant.runtime.dummy_run()
-    ):  # vLLM's first prompts are slow, and this reads nothing
-        for seed in WARM_UP_SEEDS:
-            contestant.generate(seed)
+    # vLLM's first prompts are slow; as a dummy run they read nothing.
+    with contestant.runtime.dummy_run():
+        contestant.generate(WARM_UP_SEED)
     transfer: Any = contestant.runtime._transfer
     reads = FirstReads(transfer._reader, checks=arguments["checks"])
     shape = contestant.runtime.cache.shape
