@@ -9,17 +9,22 @@ so that neither a drifting disk nor a cache below it favours one of them.
 Raw reads come in two kinds: `whole` (a record is one preadv) and `split` (a record is cut
 evenly for all threads, as the engine does to keep the disk busy with a single record). The
 bar holds against the faster one of each batch size.
+
+The engine reads in two kinds as well: `engine`, records that it has read and checked before, and
+`checked`, which compares them with their checksums, as a first read or any read with `verify` does.
+What that costs a server is measured on servers: see check_cost.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts import check_cost  # noqa: E402
 from scripts.harness.options import parser_of  # noqa: E402
 from scripts.harness.report import Bar, report_of  # noqa: E402
 from scripts.raw_reader import Part, RawReader, split_evenly  # noqa: E402
@@ -54,7 +60,7 @@ from vllm_moe_offload.transfer.engine import DEFAULT_THREADS  # noqa: E402
 Bytes = npt.NDArray[np.uint8]
 
 BATCHES = (1, 2, 4, 8)
-KINDS = ("engine", "whole", "split")
+KINDS = ("engine", "checked", "whole", "split")
 NUM_EXPERTS = 16
 
 
@@ -161,11 +167,17 @@ def measure(
     speeds: dict[int, dict[str, list[float]]] = {
         batch: {kind: [] for kind in KINDS} for batch in BATCHES
     }
-    engine = TransferEngine(store, pool.destinations(), num_threads=threads)
-    if not engine.direct:
-        raise RuntimeError(f"{store.path}: the file system refuses O_DIRECT")
     turns = [(batch, kind) for batch in BATCHES for kind in KINDS]
-    try:
+    with contextlib.ExitStack() as stack:
+        engines = {}
+        for kind, verify in (("engine", False), ("checked", True)):
+            engines[kind] = TransferEngine(
+                store, pool.destinations(), num_threads=threads, verify=verify
+            )
+            stack.callback(engines[kind].close)
+        if not engines["engine"].direct:
+            raise RuntimeError(f"{store.path}: the file system refuses O_DIRECT")
+        read_all_once(store, engines["engine"])
         with RawReader(store.path, threads, directory) as raw:
             for repeat in range(-2, repeats):  # the first two warm up
                 rng.shuffle(turns)
@@ -173,7 +185,7 @@ def measure(
                     seconds = _time(
                         kind,
                         picks.take(batch),
-                        engine=engine,
+                        engines=engines,
                         raw=raw,
                         store=store,
                         buffers=buffers,
@@ -181,26 +193,30 @@ def measure(
                     )
                     if repeat >= 0:
                         speeds[batch][kind].append(batch * record_bytes / seconds)
-    finally:
-        engine.close()
     return speeds
+
+
+def read_all_once(store: ExpertStore, engine: TransferEngine) -> None:
+    """Has every record checked, so that later reads are not."""
+    for layer, expert in product(range(store.num_layers), range(store.num_experts)):
+        engine.read([(layer, expert, 0)])
 
 
 def _time(
     kind: str,
     chosen: Sequence[tuple[int, int]],
     *,
-    engine: TransferEngine,
+    engines: Mapping[str, TransferEngine],
     raw: RawReader,
     store: ExpertStore,
     buffers: Bytes,
     threads: int,
 ) -> float:
     """Seconds to read the records in one of the :data:`KINDS` of ways."""
-    if kind == "engine":
+    if kind in engines:
         requests = [(layer, expert, row) for row, (layer, expert) in enumerate(chosen)]
         began = time.perf_counter()
-        engine.read(requests)
+        engines[kind].read(requests)
         return time.perf_counter() - began
     parts = [
         Part(store.record_offset(layer, expert), buffer.ctypes.data, buffer.nbytes)
@@ -228,6 +244,7 @@ def measure_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "record": name,
                     "batch": batch,
                     "ratio": medians["engine"] / max(medians["whole"], medians["split"]),
+                    "checked_ratio": medians["checked"] / medians["engine"],
                     "median_bytes_per_s": medians,
                     "samples_bytes_per_s": kinds,
                 }
@@ -238,11 +255,12 @@ def measure_cases(args: argparse.Namespace) -> list[dict[str, Any]]:
 def table_of(cases: Sequence[dict[str, Any]]) -> Table:
     """A row per case."""
     table = Table(title="Demand reads against raw O_DIRECT: GB/s (median)")
-    for column in ("record", "batch", *KINDS, "engine / best raw"):
+    for column in ("record", "batch", *KINDS, "engine / best raw", "checked / engine"):
         table.add_column(column, justify="right")
     for case in cases:
         speeds = [f"{case['median_bytes_per_s'][kind] / 1e9:.2f}" for kind in KINDS]
-        table.add_row(case["record"], str(case["batch"]), *speeds, f"{case['ratio']:.2f}")
+        ratios = [f"{case[ratio]:.2f}" for ratio in ("ratio", "checked_ratio")]
+        table.add_row(case["record"], str(case["batch"]), *speeds, *ratios)
     return table
 
 
@@ -257,11 +275,15 @@ def main() -> int:
         help="reads in flight, of engine and raw alike (default: the engine's own %(default)s)",
     )
     parser.add_argument("--store-gb", type=float, default=2.4, help="size of each store (1e9)")
+    check_cost.add_options(parser)
     args = parser.parse_args()
     if args.quick:
         args.repeats, args.store_gb = 5, 0.2
+        args.serving_repeats, args.rounds, args.tokens = 1, 2, 2
     cases = measure_cases(args)
     Console().print(table_of(cases))
+    serving = check_cost.measure(args)
+    Console().print(check_cost.table_of(serving))
     bars = [
         Bar(
             f"{case['record']} records, batch of {case['batch']}: bytes / stall time, engine to "
@@ -271,7 +293,8 @@ def main() -> int:
         )
         for case in cases
     ]
-    report_of(args, "reads", {"parameters": vars(args), "cases": cases}, bars)
+    data = {"parameters": vars(args), "cases": cases, "serving": serving}
+    report_of(args, "reads", data, bars)
     return 0
 
 

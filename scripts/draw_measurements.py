@@ -367,7 +367,7 @@ def draw_start(found: Report) -> Figure:
 
 
 def reads_table(found: Report) -> str:
-    """GB/s of the plugin's reader and of a raw one."""
+    """GB/s of the plugin's reader and of a raw one; and what checking costs a server."""
     rows = []
     for case in found["cases"]:
         speed = case["median_bytes_per_s"]
@@ -378,9 +378,42 @@ def reads_table(found: Report) -> str:
             f"{ours:.2f}",
             f"{raw:.2f}",
             f"{case['ratio']:.2f}",
+            f"{speed['checked'] / 1e9:.2f}",
         )
         rows.append(row)
-    head = ("record", "records at a time", "plugin, GB/s", "raw O_DIRECT, GB/s", "ratio")
+    head = (
+        "record",
+        "records at a time",
+        "plugin, GB/s",
+        "raw O_DIRECT, GB/s",
+        "ratio",
+        "plugin, checked, GB/s",
+    )
+    return f"{_markdown(head, rows)}\n\n{_checks_table(found['serving'])}"
+
+
+def _checks_table(serving: Report) -> str:
+    """A server from an empty cache on, by when it checks records."""
+    rows = []
+    for name, arm in serving["summary"]["arms"].items():
+        middle = {key: figure["median"] for key, figure in arm.items()}
+        row = (
+            name,
+            f"{middle['first_round_s']:.1f}",
+            f"{middle['first_round_stall_s']:.2f}",
+            f"{middle['first_round_stall_s_more']:+.2f}",
+            f"{middle['tokens_per_s']:.1f}",
+            f"{middle['tokens_per_s_ratio']:.2f}",
+        )
+        rows.append(row)
+    head = (
+        "checked at",
+        "first round, s",
+        "of it stalled, s",
+        "more than never, s",
+        "then tokens/s",
+        "of never",
+    )
     return _markdown(head, rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def assert_intact(store: ExpertStore) -> None:
             begin = store.record_offset(layer, expert)
             record = content[begin : begin + store.layout.record_bytes]
             assert xxhash.xxh3_64_intdigest(record) == store.checksum(layer, expert)
+
+
+def flip(store: ExpertStore, layer: int, expert: int, offset: int = 17) -> None:
+    """Flips a bit of the record's byte at ``offset``, in place: who has the file open sees it."""
+    store, layer = store.store_of(layer)
+    with store.path.open("r+b") as file:
+        file.seek(store.record_offset(layer, expert) + offset)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x40]))
 
 
 def place(store_dir: Path, **changes: object) -> tuple[Path, StoreIdentity]:

@@ -80,7 +80,10 @@ class OffloadConfig(BaseModel):
     ] = Field(default_factory=default_store_dir)
     verify: Annotated[
         bool,
-        Field(description="Check the checksum of every expert read from the store."),
+        Field(
+            description="Check an expert's checksum whenever it is read from the store, not only "
+            "the first time after a start."
+        ),
     ] = False
     prefetch: Annotated[
         bool,

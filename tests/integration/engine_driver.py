@@ -13,7 +13,8 @@ hexadecimal floats; facts about the engine's layers and counters, unless the job
 ``"facts": false`` (workers in processes of their own cannot be asked for them); and, if the
 engine has ``"disable_log_stats": false``, the plugin's part of ``LLM.get_metrics()``; if it
 speculates, how much it drafted and how much of that was accepted; and with a worker extension,
-which is one of :mod:`tests.integration.worker_probe`, what its workers say.
+which is one of :mod:`tests.integration.worker_probe`, what its workers say. An engine with
+``"overwrite": byte`` has its store filled with that byte between its start and the first batch.
 """
 
 from __future__ import annotations
@@ -114,6 +115,14 @@ def speculation(llm: LLM) -> dict[str, int]:
     return counted
 
 
+def overwrite_store(offload: dict[str, Any], byte: int) -> None:
+    """Fills the files of all experts with ``byte``, where they lie: servers have them open."""
+    for path in Path(offload["store_dir"]).glob("*/*/experts.bin"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.write(bytes([byte]) * size)
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """One engine: start, all batches, stop."""
     began = time.perf_counter()
@@ -126,6 +135,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     started = time.perf_counter()
     result: dict[str, Any] = {"start_seconds": started - began}
+    if "overwrite" in job:
+        overwrite_store(options["additional_config"]["moe_offload"], job["overwrite"])
     try:
         result["batches"] = [
             generate(llm, batch, job["max_tokens"], job.get("adapter"))

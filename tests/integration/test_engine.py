@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.integration.conftest import EXPERTS, LAYERS, EngineProcess, engine
+from vllm_moe_offload.store.expert_store import CONDEMNED_NAME
 
 pytestmark = pytest.mark.vllm
 
@@ -28,6 +29,11 @@ class Alone(NamedTuple):
     flipped: dict[str, Any]
     flipped_again: dict[str, Any]
     truncated: dict[str, Any]
+    flipped_all_cached: dict[str, Any]
+    zeros: dict[str, Any]
+    zeros_again: dict[str, Any]
+    ones: dict[str, Any]
+    ones_again: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +44,8 @@ def alone(demo_model, tmp_path_factory) -> Alone:
     model, blocked = demo_model("olmoe"), directory / "file"
     blocked.write_text("")
 
-    def offload(cache_gb="50%", store="stores", **options):
-        options |= {"mode": "lrfu", "cache_gb": cache_gb, "store_dir": str(directory / store)}
+    def offload(cache_gb="50%", store="stores", mode="lrfu"):
+        options = {"mode": mode, "cache_gb": cache_gb, "store_dir": str(directory / store)}
         return engine(model, eager=True, offload=options, disable_log_stats=False)
 
     process = EngineProcess(directory)
@@ -53,13 +59,23 @@ def alone(demo_model, tmp_path_factory) -> Alone:
         engine(model, eager=True, offload={"mode": "off"}),
     ]
     served = process.run(jobs, may_fail=True)
-    for kind in ("flipped", "truncated"):
+    for kind in ("flipped", "truncated", "flipped_all_cached", "zeros", "ones"):
         shutil.copytree(directory / "stores", directory / kind)
-    flip_bytes(experts_of(directory / "flipped"))
+    for kind in ("flipped", "flipped_all_cached"):
+        flip_bytes(experts_of(directory / kind))
     path = experts_of(directory / "truncated")
     os.truncate(path, path.stat().st_size - 4096)
-    flipped = offload(store="flipped", verify=True)
-    damaged = process.run([flipped, flipped, offload(store="truncated")], may_fail=True)
+    flipped = offload(store="flipped")
+    zeros, ones = (offload(store=kind, mode="trace") for kind in ("zeros", "ones"))
+    jobs = [
+        flipped,
+        flipped,
+        offload(store="truncated"),
+        offload("100%", "flipped_all_cached"),
+        *(zeros | {"overwrite": 0}, zeros),
+        *(ones | {"overwrite": 0xFF}, ones),
+    ]
+    damaged = process.run(jobs, may_fail=True)
     process.stop()
     return Alone(directory / "stores", blocked, *served, *damaged)
 
@@ -114,18 +130,29 @@ def test_a_second_start_opens_the_store(alone):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_damaged_store_never_serves_wrong_tokens(alone):
-    """Feature: `verify`."""
-    assert "checksum" in alone.flipped["trace"]
-    assert "experts.bin" in alone.flipped["trace"]
+@pytest.mark.parametrize("kind", ["flipped", "flipped_all_cached", "zeros", "ones"])
+def test_a_damaged_store_never_serves_wrong_tokens(alone, kind):
+    """Features: an expert is checked when it is first read, at the start or while serving: flipped
+    bits, and zeros and ones that were written below a server that runs."""
+    damaged = getattr(alone, kind)
+    assert "batches" not in damaged
+    assert "checksum" in damaged["trace"]
+    assert "experts.bin" in damaged["trace"]
 
 
 def test_the_start_after_damage_builds_the_store_again(alone):
-    """Features: what `verify` found, and what is found without it, costs one start."""
-    assert alone.flipped_again["batches"] == alone.unused["batches"]
-    assert alone.truncated["batches"] == alone.unused["batches"]
+    """Features: what reading found, and what opening finds, costs one start."""
+    kinds = {
+        "flipped": alone.flipped_again,
+        "truncated": alone.truncated,
+        "zeros": alone.zeros_again,
+        "ones": alone.ones_again,
+    }
+    failed_start = alone.stores.with_name("flipped_all_cached")
+    assert experts_of(failed_start).with_name(CONDEMNED_NAME).exists()
     size = experts_of(alone.stores).stat().st_size
-    for kind in ("flipped", "truncated"):
+    for kind, served in kinds.items():
+        assert served["batches"] == alone.unused["batches"]
         rebuilt = experts_of(alone.stores.parent / kind)
         assert rebuilt.stat().st_size == size
         assert sorted(p.name for p in rebuilt.parent.iterdir()) == [

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stores import MIXED, build, build_joined, layout_of
+from tests.stores import MIXED, build, build_joined, flip, layout_of
 from tests.transfers import HOST_SLOTS, NUM_SLOTS, Interrupted, rig_of, wait_for_prefetches
 from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.store import DamagedStore, open_store
@@ -322,22 +323,93 @@ def test_a_failed_prefetch_is_reported_with_its_reason(own_store, rig_over):
     rig.assert_nothing_is_under_way()
 
 
+def assert_condemned(store, layer, expert):
+    with pytest.raises(
+        DamagedStore, match=f"expert {expert} of layer {layer}: its checksum is"
+    ):
+        open_store(store.directory, store.identity)
+
+
 @reading_files
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("offset", [0, 8192 + 17, MIXED.record_bytes - 1])
-def test_verify_finds_a_flipped_byte(own_store, rig_over, offset):
-    position = own_store.record_offset(1, 1) + offset
-    content = bytearray(own_store.path.read_bytes())
-    content[position] ^= 0x40
-    own_store.path.write_bytes(content)
-    rig = rig_over(own_store, verify=True)
+def test_a_record_is_checked_when_it_is_first_read(own_store, rig_over, verify, offset):
+    rig = rig_over(own_store, verify=verify)
+    flip(own_store, 1, 1, offset)
     rig.transfer.read([(1, 0, 0)])
     assert open_store(own_store.directory, own_store.identity) == own_store
-    with pytest.raises(TransferError, match=r"expert 1 of layer 1.*its checksum is"):
-        rig.transfer.read([(1, 1, 1)])
-    with pytest.raises(DamagedStore, match=r"expert 1 of layer 1: its checksum is"):
-        open_store(own_store.directory, own_store.identity)
+    for _ in range(2):  # one that failed is not taken for checked
+        with pytest.raises(TransferError, match=r"expert 1 of layer 1.*its checksum is"):
+            rig.transfer.read([(1, 1, 1), (1, 2, 2)])
+    assert_condemned(own_store, 1, 1)
     rig.assert_kernels_find((1, 0, 0))
     rig.assert_nothing_is_under_way()
+
+
+@reading_files
+def test_a_record_read_again_is_checked_only_with_verify(tmp_path, rig_over):
+    outcomes = []
+    for verify in (False, True):
+        store = build(tmp_path / str(verify), num_layers=2, num_experts=8)
+        rig = rig_over(store, verify=verify)
+        rig.transfer.read([(1, 1, 0)])
+        flip(store, 1, 1)
+        for expert in range(8):  # host memory has fewer slots and forgets it
+            rig.transfer.read([(0, expert, 1)])
+        try:
+            rig.transfer.read([(1, 1, 0)])
+        except TransferError as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append(None)
+    unchecked, checked = outcomes
+    assert unchecked is None
+    assert "its checksum is" in checked
+    assert_condemned(store, 1, 1)
+
+
+@reading_files
+def test_a_prefetched_record_is_checked_when_it_is_first_read(own_store, rig_over):
+    rig = rig_over(own_store)
+    flip(own_store, 1, 1)
+    assert rig.transfer.prefetch([(1, 1, 0), (1, 2, 1)]) == 2
+    bad, good = sorted(wait_for_prefetches(rig.transfer, 2), key=lambda flight: flight.expert)
+    assert bad.state is State.FAILED
+    assert "expert 1 of layer 1" in bad.error
+    assert "its checksum is" in bad.error
+    assert_condemned(own_store, 1, 1)
+    assert good.state is State.LANDED
+    rig.assert_kernels_find((1, 2, 1))
+    rig.transfer.prefetch([(1, 1, 0)])
+    with pytest.raises(TransferError, match="expert 1 of layer 1"):
+        rig.transfer.await_slot(0)
+    rig.assert_nothing_is_under_way()
+
+
+@reading_files
+def test_a_prefetch_dropped_too_late_is_checked_as_well(own_store, rig_over):
+    rig = rig_over(own_store)
+    flip(own_store, 1, 1)
+    rig.transfer.prefetch([(1, 1, 0)])
+    while not rig.files.has_news:
+        time.sleep(0.0001)
+    assert not rig.transfer.drop(0)
+    (ended,) = wait_for_prefetches(rig.transfer, 1)
+    assert ended.state is State.DROPPED
+    assert_condemned(own_store, 1, 1)
+
+
+@reading_files
+def test_of_joined_stores_the_damaged_one_is_condemned(tmp_path, rig_over):
+    both = build_joined(tmp_path, MIXED, (2, 1), 4)
+    first, second = both.joins
+    flip(both, 2, 3)
+    rig = rig_over(both)
+    rig.transfer.read([(1, 3, 0)])
+    with pytest.raises(TransferError, match=rf"expert 3 of layer 0 from {second.path}"):
+        rig.transfer.read([(2, 3, 1)])
+    assert open_store(first.directory, first.identity) == first
+    assert_condemned(second, 0, 3)
 
 
 # ---- end -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from tests.device_double import DeviceError, SimulatedDevice
 from tests.runtimes import EXPERTS, LAYERS, Foresight, decode_tokens, ids_of
-from tests.stores import build
+from tests.stores import build, flip
 from tests.transfers import ALL, NUM_SLOTS, assert_holds, device_parts, kernel
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.pool import SlotPool
@@ -123,11 +123,9 @@ def test_nothing_writes_into_slots_of_a_call_that_failed(own_store, transfer_of)
     assert host.slots.num_held == device.num_tickets == 0
 
 
-def test_verify_finds_a_flipped_byte_before_it_is_copied(own_store, transfer_of):
-    content = bytearray(own_store.path.read_bytes())
-    content[own_store.record_offset(1, 1) + 17] ^= 0x40
-    own_store.path.write_bytes(content)
-    transfer, device, _ = transfer_of(own_store, 5, verify=True)
+def test_a_flipped_byte_is_found_before_it_is_copied(own_store, transfer_of):
+    flip(own_store, 1, 1)
+    transfer, device, _ = transfer_of(own_store, 5)
     with pytest.raises(TransferError, match=r"expert 1 of layer 1.*checksum"):
         transfer.read([(1, 1, 0)])
     assert device.copied == []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -57,7 +58,8 @@ def slow_store(tmp_path_factory) -> ExpertStore:
     machine is. The file is sparse, so that no disk is needed."""
     layout = layout_of(128 << 20)
     directory = tmp_path_factory.mktemp("slow")
-    store = ExpertStore(directory, identity(), layout, 2, 2, ((0, 0), (0, 0)))
+    zeros = xxhash.xxh3_64_intdigest(bytes(layout.record_bytes))
+    store = ExpertStore(directory, identity(), layout, 2, 2, ((zeros, zeros), (zeros, zeros)))
     store.path.touch()
     os.truncate(store.path, store.file_bytes)
     return store
@@ -129,6 +131,28 @@ def test_tail_of_many_megabytes(tmp_path, engine_of):
     engine.read([(0, expert, expert) for expert in range(6)])
     for expert in range(6):
         assert_holds(store, slots, expert, 0, expert)
+
+
+def test_reads_are_waited_for_one_by_one_while_they_are_checked(store, engine_of, monkeypatch):
+    """Checking one overlaps with reading the next; without checks one wake-up is enough."""
+    engine, _ = engine_of(store)
+    waited_for = []
+    collect = engine._collect
+
+    def spy(timeout_ms, min_count=1):
+        waited_for.append(min_count)
+        return collect(timeout_ms, min_count)
+
+    monkeypatch.setattr(engine, "_collect", spy)
+    requests = [(0, expert, expert) for expert in range(4)]
+    engine.read(requests)
+    assert set(waited_for) == {1}
+    waited_for.clear()
+    engine.read(requests)
+    assert waited_for[0] == 4
+    waited_for.clear()
+    engine.read([(0, 0, 0), (1, 0, 1)])
+    assert waited_for[0] == 1
 
 
 # ---- what waits in the queue -------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.stores import MIXED, build, layer_tensors, layout_of
+from tests.stores import MIXED, build, flip, layer_tensors, layout_of
 from vllm_moe_offload.transfer import HostTier, TransferError
 from vllm_moe_offload.transfer.host_slots import HostSlots
 
@@ -106,10 +106,8 @@ def test_children_do_not_share_the_memory(store, tier_of):
 
 
 def test_damage_is_found_while_filling(store, tier_of):
-    content = bytearray(store.path.read_bytes())
-    content[store.record_offset(2, 3) + 5000] ^= 1
-    store.path.write_bytes(content)
-    tier = tier_of(store, 60, verify=True)
+    flip(store, 2, 3, 5000)
+    tier = tier_of(store, 60)
     with pytest.raises(TransferError, match=r"expert 3 of layer 2.*checksum"):
         tier.fill()
 

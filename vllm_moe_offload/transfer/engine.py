@@ -51,14 +51,13 @@ class TransferEngine:
             cpus: cores they may run on; empty: where the calling thread may.
             direct: bypass the page cache. Where the file system refuses, a warning is
                 logged and reads go through it.
-            verify: check the checksum of every record read.
+            verify: check a record's checksum whenever it is read, not only the first time.
 
         Raises:
             TransferError: the file cannot be opened, or its size changed.
             ValueError: a destination is missing, misaligned or of the wrong shape.
         """
         self._store = store
-        self._verify = verify
         try:
             self._reader = RecordReader(
                 store,
@@ -209,15 +208,15 @@ class TransferEngine:
         flights = pending.flights
         while True:
             self._submit_pending(pending)
-            num_running = sum(
-                not flight.has_ended for flight in flights[: pending.num_submitted]
-            )
-            if not num_running:
+            running = [f for f in flights[: pending.num_submitted] if not f.has_ended]
+            if not running:
                 return
             # To be woken for every read would take the cores from reading. But what is left
             # to be submitted, or to be checked, should not wait for the last one.
-            wait_for_all = pending.num_submitted == len(flights) and not self._verify
-            self._collect(_WAIT_MS, num_running if wait_for_all else 1)
+            wait_for_all = pending.num_submitted == len(flights) and not any(
+                self._reader.needs_check(flight.ticket) for flight in running
+            )
+            self._collect(_WAIT_MS, len(running) if wait_for_all else 1)
 
     def _submit(self, flights: Sequence[Flight], priority: int) -> None:
         records = [(flight.layer, flight.expert, flight.slot) for flight in flights]

@@ -51,8 +51,8 @@ class HostTier:
         Args:
             store: what to read.
             num_slots: experts that fit; more than the store has are not allocated.
-            num_threads, cpus, direct, verify: as :class:`TransferEngine`. ``verify`` checks
-                records when they arrive here.
+            num_threads, cpus, direct, verify: as :class:`TransferEngine`. Records are
+                checked when they arrive here.
 
         Raises:
             MemoryError: the system refuses the memory.

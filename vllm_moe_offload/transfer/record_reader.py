@@ -55,6 +55,7 @@ class _Ticket:
             self.extents[-1].destination = self.tail.ctypes.data
             self.extents[-1].length = layout.tail_bytes
         self.record = (-1, -1, -1)  # layer, expert, slot
+        self.needs_check = True
 
 
 class RecordReader:
@@ -62,6 +63,10 @@ class RecordReader:
 
     Tensors of a record that O_DIRECT can place go straight into their slots; the tail goes
     through the ticket's buffer and is copied when all bytes are there.
+
+    The first time that a record is read it is compared with its checksum: the file may have been
+    changed at any time since it was written, and nothing but its bytes would say so. Hashing is
+    several times as quick as a disk, but not free, so later reads are compared only on request.
 
     Attributes:
         read_bytes: bytes of records that arrived.
@@ -87,6 +92,7 @@ class RecordReader:
         self.num_slots = _check_destinations(layout, destinations)
         self._store = store
         self._verify = verify
+        self._is_checked = [bytearray(store.num_experts) for _ in range(store.num_layers)]
         self._direct_slots = [destinations[spec.name] for spec in layout.direct]
         self._direct_bases = [
             (slots.ctypes.data, slots.shape[1]) for slots in self._direct_slots
@@ -133,6 +139,7 @@ class RecordReader:
             for extent, (base, nbytes) in zip(ticket.direct, self._direct_bases, strict=True):
                 extent.destination = base + slot * nbytes
             read.offset = self._store.record_offset(layer, expert)
+            ticket.needs_check = self._verify or not self._is_checked[layer][expert]
             read.extents = ticket.extents
             read.num_extents = len(ticket.extents)
             read.priority = priority
@@ -140,6 +147,11 @@ class RecordReader:
         check(core.vmo_reader_submit(self._reader, self._reads, len(records)))
         del self.free_tickets[-len(records) :]
         return tickets
+
+    def needs_check(self, index: int) -> bool:
+        """Whether :meth:`wait` will take the time to compare this ticket's record with its
+        checksum, if it arrives."""
+        return self._tickets[index].needs_check
 
     def promote(self, index: int) -> None:
         """Makes what is left of a prefetch a demand."""
@@ -196,17 +208,26 @@ class RecordReader:
 
     def _land(self, ticket: _Ticket) -> str | None:
         """All bytes arrived: copies the tail, unless the record turns out to be damaged."""
-        layer, expert, slot = ticket.record
-        if self._verify:
-            digest = xxhash.xxh3_64()
-            for slots in self._direct_slots:
-                digest.update(slots[slot].data)
-            digest.update(ticket.tail.data)
-            wanted = self._store.checksum(layer, expert)
-            if digest.intdigest() != wanted:
-                return f"its checksum is {digest.hexdigest()}, not {wanted:016x}"
+        if ticket.needs_check:
+            damage = self._check(ticket)
+            if damage is not None:
+                return damage
+        slot = ticket.record[2]
         for slots, begin, end in self._tail_parts:
             slots[slot] = ticket.tail[begin:end]
+        return None
+
+    def _check(self, ticket: _Ticket) -> str | None:
+        """Compares the ticket's record with its checksum; in which way it is damaged."""
+        layer, expert, slot = ticket.record
+        digest = xxhash.xxh3_64()
+        for slots in self._direct_slots:
+            digest.update(slots[slot].data)  # lets go of the interpreter's lock
+        digest.update(ticket.tail.data)
+        wanted = self._store.checksum(layer, expert)
+        if digest.intdigest() != wanted:
+            return f"its checksum is {digest.hexdigest()}, not {wanted:016x}"
+        self._is_checked[layer][expert] = True
         return None
 
 
