@@ -12,13 +12,8 @@ from typing import Any
 
 from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ModelShape, ShapeError
 from vllm_moe_offload.plan.shapes.config import shape_of_config
-from vllm_moe_offload.store.checkpoint_reader import (
-    DRAFTERS,
-    TensorRange,
-    expert_layer,
-    layer_number,
-    tensor_ranges,
-)
+from vllm_moe_offload.store.checkpoint_header import TensorRange, tensor_ranges
+from vllm_moe_offload.store.checkpoint_reader import DRAFTERS, expert_layer, layer_number
 
 _INDEX = "model.safetensors.index.json"
 _UNQUANTISED = {"BF16", "F16", "F32"}
