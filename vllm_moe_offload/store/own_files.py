@@ -23,6 +23,7 @@ import logging
 import os
 import stat
 import tempfile
+from io import FileIO
 from pathlib import Path
 
 from vllm_moe_offload.store.errors import StoreError, in_one_line
@@ -30,19 +31,30 @@ from vllm_moe_offload.store.errors import StoreError, in_one_line
 logger = logging.getLogger("vllm.moe_offload")
 
 
-def read_regular(path: Path, most_bytes: int) -> bytes:
-    """The content of a file that is no link, pipe or device; waits for nobody.
+def open_regular(path: Path) -> FileIO:
+    """Opens a file that is no link, pipe or device to be read; waits for nobody.
 
     Raises:
-        OSError: it is one, is longer than ``most_bytes``, or cannot be read.
+        OSError: it is one, or cannot be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with open(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is not a regular file")
-        if status.st_size > most_bytes:
-            raise OSError(f"it has {status.st_size} bytes, {most_bytes} at most are read")
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return FileIO(descriptor)
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """The content of such a file.
+
+    Raises:
+        OSError: as :func:`open_regular`, or it is longer than ``most_bytes``.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise OSError(f"it has {size} bytes, {most_bytes} at most are read")
         return file.read(most_bytes)
 
 

@@ -100,8 +100,11 @@ def test_other_names_of_the_same_fields():
         ({"model_type": "llama"}, "model_type='llama' is not known; known are mixtral"),
         ({"model_type": None}, "model_type=None is not known"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "4096"}, "hidden_size='4096', must be an integer of 1 or more"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0, must be an integer of 1 or more"),
+        (
+            {"hidden_size": "4096"},
+            "hidden_size='4096', must be an integer from 1 to 2147483647",
+        ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0, must be an integer from 1 to 4096"),
         ({"num_local_experts": None}, "num_local_experts or num_experts or n_routed_experts"),
         ({"num_experts_per_tok": 9}, "9 experts per token, but a layer has 8"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no', must be true or false"),
