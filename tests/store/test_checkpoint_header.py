@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.mutations import mutated
 from vllm_moe_offload.store.checkpoint_header import tensor_ranges
 
 SOUND = {
@@ -124,33 +124,6 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
 
 # ---- anything -------------------------------------------------------------------------------
 
-VALUES = [
-    None, True, False, -1, 0, 1, 2, 3, 24, 2**31, 2**63, 2**64, 10**30, 1.5, float("inf"),
-    float("nan"), "", "F32", "I64", "F4", "\ud800", "a\nb", [], [0], [1, 2], [[1]], {}, {"a": 1},
-]  # fmt: skip
-
-
-def places(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-    """Every place in a JSON document."""
-    inner: list[tuple[object, object]] = []
-    if isinstance(value, dict):
-        inner = list(value.items())
-    elif isinstance(value, list):
-        inner = list(enumerate(value))
-    return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
-
-
-def changed(random_: random.Random) -> object:
-    """The sound header with one or two values replaced."""
-    header: object = copy.deepcopy(SOUND)
-    for _ in range(random_.randint(1, 2)):
-        *way, last = random_.choice(places(header)[1:])
-        owner = header
-        for key in way:
-            owner = owner[key]
-        owner[last] = copy.deepcopy(random_.choice(VALUES))
-    return header
-
 
 def flipped(content: bytes, random_: random.Random) -> bytes:
     """A few bytes changed, or the end cut off."""
@@ -168,7 +141,7 @@ def flipped(content: bytes, random_: random.Random) -> bytes:
 )
 @given(random_=st.randoms(use_true_random=False), in_bytes=st.booleans())
 def test_any_header_is_read_as_safetensors_does_or_refused(tmp_path, random_, in_bytes):
-    path = write(tmp_path / "x.safetensors", SOUND if in_bytes else changed(random_))
+    path = write(tmp_path / "x.safetensors", SOUND if in_bytes else mutated(SOUND, random_))
     if in_bytes:
         path.write_bytes(flipped(path.read_bytes(), random_))
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutations import mutations
 from tests.stores import MIXED, build, layout_of, place
 from vllm_moe_offload.store import (
     DamagedStore,
@@ -164,34 +164,11 @@ def test_a_manifest_that_is_too_long_is_not_read(tmp_path):
     assert "1099511627776 bytes, 67108864 at most are read" in refused(store)
 
 
-VALUES = [
-    None, True, -1, 0, 1, 2, 1 << 32, 1 << 63, 10**30, 1.5, 1e300, "", "x", "\0", "0" * 16, "f" * 17,
-    [], [0], [[]], ["0" * 16], {}, {"a": 1},
-]  # fmt: skip
-
-
-def places(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-    """Every place in a JSON document."""
-    inner: list[tuple[object, object]] = []
-    if isinstance(value, dict):
-        inner = list(value.items())
-    elif isinstance(value, list):
-        inner = list(enumerate(value))
-    return [path, *(place for key, part in inner for place in places(part, (*path, key)))]
-
-
 def test_any_manifest_opens_or_is_damaged(tmp_path):
     """What opens was not changed in what decides where records lie and what is in them."""
     store = build(tmp_path)
     path = store.directory / "manifest.json"
-    sound = json.loads(path.read_text())
-    for where, value in itertools.product(places(sound)[1:], VALUES):
-        document = json.loads(json.dumps(sound))
-        *way, last = where
-        owner = document
-        for key in way:
-            owner = owner[key]
-        owner[last] = value
+    for document in mutations(json.loads(path.read_text())):
         path.write_text(json.dumps(document))
         with contextlib.suppress(DamagedStore):
             opened = open_store(store.directory, None)

@@ -175,6 +175,11 @@ def test_incomplete_and_damaged_checkpoints(mixtral, tmp_path):
     (directory / "config.json").write_text("[]")
     with pytest.raises(ShapeError, match="holds no JSON object"):
         read_checkpoint(directory)
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ShapeError, match="is not JSON"):
+    for text in (b"{", b'{"a":' + b"[" * 100_000, b"\xff\xfe", b"1" * 5000):
+        (directory / "config.json").write_bytes(text)
+        with pytest.raises(ShapeError, match="is not JSON"):
+            read_checkpoint(directory)
+    with (directory / "config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(ShapeError, match="1099511627776 bytes, 67108864 at most are read"):
         read_checkpoint(directory)

@@ -14,7 +14,7 @@ _MOST = (1 << 31) - 1
 """Of any size or count."""
 _MOST_LAYERS = 4096
 _MOST_EXPERTS = 4096
-_MOST_TOP_K = 256
+_MOST_TOP_K = 64
 """Of what is counted one by one: some ten times what models have."""
 
 
