@@ -56,7 +56,7 @@ def test_files_are_private_and_complete(tmp_path):
 
 
 def test_a_header_that_is_too_long_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="2048"):
+    with pytest.raises(ValueError, match="2044"):
         CounterFile(tmp_path / "rank0.counters", {"model_name": "x" * 3000})
     assert not os.listdir(tmp_path)
 
@@ -118,6 +118,61 @@ def test_a_damaged_file_is_left_out_with_one_warning(tmp_path, caplog):
     for _ in range(3):
         assert [reading.labels["rank"] for reading in read_counters(tmp_path)] == ["1"]
     assert caplog.text.count("rank0.counters holds no whole counters") == 1
+
+
+@settings(
+    max_examples=400,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
+    derandomize=True,
+)
+@given(
+    changes=st.dictionaries(st.integers(0, 2047), st.integers(0, 255), min_size=1, max_size=5),
+    length=st.sampled_from([FILE_BYTES, FILE_BYTES, 2048, 100, 0]),
+)
+def test_a_damaged_header_is_left_out(tmp_path, changes, length):
+    """A scrape goes on, whatever the bytes are, and shows the other workers."""
+    broken = CounterFile(tmp_path / "rank0.counters", LABELS, INFO)
+    other = CounterFile(tmp_path / "rank1.counters", {**LABELS, "rank": "1"}, INFO)
+    sound = broken.path.read_bytes()
+    data = bytearray(sound)
+    for offset, value in changes.items():
+        data[offset] = value
+    broken.path.write_bytes(data[:length])
+    is_whole = data[:length] == sound
+    readings = list(read_counters(tmp_path))
+    assert [r.labels["rank"] for r in readings] == (["0", "1"] if is_whole else ["1"])
+    for file in (broken, other):
+        file.close()
+        file.path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "directory"])
+def test_what_is_no_counter_file_is_left_out(tmp_path, caplog, kind):
+    """Nor is it waited for, or followed."""
+    (tmp_path / "elsewhere").mkdir()
+    file = CounterFile(tmp_path / "elsewhere" / "rank0.counters", LABELS)
+    place = tmp_path / "rank0.counters"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "link":
+        place.symlink_to(file.path)
+    else:
+        place.mkdir()
+    for _ in range(2):
+        assert list(read_counters(tmp_path)) == []
+    assert caplog.text.count("rank0.counters holds no whole counters; left out") == 1
+
+
+def test_readers_never_wait_long_for_last_figures(tmp_path, monkeypatch):
+    """Nor if a worker's clock is ahead of theirs."""
+    monkeypatch.setattr("vllm_moe_offload.metrics.SETTLE_SECONDS", 0.05)
+    file = CounterFile(tmp_path / "rank0.counters", LABELS)
+    file.write(values_of(hits=1), settling_since=time.monotonic() + 3600)
+    began = time.monotonic()
+    (reading,) = read_counters(tmp_path)
+    assert time.monotonic() - began < 30
+    assert reading.values["hits"] == 1
 
 
 # ---- workers that end ----------------------------------------------------------------------

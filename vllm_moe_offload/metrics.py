@@ -1,11 +1,11 @@
 """Counters across processes: a worker writes a small mapped file, API servers read it.
 
 Prometheus clients in vLLM's API servers cannot see the workers' memory, and there may be
-several API servers. So every worker owns one file of 4 KiB (0600): a JSON header, then two
-snapshots of all values, written in turn. A snapshot carries a number and a checksum: readers
-take the newest whole one, so that what they see belongs together, without locks, even if the
-worker is killed while it writes. The worker holds a lock on its file (flock) as long as it
-runs; the system lets go of it however the worker ends.
+several API servers. So every worker owns one file of 4 KiB (0600): a JSON header and its
+checksum, then two snapshots of all values, written in turn. A snapshot carries a number and a
+checksum: readers take the newest whole one, so that what they see belongs together, without
+locks, even if the worker is killed while it writes. The worker holds a lock on its file (flock)
+as long as it runs; the system lets go of it however the worker ends.
 
 A worker on another host cannot write where API servers read. Its counters stay in its memory
 (:class:`Counters`); the engine core asks for them and writes the file in its place
@@ -25,8 +25,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllm_moe_offload.cache.planner import COUNTER_NAMES
+from vllm_moe_offload.store.own_files import open_regular
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -56,6 +58,7 @@ SETTLE_SECONDS = 1.0
 # the values may be out of date, and since when the last ones are on their way.
 _CONTENT = struct.Struct(f"=Q{len(VALUES)}d2d")
 _CHECKSUM = struct.Struct("=I")
+_DESCRIPTION_BYTES = HEADER_BYTES - _CHECKSUM.size
 _OFFSETS = (HEADER_BYTES, HEADER_BYTES + (FILE_BYTES - HEADER_BYTES) // 2)
 _READ_ATTEMPTS = 100
 _SETTLE_INTERVAL_SECONDS = 0.0005
@@ -109,15 +112,15 @@ class CounterFile(Counters):
             labels, info, worker: see :class:`Counters`.
 
         Raises:
-            ValueError: labels, info and worker do not fit in 2 KiB.
+            ValueError: labels, info and worker do not fit in 2044 bytes.
         """
         super().__init__(labels, info, worker)
         header = json.dumps(
             {"labels": self.labels, "info": self.info, "worker": worker}
         ).encode()
-        if len(header) > HEADER_BYTES:
+        if len(header) > _DESCRIPTION_BYTES:
             raise ValueError(
-                f"labels and info of {len(header)} bytes do not fit in {HEADER_BYTES}"
+                f"labels and info of {len(header)} bytes do not fit in {_DESCRIPTION_BYTES}"
             )
         self.path = path
         self._number = 0
@@ -126,7 +129,8 @@ class CounterFile(Counters):
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)
         self._file.truncate(FILE_BYTES)
-        self._file.write(header)
+        header = header.ljust(_DESCRIPTION_BYTES, b"\0")
+        self._file.write(header + _CHECKSUM.pack(zlib.crc32(header)))
         self._map = mmap.mmap(descriptor, FILE_BYTES)
         self.write([0.0] * len(VALUES))
         os.rename(temporary, path)  # readers never see a file without labels and values
@@ -205,15 +209,15 @@ def read_counters(directory: Path) -> Iterator[CounterReading]:
     """
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
-            file = path.open("rb", buffering=0)
+            with open_regular(path) as file:
+                described = _description(file.fileno())
+                snapshot = _settled_snapshot(file.fileno())
+                is_running = _is_locked(file.fileno())
         except FileNotFoundError:  # the server ends and removes the directory
             continue
-        with file:
-            header = os.pread(file.fileno(), HEADER_BYTES, 0).rstrip(b"\0")
-            described = json.loads(header)
-            snapshot = _settled_snapshot(file.fileno())
-            is_running = _is_locked(file.fileno())
-        if snapshot is None:
+        except OSError:
+            described = snapshot = None
+        if described is None or snapshot is None:
             if path not in _damaged:
                 _damaged.add(path)
                 logger.warning("MoE offload: %s holds no whole counters; left out", path)
@@ -266,16 +270,28 @@ def merge_by_labels(readings: Iterable[CounterReading]) -> list[CounterReading]:
     return [merge(group, group[0].labels) for group in groups.values()]
 
 
+def _description(descriptor: int) -> dict[str, Any] | None:
+    """Labels, info and worker; None if they are not what was written."""
+    header = os.pread(descriptor, HEADER_BYTES, 0)
+    text, checksum = header[:_DESCRIPTION_BYTES], header[_DESCRIPTION_BYTES:]
+    if checksum != _CHECKSUM.pack(zlib.crc32(text)):
+        return None
+    described: dict[str, Any] = json.loads(text.rstrip(b"\0"))
+    return described
+
+
 def _settled_snapshot(descriptor: int) -> tuple[float, ...] | None:
     """The newest snapshot; of an engine that has just gone idle, the one with its last figures.
 
     Whoever got the last answer may read at once, before those figures have come from another
     host. They come after the length of a message, or of a step that was begun in vain.
     """
+    began = time.monotonic()
     while True:
         snapshot = _newest_snapshot(descriptor)
         settling_since = snapshot[-1] if snapshot is not None else 0.0
-        if not settling_since or time.monotonic() - settling_since > SETTLE_SECONDS:
+        waited_since = min(settling_since, began)  # none is longer than SETTLE_SECONDS
+        if not settling_since or time.monotonic() - waited_since > SETTLE_SECONDS:
             return snapshot
         time.sleep(_SETTLE_INTERVAL_SECONDS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 _WHOLE = "whole"
 NAME_PATTERN = re.compile(rf"{_WHOLE}|(?:(?:^|-)(?:pp|tp|ep)\d+of\d+)+")
@@ -26,12 +26,12 @@ class Rank(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    pp: int = 0
-    pp_size: int = 1
-    tp: int = 0
-    tp_size: int = 1
-    ep: int = 0
-    ep_size: int = 1
+    pp: NonNegativeInt = 0
+    pp_size: PositiveInt = 1
+    tp: NonNegativeInt = 0
+    tp_size: PositiveInt = 1
+    ep: NonNegativeInt = 0
+    ep_size: PositiveInt = 1
 
     @property
     def name(self) -> str:

@@ -1,11 +1,18 @@
 """How the tensors of an expert lie in its record."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.stores import MIXED, layout_of
-from vllm_moe_offload.cache.layout import ALIGNMENT, ExpertLayout, TensorSpec, round_up
+from vllm_moe_offload.cache.layout import (
+    ALIGNMENT,
+    ELEMENT_BYTES,
+    ExpertLayout,
+    TensorSpec,
+    round_up,
+)
 
 row_bytes = st.one_of(
     st.integers(1, 50_000), st.integers(1, 8).map(lambda blocks: blocks * ALIGNMENT)
@@ -55,24 +62,28 @@ def test_record_is_aligned_and_holds_everything(sizes):
     )
 
 
-@given(st.lists(row_bytes, min_size=1, max_size=8))
-def test_json_round_trip(sizes):
-    layout = layout_of(*sizes)
-    assert ExpertLayout.from_json(layout.to_json()) == layout
-
-
 @pytest.mark.parametrize(
-    "entry",
+    ("changes", "message"),
     [
-        {"name": "w", "shape": [1], "dtype": "uint8"},
-        {"name": "w", "shape": 1, "dtype": "uint8", "nbytes": 1},
-        {"name": "w", "shape": [1], "dtype": "uint8", "nbytes": "many"},
-        {},
+        ({"name": ""}, "name="),
+        ({"name": "w.1"}, "name="),
+        ({"dtype": "bfloat17"}, "dtype='bfloat17' is none of"),
+        ({"shape": (-2, -3)}, "sizes at most, each from 0"),
+        ({"shape": (1 << 60, 0)}, "sizes at most, each from 0"),
+        ({"shape": (1,) * 9}, "8 sizes at most"),
+        ({"nbytes": 11}, r"nbytes=11, but shape=\(2, 3\) of uint16 are 12"),
     ],
 )
-def test_json_that_is_no_layout_is_refused(entry):
-    with pytest.raises(ValueError):
-        ExpertLayout.from_json([entry])
+def test_a_tensor_that_contradicts_itself_is_refused(changes, message):
+    fields = {"name": "w", "shape": (2, 3), "dtype": "uint16", "nbytes": 12}
+    assert TensorSpec(**fields).nbytes == 12
+    with pytest.raises(ValueError, match=message):
+        TensorSpec(**fields | changes)
+
+
+def test_element_types_are_torchs():
+    for name, nbytes in ELEMENT_BYTES.items():
+        assert getattr(torch, name).itemsize == nbytes
 
 
 def test_names_must_be_distinct_and_present():
@@ -81,3 +92,5 @@ def test_names_must_be_distinct_and_present():
         ExpertLayout((spec, spec))
     with pytest.raises(ValueError, match="non-empty"):
         ExpertLayout(())
+    with pytest.raises(ValueError, match="are empty"):
+        ExpertLayout((TensorSpec("w", (0,), "uint8", 0),))

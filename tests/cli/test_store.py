@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from tests.stores import build
 from vllm_moe_offload import cli
 from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import DamagedStore, open_store
+
+NAME = "vllm_moe_offload.cli"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: object) -> int:
@@ -30,6 +36,31 @@ def test_list_shows_every_store_and_the_sum(tmp_path: Path, capsys) -> None:
 def test_list_of_nothing(tmp_path: Path, capsys) -> None:
     assert run("list", "--store-dir", tmp_path / "none") == 0
     assert "There are no stores in" in capsys.readouterr().out
+
+
+def test_what_a_manifest_says_is_no_markup(tmp_path: Path, capsys) -> None:
+    store = build(tmp_path)
+    manifest = store.directory / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-2] + ', "[/bold]": 1}')
+    assert run("list", "--store-dir", tmp_path) == 0
+    assert "[/bold]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_names_that_are_no_text_are_shown(tmp_path: Path) -> None:
+    """A terminal takes only what it can encode, as in a locale other than C."""
+    store_dir = tmp_path / os.fsdecode(b"stores\xff")
+    build(store_dir)
+    for command in (["list"], ["remove", "model"]):
+        done = subprocess.run(
+            [sys.executable, "-m", NAME, "store", *command, "--store-dir", store_dir],
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert r"stores\udcff" in done.stdout
 
 
 def test_verify_finds_flipped_bytes_and_names_the_experts(tmp_path: Path, capsys) -> None:

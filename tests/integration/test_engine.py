@@ -1,5 +1,6 @@
 """What an engine does besides generating: start errors, second starts, off, waves, dummies."""
 
+import json
 import os
 import shutil
 import stat
@@ -202,17 +203,22 @@ def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, share_engines,
 
 
 def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_dir):
-    """Feature: dummy weights."""
-    model = demo_model("mixtral")
-    plain, offloaded = share_engines(
-        [
-            engine(model, eager=True, load_format="dummy"),
-            engine(
-                model,
-                eager=True,
-                load_format="dummy",
-                offload={"mode": "lru", "cache_gb": "50%", "store_dir": str(store_dir)},
-            ),
-        ]
-    )
+    """Feature: dummy weights; also of more layers than the config.json says, which makes no other
+    checkpoint of it."""
+    offload = {"mode": "lru", "cache_gb": "50%", "store_dir": str(store_dir)}
+    jobs = [
+        engine(
+            demo_model("mixtral"),
+            eager=True,
+            load_format="dummy",
+            hf_overrides={"num_hidden_layers": layers},
+            offload=offloaded,
+        )
+        for layers in (LAYERS, LAYERS + 2)
+        for offloaded in (None, offload)
+    ]
+    plain, offloaded, deeper_plain, deeper = share_engines(jobs)
     assert offloaded["batches"] == plain["batches"]
+    assert deeper["batches"] == deeper_plain["batches"]
+    manifest = json.loads(experts_of(store_dir).with_name("manifest.json").read_text())
+    assert manifest["num_layers"] == LAYERS + 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from vllm_moe_offload.integration import cpu_kernels, expert_tensors, formats
 from vllm_moe_offload.plan.shapes import FORMATS, ExpertShape, kernel_form, refusals
 from vllm_moe_offload.plan.shapes.checkpoint import read_checkpoint
 from vllm_moe_offload.plan.shapes.kernel_form import Platform
+from vllm_moe_offload.store.expert_store import Manifest
 
 ARCHS = {
     "int8": "qwen3_moe",
@@ -105,7 +105,9 @@ def test_first_and_second_start(name, quantised, store_dir, share_engines):
 def assert_as_planned(model: Path, store_dir: Path, platform: Platform = "cpu") -> None:
     """The store's records hold the tensors that `plan` counts, by name, type and shape."""
     (manifest,) = store_dir.glob(f"{model.name}-*/whole/manifest.json")
-    stored = ExpertLayout.from_json(json.loads(manifest.read_text())["layout"])
+    stored = ExpertLayout(
+        Manifest.model_validate_json(manifest.read_text(), strict=True).layout
+    )
     shape = read_checkpoint(model).shape
     planned = kernel_form(shape.format, platform, shape.expert)
     assert sorted(planned.tensors, key=str) == sorted(stored.tensors, key=str)

@@ -93,6 +93,20 @@ ELSEWHERE = {
     "tests/store/test_builder.py::test_an_existing_store_is_not_overwritten",
     "vanished right after": "needs somebody who deletes it at that moment",
     "the store is built again": REBUILT + "tests/integration/test_engine.py",
+    "every user may write to ... (mode": DISK
+    + "tests/store/test_own_files.py::test_what_every_user_may_write_is_refused",
+    "may write to ... (mode ...), and so choose what is served; if that": WARNING
+    + "tests/store/test_own_files.py::test_what_a_group_may_write_is_told_once",
+    "who can change what root serves": WARNING
+    + "tests/store/test_own_files.py::test_another_owner_is_refused_and_root_is_told",
+    "is a symbolic link, which is not followed": DISK + "tests/store/test_own_files.py"
+    "::test_a_store_dir_may_be_a_link_and_what_lies_in_it_may_not",
+    "links are not followed": REBUILT
+    + OPENING
+    + "::test_what_is_no_file_is_neither_read_nor_followed",
+    "is of a model with": REBUILT
+    + OPENING
+    + "::test_a_store_of_another_number_of_layers_or_experts_does_not_open",
     "is of another model or build": REBUILT + OPENING,
     "its experts hold": REBUILT + OPENING,
     "has format version ..., this code reads": REBUILT + OPENING,

@@ -165,6 +165,7 @@ PROGRAM: dict[str, CommandLine] = {
     ),
     "...=...: must be a number of GB/s above 0, such as 25": plan("--link-gbps=0"),
     "... is not JSON: ...": file("{"),
+    "... has ... bytes, ... at most are read": file(" " * (65 << 20)),
     "... is not a config.json: it holds no JSON object": file("[]"),
     "... is no checkpoint: it has no config.json": lambda directory: [
         "plan",
@@ -183,7 +184,7 @@ PROGRAM: dict[str, CommandLine] = {
     "...: ...=..., must be a list of integers": planned(
         "Qwen3-30B-A3B", mlp_only_layers="none"
     ),
-    "...: ...=..., must be an integer of ... or more": planned(hidden_size=0),
+    "...: ...=..., must be an integer from ... to ...": planned(hidden_size=0),
     "...: layer_types must be a list of num_hidden_layers=... kinds": planned(
         "gpt-oss-20b", layer_types=["full_attention"]
     ),

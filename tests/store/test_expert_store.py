@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import re
 import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
+from tests.mutations import mutations
 from tests.stores import MIXED, build, layout_of, place
-from vllm_moe_offload.store import DamagedStore, StoreError, joined, open_store
+from vllm_moe_offload.store import (
+    DamagedStore,
+    ExpertStore,
+    StoreError,
+    joined,
+    open_store,
+)
 
 
 def test_reopened_store_equals_the_built_one(tmp_path):
@@ -79,6 +89,16 @@ def edit(manifest: dict, **changes: object) -> str:
     return json.dumps(manifest | changes)
 
 
+def edit_tensor(manifest: dict, **changes: object) -> str:
+    first, *others = manifest["layout"]
+    return edit(manifest, layout=[first | changes, *others])
+
+
+def edit_rank(manifest: dict, **changes: object) -> str:
+    identity = manifest["identity"]
+    return edit(manifest, identity=identity | {"rank": identity["rank"] | changes})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -89,19 +109,166 @@ def edit(manifest: dict, **changes: object) -> str:
         (lambda m: edit(m, format_version=99), "format version 99, this code reads"),
         (lambda m: edit(m, num_layers=4), "checksums"),
         (lambda m: edit(m, file_bytes=1), "says 1 bytes"),
-        (lambda m: edit(m, checksums=[["xyz"] * 4] * 3), "not valid"),
-        (lambda m: edit(m, layout=[]), "not valid"),
-        (lambda m: edit(m, layout=[{"name": "t"}]), "not valid"),
+        (lambda m: edit(m, checksums=[["xyz"] * 4] * 3), "not a valid manifest"),
+        (lambda m: edit(m, checksums=[["0"] * 4] * 3), "not a valid manifest"),
+        (lambda m: edit(m, layout=[]), "is not valid"),
+        (lambda m: edit(m, layout=[{"name": "t"}]), "not a valid manifest"),
+        (lambda m: edit(m, layout=[m["layout"][0]] * 2), "is not valid"),
         (lambda m: edit(m, surprise=1), "surprise"),
+        # No kind is taken for another, and nothing is allocated by what a file says.
+        (lambda m: edit(m, num_layers=1 << 32), "checksums of 4294967296 x 4 records"),
+        (lambda m: edit(m, num_experts=1 << 62), "checksums"),
+        (lambda m: edit(m, num_layers=-3), "num_layers"),
+        (lambda m: edit(m, num_layers=3.0), "num_layers"),
+        (lambda m: edit(m, num_layers="3"), "num_layers"),
+        (lambda m: edit(m, file_bytes=True), "file_bytes"),
+        (lambda m: re.sub('"file_bytes": [0-9]+', '"file_bytes": 1e999', edit(m)), "file_byte"),
+        (lambda m: edit_tensor(m, shape=["1e999"]).replace('"1e999"', "1e999"), "shape"),
+        (lambda m: edit_tensor(m, shape=[8192.0]), "shape"),
+        (lambda m: edit_tensor(m, shape=[8191]), "nbytes=8192, but"),
+        (lambda m: edit_tensor(m, dtype="bfloat17"), "dtype="),
+        (lambda m: edit_tensor(m, nbytes="8192"), "nbytes"),
+        (lambda m: edit_tensor(m, name="a\nb\0"), "name="),
+        (lambda m: edit(m, identity=m["identity"] | {"stages": []}), "stages"),
+        (lambda m: edit_rank(m, pp_size=0), "pp_size"),
+        (lambda m: edit_rank(m, pp=-1), "rank.pp"),
+        (lambda m: edit(m, surprise=0)[:-2] + "[" * 100_000, "not a valid manifest"),
+        (lambda m: edit(m) + "\0", "not a valid manifest"),
+        (lambda m: edit(m, **{"a\nb\x1b[2J": 1}), r"a\\nb\\x1b"),
     ],
 )
 def test_damaged_manifest_does_not_open(tmp_path, damage, message):
     store = build(tmp_path)
     path = store.directory / "manifest.json"
     path.write_text(damage(json.loads(path.read_text())))
-    with pytest.raises(DamagedStore, match=message) as caught:
-        open_store(store.directory, store.identity)
-    assert str(path) in str(caught.value)
+    refusal = refused(store)
+    assert re.search(message, refusal), refusal
+    assert str(path) in refusal
+
+
+def refused(store: ExpertStore) -> str:
+    """What an error of opening says, to a start and to `store list`."""
+    said = []
+    for identity in (store.identity, None):
+        with pytest.raises(DamagedStore) as caught:
+            open_store(store.directory, identity)
+        said.append(str(caught.value))
+        assert said[-1].isprintable()
+        assert len(said[-1]) < 5000
+    return said[0]
+
+
+def test_a_manifest_that_is_too_long_is_not_read(tmp_path):
+    store = build(tmp_path)
+    os.truncate(store.directory / "manifest.json", 1 << 40)  # sparse
+    assert "1099511627776 bytes, 67108864 at most are read" in refused(store)
+
+
+def test_any_manifest_opens_or_is_damaged(tmp_path):
+    """What opens was not changed in what decides where records lie and what is in them."""
+    store = build(tmp_path)
+    path = store.directory / "manifest.json"
+    for document in mutations(json.loads(path.read_text())):
+        path.write_text(json.dumps(document))
+        with contextlib.suppress(DamagedStore):
+            opened = open_store(store.directory, None)
+            assert opened.file_bytes == store.file_bytes
+            assert opened.layout.record_bytes == store.layout.record_bytes
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_manifest_with_other_bytes_opens_or_is_damaged(damaged_bytes, seed):
+    store, sound = damaged_bytes
+    random_ = random.Random(seed)
+    content = bytearray(sound)
+    for _ in range(random_.randint(1, 4)):
+        content[random_.randrange(len(content))] = random_.randrange(256)
+    (store.directory / "manifest.json").write_bytes(content)
+    with contextlib.suppress(DamagedStore):
+        assert open_store(store.directory, None).file_bytes == store.file_bytes
+
+
+@pytest.fixture(scope="module")
+def damaged_bytes(tmp_path_factory) -> tuple[ExpertStore, bytes]:
+    """A store whose manifest each test writes anew, and what it was."""
+    store = build(tmp_path_factory.mktemp("stores"))
+    return store, (store.directory / "manifest.json").read_bytes()
+
+
+# ---- what the identity does not say ----------------------------------------------------------
+
+
+def test_a_store_of_another_number_of_layers_or_experts_does_not_open(tmp_path):
+    """With --hf-overrides it has the same checkpoint, and so the same place."""
+    store = build(tmp_path)
+    wanted = {"num_layers": 3, "num_experts": 4}
+    assert open_store(store.directory, store.identity, **wanted) == store
+    for name, words in (("num_layers", "3 layers"), ("num_experts", "4 experts per layer")):
+        with pytest.raises(DamagedStore, match=f"is of a model with {words}, not 8"):
+            open_store(store.directory, store.identity, **wanted | {name: 8})
+
+
+# ---- what lies in its place ------------------------------------------------------------------
+
+
+def put_there(kind: str, path: Path, tmp_path: Path) -> None:
+    """Something else under a name."""
+    if path.exists():
+        path.rename(tmp_path / "moved")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / kind)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "moved", "nothing"])
+@pytest.mark.parametrize("name", ["manifest.json", "experts.bin"])
+def test_what_is_no_file_is_neither_read_nor_followed(tmp_path, name, kind):
+    store = build(tmp_path / "stores")
+    put_there(kind, store.directory / name, tmp_path)
+    assert f"{name} is not a regular file; links are not followed" in refused(store)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "moved", "nothing"])
+def test_a_part_is_a_directory(tmp_path, kind):
+    store = build(tmp_path / "stores")
+    put_there(kind, store.directory, tmp_path)
+    assert "is not a directory; links are not followed" in refused(store)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "secret", "nothing"])
+def test_what_condemns_a_store_is_neither_waited_for_nor_followed(tmp_path, kind):
+    (tmp_path / "secret").write_text("of root\n")
+    store = build(tmp_path / "stores")
+    put_there(kind, store.directory / "condemned.txt", tmp_path)
+    refusal = refused(store)
+    assert "holds a damaged record" in refusal
+    assert "of root" not in refusal
+
+
+def test_a_line_of_what_condemns_a_store_is_told(tmp_path):
+    store = build(tmp_path)
+    note = store.directory / "condemned.txt"
+    note.write_bytes(b"why \x1b[2J\xff\nsecond line\n")
+    assert refused(store).endswith("holds a damaged record: why \\x1b[2J\ufffd")
+    os.truncate(note, 1 << 40)  # sparse
+    assert "4096 at most are read" in refused(store)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_nothing_is_written_into_what_is_not_our_own_note(tmp_path, caplog, kind):
+    (tmp_path / "precious").write_text("precious")
+    store = build(tmp_path / "stores")
+    note = store.directory / "condemned.txt"
+    if kind == "pipe":
+        os.mkfifo(note)
+    else:
+        note.hardlink_to(tmp_path / "precious")
+    store.condemn(0, 1, "why")
+    assert "cannot note" in caplog.text
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_condemned_store_does_not_open(tmp_path):
@@ -122,7 +289,14 @@ def test_that_a_store_is_condemned_is_enough(tmp_path, monkeypatch):
     """Whoever noted it may have been root."""
     store = build(tmp_path)
     store.condemn(0, 1, "why")
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: os.open(tmp_path / "none", 0))
+    opened = os.open
+
+    def refuse(path: Path, *arguments: int) -> int:
+        if Path(path).name == "condemned.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(DamagedStore, match="holds a damaged record"):
         open_store(store.directory, store.identity)
 

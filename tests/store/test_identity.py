@@ -119,3 +119,10 @@ def test_fingerprint_of_what_is_no_checkpoint(tmp_path):
         checkpoint_fingerprint(tmp_path / "org" / "model")
     with pytest.raises(StoreError, match=r"config\.json"):
         checkpoint_fingerprint(tmp_path)
+
+
+def test_names_of_files_that_are_no_text(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = checkpoint_fingerprint(tmp_path)
+    (tmp_path / os.fsdecode(b"model\xff.safetensors")).write_bytes(bytes(100))
+    assert checkpoint_fingerprint(tmp_path) != before

@@ -9,13 +9,41 @@ refused with EINVAL) share one aligned *tail* that is read into a bounce buffer 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 ALIGNMENT = 4096
 """Bytes. O_DIRECT needs file offsets, lengths and addresses aligned to the logical block
 size; 4 KiB covers every block device in use."""
+
+
+ELEMENT_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+}
+"""Of element types that experts may have, by torch's names without the ``torch.`` prefix."""
+
+
+_MOST_DIMENSIONS = 8
+_MOST_ELEMENTS = 1 << 48
 
 
 def round_up(value: int, multiple: int = ALIGNMENT) -> int:
@@ -30,14 +58,35 @@ class TensorSpec:
     Attributes:
         name: parameter name in the layer, e.g. ``w13_weight``.
         shape: shape of one expert's row, without the expert dimension.
-        dtype: torch's name of the element type without the ``torch.`` prefix.
+        dtype: its element type, one of :data:`ELEMENT_BYTES`.
         nbytes: bytes of one row.
+
+    Raises:
+        ValueError: the four contradict each other.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"name={self.name!r} is no parameter's")
+        if self.dtype not in ELEMENT_BYTES:
+            raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(ELEMENT_BYTES)}")
+        if len(self.shape) > _MOST_DIMENSIONS or any(
+            not 0 <= size <= _MOST_ELEMENTS for size in self.shape
+        ):
+            raise ValueError(
+                f"shape={self.shape} must be {_MOST_DIMENSIONS} sizes at most, each from 0 to "
+                f"{_MOST_ELEMENTS}"
+            )
+        expected = math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+        if self.nbytes != expected:
+            raise ValueError(
+                f"nbytes={self.nbytes}, but shape={self.shape} of {self.dtype} are {expected}"
+            )
 
     @property
     def is_direct(self) -> bool:
@@ -58,6 +107,8 @@ class ExpertLayout:
         names = [spec.name for spec in self.tensors]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"expert tensors must be non-empty and distinct, got {names}")
+        if not self.expert_bytes:
+            raise ValueError(f"expert tensors must hold something, {names} are empty")
 
     @cached_property
     def direct(self) -> tuple[TensorSpec, ...]:
@@ -83,35 +134,3 @@ class ExpertLayout:
     def record_bytes(self) -> int:
         """Bytes of one record in the store; a multiple of :data:`ALIGNMENT`."""
         return sum(spec.nbytes for spec in self.direct) + self.tail_bytes
-
-    def to_json(self) -> list[dict[str, object]]:
-        """Plain data for a manifest; inverse of :meth:`from_json`."""
-        return [
-            {"name": s.name, "shape": list(s.shape), "dtype": s.dtype, "nbytes": s.nbytes}
-            for s in self.tensors
-        ]
-
-    @classmethod
-    def from_json(cls, data: Iterable[dict[str, object]]) -> ExpertLayout:
-        """Layout from a manifest's ``layout`` list.
-
-        Raises:
-            ValueError: a field is missing or of the wrong kind.
-        """
-        specs = []
-        for entry in data:
-            try:
-                shape = entry["shape"]
-                if not isinstance(shape, list):
-                    raise TypeError(f"shape is {type(shape).__name__}, not a list")
-                specs.append(
-                    TensorSpec(
-                        str(entry["name"]),
-                        tuple(int(n) for n in shape),
-                        str(entry["dtype"]),
-                        int(str(entry["nbytes"])),
-                    )
-                )
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"layout entry {entry!r} is not valid: {error}") from error
-        return cls(tuple(specs))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from vllm_moe_offload.cli.command import Command, UsageError
@@ -69,7 +70,8 @@ def _run_list(arguments: argparse.Namespace) -> int:
         version = one.parts[0].identity.vllm_version if one.parts else ""
         size = f"{one.nbytes / GIB:.2f}"
         built = time.strftime("%Y-%m-%d", time.localtime(one.built)) if one.built else ""
-        table.add_row(one.directory.name, version, built, size, one.state)
+        cells = (one.directory.name, version, built, size, one.state)
+        table.add_row(*map(Text, cells))  # brackets in them are no markup
     Console().print(table)
     print(f"{sum(one.nbytes for one in shelved) / GIB:.2f} GiB in {arguments.store_dir}")
     return 0

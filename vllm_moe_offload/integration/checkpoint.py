@@ -16,15 +16,15 @@ import torch
 from safetensors import safe_open
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from vllm_moe_offload.config import OptionError
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.model_files import check_dtype, no_safetensors
+from vllm_moe_offload.store.checkpoint_header import TensorRange, tensor_ranges
 from vllm_moe_offload.store.checkpoint_reader import (
     DRAFTERS,
-    TensorRange,
     TensorStream,
     expert_layer,
     expert_number,
-    tensor_ranges,
 )
 
 
@@ -49,7 +49,7 @@ class SortedCheckpoint:
                 drafter, by their names, and not the others.
 
         Raises:
-            OptionError: the checkpoint is not in safetensors files.
+            OptionError: the checkpoint is not in safetensors files, or one is damaged.
         """
         self.directory: Path | None = None
         """Of the model's own weights."""
@@ -85,7 +85,10 @@ class SortedCheckpoint:
         if self.directory is None:
             self.directory = Path(folder)
         for file in sorted(files):
-            ranges = tensor_ranges(Path(file))
+            try:
+                ranges = tensor_ranges(Path(file))
+            except ValueError as error:
+                raise OptionError(str(error)) from None
             for name, where in ranges.items():
                 number = expert_layer(name)
                 if number is not None and name.startswith(DRAFTERS) != self._names_drafters:

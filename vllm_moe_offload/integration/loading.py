@@ -260,7 +260,12 @@ class ExpertLoad:
     def open_store(self) -> ExpertStore | None:
         """The store if it was built before; what is damaged goes, to be built again."""
         try:
-            self._store = open_store(self.directory, self._identity)
+            self._store = open_store(
+                self.directory,
+                self._identity,
+                num_layers=len(self.layers),
+                num_experts=self.num_experts,
+            )
         except DamagedStore as damage:
             logger.warning("MoE offload: %s; the store is built again", damage)
             delete(self.directory)

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from vllm_moe_offload.config import OptionError
-from vllm_moe_offload.store.checkpoint_reader import DTYPES, TensorRange
+from vllm_moe_offload.store.checkpoint_header import TensorRange
+from vllm_moe_offload.store.checkpoint_reader import DTYPES
 
 CONFIG = "config.json"
 

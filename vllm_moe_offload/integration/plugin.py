@@ -18,8 +18,9 @@ def register() -> None:
     if _registered:
         return
     affinity.remember()
-    from vllm_moe_offload.integration import arguments, patches, patching
+    from vllm_moe_offload.integration import arguments, log_text, patches, patching
 
+    log_text.install()
     patching.check_version()
     arguments.install()
     patches.install_worker_hook()

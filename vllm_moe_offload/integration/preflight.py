@@ -49,7 +49,8 @@ from vllm_moe_offload.plan.shapes.checkpoint import (
 from vllm_moe_offload.plan.shapes.kernel_form import Platform
 from vllm_moe_offload.plan.split import Split, rank_shape
 from vllm_moe_offload.rank import Rank
-from vllm_moe_offload.store.checkpoint_reader import TensorRange, expert_layer
+from vllm_moe_offload.store.checkpoint_header import TensorRange
+from vllm_moe_offload.store.checkpoint_reader import expert_layer
 from vllm_moe_offload.store.directory import prepare_directory
 from vllm_moe_offload.store.errors import StoreError
 from vllm_moe_offload.store.identity import checkpoint_fingerprint

@@ -49,8 +49,9 @@ def _sets_within(sizes: Sequence[int], drawn: int, most: int) -> int:
     """Sets of ``drawn`` experts of which no group has more than ``most``."""
     ways = [1] + [0] * drawn  # by how many are drawn
     for size in sizes:
+        of_group = [math.comb(size, own) for own in range(min(most, drawn) + 1)]
         ways = [
-            sum(math.comb(size, own) * ways[total - own] for own in range(min(most, total) + 1))
+            sum(count * ways[total - own] for own, count in enumerate(of_group[: total + 1]))
             for total in range(drawn + 1)
         ]
     return ways[drawn]

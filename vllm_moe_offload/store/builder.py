@@ -68,7 +68,7 @@ class StoreBuilder:
 
     def __enter__(self) -> StoreBuilder:
         """Creates directory and file. Raises StoreError if that or the final place fails."""
-        if self._directory.exists():
+        if os.path.lexists(self._directory):
             raise StoreError(
                 f"{self._directory} exists already; open it, or delete it to build again"
             )
@@ -124,11 +124,11 @@ class StoreBuilder:
             raise ValueError(f"cannot commit a store without its layers {missing}")
         manifest = Manifest(
             identity=self._identity,
-            layout=layout.to_json(),
+            layout=layout.tensors,
             num_layers=self._num_layers,
             num_experts=self._num_experts,
             file_bytes=self._file_bytes(layout),
-            checksums=[self._checksums[layer] for layer in range(self._num_layers)],
+            checksums=tuple(tuple(self._checksums[layer]) for layer in range(self._num_layers)),
         )
         try:
             writer.finish()

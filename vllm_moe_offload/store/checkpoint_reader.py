@@ -9,11 +9,9 @@ a checkpoint's files end anywhere.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import struct
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +22,7 @@ from pathlib import Path
 import torch
 
 from vllm_moe_offload.cache.layout import ALIGNMENT
+from vllm_moe_offload.store.checkpoint_header import TensorRange
 from vllm_moe_offload.store.direct_io import (
     Bytes,
     aligned_buffer,
@@ -52,8 +51,8 @@ _THREADS = 4
 DRAFTERS = ("mtp.",)
 """How names begin of tensors that a checkpoint has for a drafter alone, beside the model's."""
 _EXPERT_TENSOR = re.compile(r"\.experts\.")
-_EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
-_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_EXPERT_NUMBER = re.compile(r"\.experts\.(\d{1,9})\.")
+_LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.")
 
 
 def layer_number(name: str) -> int | None:
@@ -75,61 +74,6 @@ def expert_number(name: str) -> int | None:
     """Which expert of its layer a routed expert's tensor is of; None: of all of them."""
     match = _EXPERT_NUMBER.search(name)
     return int(match.group(1)) if match else None
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRange:
-    """Where a tensor lies.
-
-    Attributes:
-        path: safetensors file.
-        offset: of its first byte in the file.
-        nbytes: its size.
-        dtype: safetensors' name of its element type.
-        shape: its shape.
-    """
-
-    path: Path
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def tensor_ranges(path: Path) -> dict[str, TensorRange]:
-    """The tensors of a safetensors file, by name; reads its header only.
-
-    Format: https://github.com/huggingface/safetensors#format
-
-    Raises:
-        ValueError: it is not a safetensors file; says what is wrong.
-        OSError: it cannot be read.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (size,)
-        if 8 + length > size:
-            raise ValueError(f"{path} is no safetensors file: it ends within its header")
-        try:
-            header = json.loads(file.read(length))
-            found = {}
-            for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                begin, end = entry["data_offsets"]
-                shape = tuple(map(int, entry["shape"]))
-                start = 8 + length + begin
-                found[name] = TensorRange(path, start, end - begin, entry["dtype"], shape)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no safetensors file: bad header ({error})") from error
-    for name, where in found.items():
-        if where.nbytes < 0 or where.offset + where.nbytes > size:
-            raise ValueError(
-                f"{path} is damaged: {name} ends at byte {where.offset + where.nbytes}, the "
-                f"file at {size}"
-            )
-    return found
 
 
 class TensorStream:

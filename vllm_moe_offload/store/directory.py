@@ -12,6 +12,11 @@ from pathlib import Path
 
 from vllm_moe_offload.files import open_lock
 from vllm_moe_offload.store.errors import StoreError
+from vllm_moe_offload.store.own_files import (
+    check_owner,
+    check_writers,
+    check_writers_of_store_dir,
+)
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -23,7 +28,8 @@ def prepare_store_dir(directory: Path) -> None:
     up is the option ``store_dir``.
 
     Raises:
-        StoreError: names ``store_dir``: not a directory, not writable, or another user's.
+        StoreError: names ``store_dir``: not a directory, not writable, another user's, or, of
+            the model's directory in it, a link.
     """
     model_dir = directory.parent
     for path in (model_dir.parent, model_dir):
@@ -43,17 +49,19 @@ def prepare_directory(path: Path, store_dir: Path) -> None:
             f"cannot create {path} for the expert store: {error}; set store_dir to a "
             "directory that you may write to"
         ) from error
-    _check_own(path, store_dir)
-
-
-def _check_own(path: Path, store_dir: Path) -> None:
-    remedy = f"(store_dir={str(store_dir)!r}); set store_dir to a directory of your own"
-    owner, user = path.stat().st_uid, os.geteuid()
-    # Whoever owns the directory decides which weights are served.
-    if user not in (0, owner):
-        raise StoreError(f"{path} belongs to user {owner}, not to you (user {user}) {remedy}")
+    if path == store_dir:
+        check_writers_of_store_dir(path, path.stat())
+    elif path.is_symlink():
+        raise StoreError(
+            f"{path} is a symbolic link, which is not followed; move what it leads to there, or "
+            "make store_dir the link"
+        )
+    check_owner(path, path.stat(), store_dir)
     if not os.access(path, os.W_OK | os.X_OK):
-        raise StoreError(f"{path} is not writable {remedy}")
+        raise StoreError(
+            f"{path} is not writable (store_dir={str(store_dir)!r}); set store_dir to a "
+            "directory of your own"
+        )
 
 
 @contextlib.contextmanager
@@ -94,9 +102,10 @@ def building_directory(directory: Path) -> Iterator[Path]:
     behind; such leftovers are removed first. Call it under :func:`store_lock`.
 
     Raises:
-        StoreError: the directory cannot be made.
+        StoreError: the directory cannot be made, or every user may write there.
     """
     prepare_store_dir(directory)
+    check_writers(directory.parent, directory.parent.stat(), directory.parent)
     _remove_leftovers(directory)
     path = directory.with_name(f"{directory.name}.building-{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -118,7 +127,7 @@ def building_directory(directory: Path) -> Iterator[Path]:
 
 def _remove_leftovers(directory: Path) -> None:
     for path in directory.parent.glob(f"{directory.name}.building-*"):
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():
             continue
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from vllm_moe_offload.cache.layout import ExpertLayout
-from vllm_moe_offload.store.errors import DamagedStore, StoreError
+from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
+from vllm_moe_offload.store.errors import DamagedStore
 from vllm_moe_offload.store.identity import FORMAT_VERSION, StoreIdentity
+from vllm_moe_offload.store.own_files import check_owner, check_writers, read_regular
 
 MANIFEST_NAME = "manifest.json"
 EXPERTS_NAME = "experts.bin"
 CONDEMNED_NAME = "condemned.txt"
 """Lies beside them once a record was read that is not what was written; says which."""
+
+_MANIFEST_BYTES = 64 << 20
+"""What is read of a manifest; one takes 24 bytes a record."""
+_CONDEMNED_BYTES = 4096
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -30,22 +37,22 @@ class Manifest(BaseModel):
         format: tells the file from any other JSON.
         format_version: :data:`FORMAT_VERSION` of the code that wrote it.
         identity: what the store was built from.
-        layout: tensors of one expert, :meth:`ExpertLayout.to_json`.
+        layout: tensors of one expert.
         num_layers, num_experts: MoE layers, and routed experts in each.
         file_bytes: size of ``experts.bin``.
         checksums: xxh3_64 of every record ``[num_layers][num_experts]``, 16 hex digits.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal["vllm-moe-offload expert store"] = "vllm-moe-offload expert store"
     format_version: int = FORMAT_VERSION
     identity: StoreIdentity
-    layout: list[dict[str, Any]]
-    num_layers: int
-    num_experts: int
-    file_bytes: int
-    checksums: list[list[str]]
+    layout: tuple[TensorSpec, ...]
+    num_layers: PositiveInt
+    num_experts: PositiveInt
+    file_bytes: PositiveInt
+    checksums: tuple[tuple[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], ...], ...]
 
 
 class _ManifestVersion(BaseModel):
@@ -130,11 +137,7 @@ class ExpertStore:
             return
         path = self.directory / CONDEMNED_NAME
         try:
-            descriptor = os.open(
-                path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600
-            )
-            with os.fdopen(descriptor, "w") as file:
-                file.write(f"expert {expert} of layer {layer}: {reason}\n")
+            _write_note(path, f"expert {expert} of layer {layer}: {reason}\n")
         except OSError as error:
             logger.warning(
                 "MoE offload: cannot note in %s that the store is damaged: %s; delete that "
@@ -142,6 +145,17 @@ class ExpertStore:
                 self.directory,
                 error,
             )
+
+
+def _write_note(path: Path, text: str) -> None:
+    """Writes a file of our own; what else lies there, or has another name as well, stays."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "w") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise OSError(f"{path} is not a file of its own")
+        file.truncate()
+        file.write(text)
 
 
 def joined(*stores: ExpertStore) -> ExpertStore:
@@ -165,7 +179,12 @@ def joined(*stores: ExpertStore) -> ExpertStore:
 
 
 def open_store(
-    directory: Path, identity: StoreIdentity | None, layout: ExpertLayout | None = None
+    directory: Path,
+    identity: StoreIdentity | None,
+    layout: ExpertLayout | None = None,
+    *,
+    num_layers: int | None = None,
+    num_experts: int | None = None,
 ) -> ExpertStore | None:
     """The store in ``directory``; None if there is none yet.
 
@@ -174,15 +193,17 @@ def open_store(
         identity: what the store must have been built from; None accepts any, for tools
             that look at a store without serving from it.
         layout: what the experts must look like, if the caller knows.
+        num_layers, num_experts: what it must hold, likewise. They are no part of the identity,
+            and ``--hf-overrides`` changes them without changing the checkpoint.
 
     Raises:
         DamagedStore: there is one, but cut, changed, condemned, or of something else.
-        StoreError: it is another user's.
+        StoreError: it is another user's, or every user may write to it.
     """
-    if not directory.exists():
+    if not os.path.lexists(directory):
         return None
     path = directory / MANIFEST_NAME
-    _check_owner(directory)
+    _check_own(directory)
     _check_condemned(directory / CONDEMNED_NAME)
     manifest = _read_manifest(path)
     if identity is not None and identity != manifest.identity:
@@ -191,29 +212,43 @@ def open_store(
             f"({'; '.join(manifest.identity.differences(identity))})"
         )
     store = _store_of(directory, manifest)
+    for name, wanted, found in (
+        ("layers", num_layers, store.num_layers),
+        ("experts per layer", num_experts, store.num_experts),
+    ):
+        if wanted not in (None, found):
+            raise DamagedStore(f"{path} is of a model with {found} {name}, not {wanted}")
     if layout is not None and layout != store.layout:
-        raise DamagedStore(
-            f"{path}: its experts hold {store.layout.to_json()}, not {layout.to_json()}"
-        )
+        raise DamagedStore(f"{path}: its experts hold {store.layout}, not {layout}")
     _check_file(store)
     return store
 
 
-def _check_owner(directory: Path) -> None:
-    user = os.geteuid()
-    for path in (directory, directory / MANIFEST_NAME, directory / EXPERTS_NAME):
-        if path.exists() and user not in (0, path.stat().st_uid):
-            raise StoreError(
-                f"{path} belongs to user {path.stat().st_uid}, not to you (user {user}); set "
-                "store_dir to a directory of your own"
-            )
+def _check_own(directory: Path) -> None:
+    """Raises unless what is there of a store is what it should be, and ours."""
+    is_kind: Callable[[int], bool]
+    for path, kind, is_kind in (
+        (directory.parent, "a directory", stat.S_ISDIR),
+        (directory, "a directory", stat.S_ISDIR),
+        (directory / MANIFEST_NAME, "a regular file", stat.S_ISREG),
+        (directory / EXPERTS_NAME, "a regular file", stat.S_ISREG),
+    ):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # whoever reads it says so
+        check_owner(path, status, directory.parent.parent)
+        if not is_kind(status.st_mode):
+            raise DamagedStore(f"{path} is not {kind}; links are not followed")
+        check_writers(path, status, directory.parent)
 
 
 def _check_condemned(path: Path) -> None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     try:
-        reason = path.read_text(errors="replace").strip()
+        text = read_regular(path, _CONDEMNED_BYTES).decode(errors="replace")
+        reason = text.partition("\n")[0].strip()
     except OSError as error:  # that it is there says enough
         reason = str(error)
     raise DamagedStore(f"{path.parent} holds a damaged record: {reason}")
@@ -221,14 +256,14 @@ def _check_condemned(path: Path) -> None:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        text = path.read_bytes()
+        text = read_regular(path, _MANIFEST_BYTES)
     except OSError as error:
         raise DamagedStore(f"cannot read {path}: {error}") from error
     try:
         # First of all: the fields of another version may be others.
-        version = _ManifestVersion.model_validate_json(text).format_version
+        version = _ManifestVersion.model_validate_json(text, strict=True).format_version
         if version == FORMAT_VERSION:
-            return Manifest.model_validate_json(text)
+            return Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
@@ -241,11 +276,12 @@ def _read_manifest(path: Path) -> Manifest:
 def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
     path = directory / MANIFEST_NAME
     try:
-        layout = ExpertLayout.from_json(manifest.layout)
-        checksums = tuple(tuple(int(c, 16) for c in row) for row in manifest.checksums)
+        layout = ExpertLayout(manifest.layout)
     except ValueError as error:
         raise DamagedStore(f"{path} is not valid ({error})") from error
-    if [len(row) for row in checksums] != [manifest.num_experts] * manifest.num_layers:
+    checksums = tuple(tuple(int(c, 16) for c in row) for row in manifest.checksums)
+    rows = len(checksums), *{len(row) for row in checksums}
+    if rows != (manifest.num_layers, manifest.num_experts):
         raise DamagedStore(
             f"{path} does not list checksums of {manifest.num_layers} x "
             f"{manifest.num_experts} records"
@@ -267,7 +303,7 @@ def _store_of(directory: Path, manifest: Manifest) -> ExpertStore:
 
 def _check_file(store: ExpertStore) -> None:
     try:
-        size = store.path.stat().st_size
+        size = store.path.lstat().st_size
     except OSError as error:
         raise DamagedStore(f"cannot read {store.path}: {error}") from error
     if size != store.file_bytes:

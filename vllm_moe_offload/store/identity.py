@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store.errors import StoreError
@@ -52,7 +53,7 @@ class StoreIdentity(BaseModel):
     kernel: str
     padded_shape: tuple[int, ...]
     rank: Rank
-    stages: tuple[int, ...]
+    stages: Annotated[tuple[int, ...], Field(min_length=1)]
     expert_placement: str
     vllm_version: str
     format_version: int = FORMAT_VERSION
@@ -106,7 +107,7 @@ def checkpoint_fingerprint(model_dir: Path) -> str:
         _feed(digest, (model_dir / "config.json").read_bytes())
         with ThreadPoolExecutor(_SAMPLING_THREADS) as pool:
             for path, content in zip(files, pool.map(_file_fingerprint, files), strict=True):
-                _feed(digest, path.name.encode())
+                _feed(digest, os.fsencode(path.name))
                 _feed(digest, content)
     except OSError as error:
         raise StoreError(

@@ -170,11 +170,16 @@ def test_incomplete_and_damaged_checkpoints(mixtral, tmp_path):
     with pytest.raises(ShapeError, match=f"incomplete: 1 of {len(shards)} files"):
         read_checkpoint(directory)
     shards[0].write_bytes(content[:-10])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="or damaged"):
         read_checkpoint(directory)
     (directory / "config.json").write_text("[]")
     with pytest.raises(ShapeError, match="holds no JSON object"):
         read_checkpoint(directory)
-    (directory / "config.json").write_text("{")
-    with pytest.raises(ShapeError, match="is not JSON"):
+    for text in (b"{", b'{"a":' + b"[" * 100_000, b"\xff\xfe", b"1" * 5000):
+        (directory / "config.json").write_bytes(text)
+        with pytest.raises(ShapeError, match="is not JSON"):
+            read_checkpoint(directory)
+    with (directory / "config.json").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(ShapeError, match="1099511627776 bytes, 67108864 at most are read"):
         read_checkpoint(directory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.mutations import mutations
+from tests.plan.shapes.test_quantization import FP8
 from vllm_moe_offload.plan.shapes import ExpertFormat, ShapeError, known_models, shape_of_config
 
 
@@ -57,7 +59,7 @@ def test_a_model_that_sees_is_more_than_its_language_model():
         with pytest.raises(ShapeError, match=f"c: {name}={value!r}, must be an object"):
             shape_of_config(config | {name: value}, "c")
     text = config["text_config"] | {"num_experts": 0}
-    with pytest.raises(ShapeError, match="c: num_experts=0, must be an integer of 1"):
+    with pytest.raises(ShapeError, match="c: num_experts=0, must be an integer from 1"):
         shape_of_config(config | {"text_config": text}, "c")
 
 
@@ -100,8 +102,25 @@ def test_other_names_of_the_same_fields():
         ({"model_type": "llama"}, "model_type='llama' is not known; known are mixtral"),
         ({"model_type": None}, "model_type=None is not known"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "4096"}, "hidden_size='4096', must be an integer of 1 or more"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0, must be an integer of 1 or more"),
+        (
+            {"hidden_size": "4096"},
+            "hidden_size='4096', must be an integer from 1 to 2147483647",
+        ),
+        ({"num_hidden_layers": 50_000_000}, "num_hidden_layers=50000000, must be an integer"),
+        ({"hidden_size": 10**18}, "hidden_size=1000000000000000000, must be an integer from 1"),
+        ({"hidden_size": True}, "hidden_size=True, must be an integer from 1"),
+        (
+            {"num_local_experts": 1 << 20},
+            "num_local_experts=1048576, must be an integer from 1",
+        ),
+        (
+            {"num_experts_per_tok": 65},
+            "num_experts_per_tok=65, must be an integer from 1 to 64",
+        ),
+        ({"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers=1000000000, must be"),
+        ({"hidden_size": [0] * 10**6}, "hidden_size=[0, 0, 0, 0, 0, 0, ...], must be"),
+        ({"model_type": ["mixtral"]}, "model_type=['mixtral'] is not known"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0, must be an integer from 1 to 4096"),
         ({"num_local_experts": None}, "num_local_experts or num_experts or n_routed_experts"),
         ({"num_experts_per_tok": 9}, "9 experts per token, but a layer has 8"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no', must be true or false"),
@@ -114,6 +133,23 @@ def test_wrong_fields_are_named(changes, message):
         shape_of_config(config_of("Mixtral-8x7B", **changes), "some/config.json")
     assert str(caught.value).startswith("some/config.json: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_any_config_has_a_shape_or_an_error_of_one_line(name):
+    quantised = {"quantization_config": FP8} if name == "DeepSeek-V3" else {}
+    for config in mutations(config_of(name, **quantised)):
+        try:
+            shape = shape_of_config(config, "some/config.json")
+        except ShapeError as error:
+            line = str(error)
+        else:
+            assert shape.total_experts > 0
+            assert shape.dense_bytes > 0
+            continue
+        assert line.startswith("some/config.json: ")
+        assert line.isprintable()
+        assert len(line) < 500
 
 
 def test_a_model_without_a_single_moe_layer_is_refused():

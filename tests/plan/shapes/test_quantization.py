@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.mutations import mutations
 from vllm_moe_offload.plan.shapes import ExpertFormat
 from vllm_moe_offload.plan.shapes.kernel_form import BF16
 from vllm_moe_offload.plan.shapes.quantization import Quantization, quantization_of
@@ -180,3 +181,30 @@ def test_dense_weights_are_what_their_modules_are():
     assert parsed(kept).dense_bytes_of("shared_expert") < 1
     left_out = GPTQ | {"dynamic": {r"-:.*self_attn\.q_proj$": {}}}
     assert parsed(left_out).dense_bytes_of("attn") == 2
+
+
+@pytest.mark.parametrize("entry", [FP8, GPTQ, AWQ, INT4, INT8, NVFP4])
+def test_any_entry_is_understood_or_refused(entry):
+    entry = entry | {"ignore": ["model.layers.1.mlp.experts"], "ignored_layers": ["lm_head"]}
+    for changed in mutations(entry):
+        refusal = parsed(changed).refusal
+        assert refusal.isprintable()
+        assert len(refusal) < 500
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ignored_layers": 5},
+        {"modules_to_not_convert": {"lm_head": 1}},
+        {"ignore": ["model.layers." + "9" * 5000 + ".mlp.experts"]},
+    ],
+)
+def test_lists_that_are_none_are_left_alone(changes):
+    assert parsed(FP8 | changes).method == "fp8"
+
+
+def test_targets_that_are_no_list_name_nothing():
+    group = {"targets": 5, "weights": {}}
+    entry = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    assert "must have one group whose targets" in parsed(entry).refusal

@@ -65,7 +65,7 @@ class Parts:
 
 
 def _every_layer(fields: ConfigFields) -> tuple[int, ...]:
-    return tuple(range(fields.integer("num_hidden_layers")))
+    return tuple(range(fields.num_layers()))
 
 
 def _heads(fields: ConfigFields) -> tuple[int, int, int]:
@@ -131,7 +131,7 @@ def _qwen3_moe(fields: ConfigFields) -> Parts:
     _, _, head = _heads(fields)
     attention = _attention(fields, bias=fields.flag("attention_bias"), more=2 * head)
     return Parts(
-        (attention,) * fields.integer("num_hidden_layers"),
+        (attention,) * fields.num_layers(),
         _sparse_layers(fields),
         fields.integer("moe_intermediate_size"),
         dense_width=fields.integer("intermediate_size", default=0, least=0),

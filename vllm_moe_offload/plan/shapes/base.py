@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,12 @@ from vllm_moe_offload.plan.shapes.kernel_form import BF16, ExpertFormat, ExpertS
 
 SERVED_BYTES = 2
 """Of one parameter or KV element as served: bfloat16 or float16 (vLLM casts float32 down)."""
+
+
+_values = reprlib.Repr()
+_values.maxstring = 200
+shown = _values.repr
+"""How messages show a value of a file: with what it is, and not longer than a line."""
 
 
 class ShapeError(ValueError):

@@ -12,15 +12,11 @@ from typing import Any
 
 from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ModelShape, ShapeError
 from vllm_moe_offload.plan.shapes.config import shape_of_config
-from vllm_moe_offload.store.checkpoint_reader import (
-    DRAFTERS,
-    TensorRange,
-    expert_layer,
-    layer_number,
-    tensor_ranges,
-)
+from vllm_moe_offload.store.checkpoint_header import TensorRange, tensor_ranges
+from vllm_moe_offload.store.checkpoint_reader import DRAFTERS, expert_layer, layer_number
 
 _INDEX = "model.safetensors.index.json"
+_MOST_JSON_BYTES = 64 << 20
 _UNQUANTISED = {"BF16", "F16", "F32"}
 """Element types whose elements are parameters."""
 
@@ -52,9 +48,12 @@ def read_config(path: Path) -> dict[str, Any]:
         ShapeError: it is not a JSON object.
         OSError: it cannot be read.
     """
+    size = path.stat().st_size
+    if size > _MOST_JSON_BYTES:
+        raise ShapeError(f"{path} has {size} bytes, {_MOST_JSON_BYTES} at most are read")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShapeError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ShapeError(f"{path} is not a config.json: it holds no JSON object")

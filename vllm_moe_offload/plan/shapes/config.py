@@ -17,6 +17,7 @@ from vllm_moe_offload.plan.shapes.base import (
     LayerShape,
     ModelShape,
     ShapeError,
+    shown,
 )
 from vllm_moe_offload.plan.shapes.fields import ConfigFields
 from vllm_moe_offload.plan.shapes.kernel_form import ExpertShape
@@ -39,9 +40,9 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     model_type = config.get("model_type")
     # Models that see have their language model's fields in an object of their own.
     fields = ConfigFields(config, source).joined("text_config")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ShapeError(
-            f"{source}: model_type={model_type!r} is not known; known are "
+            f"{source}: model_type={shown(model_type)} is not known; known are "
             f"{', '.join(MODEL_TYPES)}"
         )
     parts = MODEL_TYPES[model_type](fields)
@@ -51,7 +52,7 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     if top_k > num_experts:
         raise ShapeError(f"{source}: {top_k} experts per token, but a layer has {num_experts}")
     hidden, vocabulary = fields.integer("hidden_size"), fields.integer("vocab_size")
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.num_layers()
     norm = hidden if parts.norms is None else parts.norms
     num_moe = len(parts.moe_layers)
     is_tied = fields.flag("tie_word_embeddings")
@@ -71,7 +72,7 @@ def shape_of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     layers = _layers(parts, hidden, num_experts, 2 * norm, quantization)
     embedding_bytes = vocabulary * hidden * SERVED_BYTES
     head_bytes = 0 if is_tied else embedding_bytes + parts.head_biases * SERVED_BYTES
-    extra = fields.integer("num_nextn_predict_layers", default=0, least=0)
+    extra = fields.num_drafter_layers()
     return ModelShape(
         model_type=model_type,
         num_layers=num_layers,
@@ -114,9 +115,10 @@ def _layers(
     shared = parts.shared * quantization.dense_bytes_of(_SHARED)
     mlp = 3 * hidden * parts.dense_width * quantization.dense_bytes_of(_MLP)
     of_attention = quantization.dense_bytes_of(_ATTENTION)
+    moe_layers = frozenset(parts.moe_layers)
 
     def layer(index: int) -> LayerShape:
-        attention, has_experts = parts.attention[index], index in parts.moe_layers
+        attention, has_experts = parts.attention[index], index in moe_layers
         whole = (moe if has_experts else norms) * SERVED_BYTES
         dense = whole + attention.parameters * of_attention + (shared if has_experts else mlp)
         return LayerShape(

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_moe_offload.plan.shapes.base import ShapeError
+from vllm_moe_offload.plan.shapes.base import ShapeError, shown
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOP_K = ("num_experts_per_tok", "experts_per_token")
+
+_MOST = (1 << 31) - 1
+"""Of any size or count."""
+_MOST_LAYERS = 4096
+_MOST_EXPERTS = 4096
+_MOST_TOP_K = 64
+"""Of what is counted one by one: some ten times what models have."""
 
 
 class ConfigFields:
@@ -18,17 +25,21 @@ class ConfigFields:
         self._config = config
         self._source = source
 
-    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
+    def integer(
+        self, *names: str, default: int | None = None, least: int = 1, most: int = _MOST
+    ) -> int:
         """The first of ``names`` that is there."""
         for name in names:
             value = self._config.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if not is_integer or not least <= value <= most:
                 raise ShapeError(
-                    f"{self._source}: {name}={value!r}, must be an integer of {least} or more"
+                    f"{self._source}: {name}={shown(value)}, must be an integer from {least} "
+                    f"to {most}"
                 )
-            return value
+            return int(value)
         if default is None:
             raise ShapeError(f"{self._source}: {' or '.join(names)} is missing")
         return default
@@ -39,7 +50,7 @@ class ConfigFields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ShapeError(f"{self._source}: {name}={value!r}, must be true or false")
+            raise ShapeError(f"{self._source}: {name}={shown(value)}, must be true or false")
         return value
 
     def has(self, name: str) -> bool:
@@ -50,12 +61,14 @@ class ConfigFields:
         """A list of integers; empty if it is not there."""
         value = self._config.get(name) or []
         if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-            raise ShapeError(f"{self._source}: {name}={value!r}, must be a list of integers")
+            raise ShapeError(
+                f"{self._source}: {name}={shown(value)}, must be a list of integers"
+            )
         return set(value)
 
     def layer_kinds(self, otherwise: Callable[[int], str]) -> list[str]:
         """``layer_types``, or a rule for configs that leave it out."""
-        count = self.integer("num_hidden_layers")
+        count = self.num_layers()
         kinds = self._config.get("layer_types")
         if kinds is None:
             return [otherwise(layer) for layer in range(count)]
@@ -69,7 +82,7 @@ class ConfigFields:
         """The fields of an object in it."""
         value = self._config.get(name)
         if not isinstance(value, Mapping):
-            raise ShapeError(f"{self._source}: {name}={value!r}, must be an object")
+            raise ShapeError(f"{self._source}: {name}={shown(value)}, must be an object")
         return ConfigFields(value, f"{self._source}: {name}")
 
     def joined(self, name: str) -> ConfigFields:
@@ -78,10 +91,19 @@ class ConfigFields:
             return self
         return ConfigFields({**self._config, **self.nested(name)._config}, self._source)
 
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.integer("num_hidden_layers", most=_MOST_LAYERS)
+
+    def num_drafter_layers(self) -> int:
+        """Decoder layers behind them, for multi-token prediction."""
+        name = "num_nextn_predict_layers"
+        return self.integer(name, default=0, least=0, most=_MOST_LAYERS)
+
     def num_experts(self) -> int:
         """Routed experts of a layer, by the architectures' different names."""
-        return self.integer(*_EXPERT_COUNTS)
+        return self.integer(*_EXPERT_COUNTS, most=_MOST_EXPERTS)
 
     def top_k(self) -> int:
         """Experts per token, likewise."""
-        return self.integer(*_TOP_K)
+        return self.integer(*_TOP_K, most=_MOST_TOP_K)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec, round_up
+from vllm_moe_offload.cache.layout import ELEMENT_BYTES, ExpertLayout, TensorSpec, round_up
 
 Platform = Literal["cpu", "cuda"]
 Kind = Literal["bf16", "fp8", "int8", "int4", "mxfp4", "nvfp4"]
@@ -28,15 +28,6 @@ NVFP4_BLOCK = 16
 
 _WORD_VALUES = 8
 """Values of 4 bits in an int32."""
-_ELEMENT_BYTES = {
-    "bfloat16": 2,
-    "float32": 4,
-    "float8_e4m3fn": 1,
-    "float8_e8m0fnu": 1,
-    "int32": 4,
-    "int8": 1,
-    "uint8": 1,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +167,7 @@ _Tensor = tuple[str, str, tuple[int, ...]]
 
 
 def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(name, shape, dtype, math.prod(shape) * _ELEMENT_BYTES[dtype])
+    return TensorSpec(name, shape, dtype, math.prod(shape) * ELEMENT_BYTES[dtype])
 
 
 def _biases(shape: ExpertShape, dtype: str, hidden: int, width: int) -> list[_Tensor]:
@@ -218,7 +209,7 @@ def _int8_cpu(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
     ``CPUExpertsInt8`` in .../fused_moe/experts/cpu_moe.py: its order of the weights holds an
     int32 sum for each row beside it."""
     del known
-    hidden, width, total = shape.hidden, shape.width, _ELEMENT_BYTES["int32"]
+    hidden, width, total = shape.hidden, shape.width, ELEMENT_BYTES["int32"]
     return [
         ("w13_weight", "int8", (2 * width, hidden + total)),
         ("w2_weight", "int8", (hidden, width + total)),
@@ -233,7 +224,7 @@ def _int4_cpu(known: ExpertFormat, shape: ExpertShape) -> list[_Tensor]:
     by a group of inputs, an int32 sum for each output behind every block; scales in float32, and
     zero points also where the checkpoint has none."""
     outputs, inputs = 32, known.group_size
-    block = outputs * inputs // 2 + outputs * _ELEMENT_BYTES["int32"]
+    block = outputs * inputs // 2 + outputs * ELEMENT_BYTES["int32"]
     names = _INT4_NAMES[known.method]
     weights, scales, zeros = [], [], []
     for matrix, rows, columns in _matrices(shape.hidden, shape.width):

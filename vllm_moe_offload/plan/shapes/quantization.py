@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ShapeError
+from vllm_moe_offload.plan.shapes.base import SERVED_BYTES, ShapeError, shown
 from vllm_moe_offload.plan.shapes.kernel_form import (
     BF16,
     FP8_BLOCK,
@@ -63,15 +63,15 @@ def quantization_of(config: Mapping[str, Any], source: str) -> Quantization:
     if not entry:
         return NOT_QUANTIZED
     if not isinstance(entry, Mapping):
-        raise ShapeError(f"{source}: quantization_config={entry!r}, must be an object")
+        raise ShapeError(f"{source}: quantization_config={shown(entry)}, must be an object")
     method = str(entry.get("quant_method", "unnamed"))
     kept = _kept(entry)
     try:
         if method not in _METHODS:
-            raise _Refused(f"quant_method={method!r}, must be {_or(_METHODS)}")
+            raise _Refused(f"quant_method={shown(method)}, must be {_or(_METHODS)}")
         for name in kept:
             if _names_served_experts(name, config.get("num_hidden_layers")):
-                raise _Refused(f"{name!r} is not quantised, must not name routed experts")
+                raise _Refused(f"{shown(name)} is not quantised, must not name routed experts")
         if method == "mxfp4" and config.get("model_type") != "gpt_oss":
             raise _Refused("quant_method='mxfp4' is served of gpt_oss models alone")
         return Quantization(method, _METHODS[method](entry), kept=kept)
@@ -97,7 +97,8 @@ def _gptq(entry: _Entry) -> ExpertFormat:
     for pattern, changes in _mapping(entry.get("dynamic")).items():
         if not pattern.startswith("-:") and changes:
             raise _Refused(
-                f"dynamic has {pattern!r}: {changes!r}, must only leave modules out ('-:...')"
+                f"dynamic has {shown(pattern)}: {shown(changes)}, must only leave modules "
+                "out ('-:...')"
             )
     return ExpertFormat("int4", "gptq", _group_size(entry))
 
@@ -150,7 +151,7 @@ def _group_of_experts(groups: Iterable[Any]) -> _Entry:
     """The one of ``config_groups`` that routed experts are in."""
     found = [_mapping(group) for group in groups]
     named = [group for group in found if "experts" in str(group.get("targets"))]
-    linear = [group for group in found if "Linear" in (group.get("targets") or ())]
+    linear = [group for group in found if "Linear" in _list(group.get("targets"))]
     for some in (named, linear):
         if len(some) == 1:
             return some[0]
@@ -171,7 +172,7 @@ _METHODS: dict[str, Callable[[_Entry], ExpertFormat]] = {
 def _kept(entry: _Entry) -> tuple[str, ...]:
     names: list[str] = []
     for key in ("modules_to_not_convert", "ignored_layers", "ignore"):
-        names += map(str, entry.get(key) or ())
+        names += map(str, _list(entry.get(key)))
     names += (name for name in _mapping(entry.get("dynamic")) if name.startswith("-:"))
     return tuple(names)
 
@@ -180,7 +181,7 @@ def _names_served_experts(name: str, num_layers: Any) -> bool:
     """Whether a module that is not quantised is routed experts, of a layer that is served."""
     if name.startswith("mtp") or not re.search(r"\bexperts\b", name):  # not shared_experts
         return False
-    layer = re.search(r"\blayers\.(\d+)\b", name)
+    layer = re.search(r"\blayers\.(\d{1,9})\b", name)
     return layer is None or not isinstance(num_layers, int) or int(layer[1]) < num_layers
 
 
@@ -205,12 +206,16 @@ def _group_size(entry: _Entry, name: str = "group_size") -> int:
 
 def _require(name: str, value: Any, allowed: list[Any]) -> Any:
     if value not in allowed:
-        raise _Refused(f"{name}={value!r}, must be {_or(map(repr, allowed))}")
+        raise _Refused(f"{name}={shown(value)}, must be {_or(map(repr, allowed))}")
     return value
 
 
 def _mapping(value: Any) -> _Entry:
     return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _or(values: Iterable[str]) -> str:
