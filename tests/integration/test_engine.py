@@ -189,3 +189,20 @@ def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_di
         ]
     )
     assert offloaded["batches"] == plain["batches"]
+
+
+def test_embeddings_that_are_not_finite_are_their_requests_trouble(
+    demo_model, share_engines, store_dir
+):
+    """Feature: prompts of embeddings, which a client may fill with anything."""
+    model = demo_model("qwen3_moe")
+    offload = {"mode": "trace", "cache_gb": "50%", "store_dir": str(store_dir)}
+    jobs = [
+        engine(model, eager=True, enable_prompt_embeds=True),
+        engine(model, eager=True, enable_prompt_embeds=True, offload=offload),
+    ]
+    plain, offloaded = share_engines(
+        [{**job, "embedded": ["nan", "inf", "-inf"]} for job in jobs]
+    )
+    assert offloaded["batches"] == plain["batches"]
+    assert offloaded["facts"]["prefetch_issued"] > 0
