@@ -106,8 +106,8 @@ void require(bool condition, const char* name, int32_t value, const char* allowe
 // Which of the first `num_own` experts a layer will probably use, judged by its router's
 // `logits` [num_tokens, num_experts]; `slots` [num_own], the layer's page table, negative for
 // what is absent; `trust` [2, kMarginBins]; `kinds` [num_tokens, num_own] receives each guess's
-// kind, kNoGuess all along a token whose logits say nothing. Experts that at least one token uses
-// with a probability of `threshold` or more, most probable first, ties by expert.
+// kind, kNoGuess all along a token whose logits say nothing. Experts that at least one token
+// uses with a probability of `threshold` or more, most probable first, ties by expert.
 std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t num_experts,
                               int32_t num_own, int32_t top_k, const int32_t* slots,
                               const float* trust, float threshold, uint8_t* kinds) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -24,8 +25,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.forks import in_a_fork
 from tests.stores import MIXED, aligned, build, identity, layout_of, slots_for
 from tests.transfers import NUM_SLOTS, Interrupted, assert_holds
+from vllm_moe_offload.native import NativeError
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import State, TransferEngine, TransferError, record_reader
 
@@ -260,6 +263,25 @@ def test_a_forgotten_engine_ends_its_threads(store):
     assert reader_threads() > before
     del engine
     assert reader_threads() == before
+
+
+def test_an_engine_of_the_parent_is_closed_or_forgotten_in_a_fork(store):
+    engine = TransferEngine(store, slots_for(MIXED, 1))
+
+    def read_and_close():
+        with pytest.raises(NativeError, match="forked"):
+            engine.read([(0, 0, 0)])
+        engine.close()
+
+    def forget():
+        nonlocal engine
+        del engine
+        gc.collect()
+
+    in_a_fork(read_and_close)
+    in_a_fork(forget)
+    engine.read([(0, 0, 0)])
+    engine.close()
 
 
 def test_a_signal_during_a_read_leaves_nothing_in_flight(slow_engine, monkeypatch):
