@@ -188,7 +188,10 @@ vmo_reader* vmo_reader_open(const char* const* paths, int32_t num_paths, int32_t
   });
 }
 
-void vmo_reader_close(vmo_reader* reader) { const std::unique_ptr<vmo_reader> owner(reader); }
+void vmo_reader_close(vmo_reader* reader) {
+  std::unique_ptr<vmo_reader> owner(reader);
+  if (owner != nullptr && owner->core.close_if_forked()) static_cast<void>(owner.release());
+}
 
 const int32_t* vmo_reader_num_ended(const vmo_reader* reader) {
   static_assert(sizeof(std::atomic<int32_t>) == sizeof(int32_t));

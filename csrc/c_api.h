@@ -229,7 +229,8 @@ typedef struct vmo_completion {
 // none they inherit that of the calling thread.
 VMO_API vmo_reader* vmo_reader_open(const char* const* paths, int32_t num_paths, int32_t direct,
                                     int32_t num_threads, const int32_t* cpus, int32_t num_cpus);
-// Waits for chunks that are being read, drops the rest. No other call may be running.
+// Waits for chunks that are being read, drops the rest. No other call may be running. In a
+// process that was forked from the reader's, where the functions below fail: closes the files.
 VMO_API void vmo_reader_close(vmo_reader* reader);
 // Size of the files together when they were opened.
 VMO_API int64_t vmo_reader_file_bytes(const vmo_reader* reader);

@@ -138,7 +138,7 @@ void OpenFile::probe_direct(const std::string& path) const {
 
 FileReader::FileReader(const std::vector<std::string>& paths, bool direct, int32_t num_threads,
                        const std::vector<int32_t>& cpus)
-    : direct_(direct) {
+    : process_(getpid()), direct_(direct) {
   if (paths.empty()) throw std::invalid_argument("the file reader needs at least 1 file");
   if (num_threads < 1) {
     throw std::invalid_argument("the file reader needs at least 1 thread, got " +
@@ -156,6 +156,14 @@ FileReader::FileReader(const std::vector<std::string>& paths, bool direct, int32
 }
 
 FileReader::~FileReader() { stop_threads(); }
+
+bool FileReader::is_forked() const { return getpid() != process_; }
+
+bool FileReader::close_if_forked() {
+  if (!is_forked()) return false;
+  files_.clear();
+  return true;
+}
 
 uint64_t FileReader::file_bytes() const {
   uint64_t bytes = 0;
@@ -182,6 +190,13 @@ void FileReader::stop_threads() {
 }
 
 // ---- called by users ---------------------------------------------------------------------
+
+void FileReader::check_process() const {
+  if (!is_forked()) return;
+  throw std::runtime_error("the file reader of process " + std::to_string(process_) +
+                           " was called in process " + std::to_string(getpid()) +
+                           ", which was forked from it: each process needs its own");
+}
 
 void FileReader::check(const ReadRequest& read) const {
   const std::string name = "read with tag " + std::to_string(read.tag) + ": ";
@@ -231,6 +246,7 @@ uint64_t FileReader::chunk_bytes_of(const Request& request) const {
 }
 
 void FileReader::submit(std::vector<ReadRequest> reads) {
+  check_process();
   // All memory is allocated before anything is queued: either all requests are, or none.
   std::unordered_map<int64_t, std::unique_ptr<Request>> fresh;
   List demands;
@@ -262,6 +278,7 @@ void FileReader::submit(std::vector<ReadRequest> reads) {
 }
 
 bool FileReader::promote(int64_t tag) {
+  check_process();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = requests_.find(tag);
@@ -273,6 +290,7 @@ bool FileReader::promote(int64_t tag) {
 }
 
 bool FileReader::drop(int64_t tag) {
+  check_process();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = requests_.find(tag);
@@ -313,6 +331,7 @@ void FileReader::sleep_until(std::unique_lock<std::mutex>& lock, size_t wanted,
 
 size_t FileReader::wait(ReadResult* results, size_t capacity, size_t min_count,
                         std::chrono::milliseconds timeout) {
+  check_process();
   const size_t wanted = std::clamp<size_t>(min_count, 1, std::max<size_t>(capacity, 1));
   std::unique_lock<std::mutex> lock(mutex_);
   if (timeout.count() != 0) sleep_until(lock, wanted, timeout);

@@ -6,6 +6,7 @@
 // the cores.
 #pragma once
 
+#include <sys/types.h>
 #include <sys/uio.h>
 
 #include <atomic>
@@ -64,7 +65,9 @@ class OpenFile {
 };
 
 // Files, one behind the other, and the threads that read them. Safe to call from several
-// threads, except for the destructor, which must not race with anything.
+// threads, except for the destructor, which must not race with anything. A process that is
+// forked from the reader's has none of its threads: there, submit(), promote(), drop() and
+// wait() throw std::runtime_error, and close_if_forked() has to be called.
 class FileReader {
  public:
   // Opens `paths` (one at least). Threads run on `cpus`, or where the calling thread may run if
@@ -75,6 +78,12 @@ class FileReader {
   ~FileReader();
   FileReader(const FileReader&) = delete;
   FileReader& operator=(const FileReader&) = delete;
+
+  // In a forked process: closes the files and returns true. Then the reader must not be
+  // destroyed, but left where it is: its mutex is locked for ever, and its lists are half
+  // changed, if a thread was at it when the process was forked, and conditions on which
+  // threads wait cannot be destroyed.
+  bool close_if_forked();
 
   // Of all files together.
   uint64_t file_bytes() const;
@@ -126,6 +135,8 @@ class FileReader {
 
   void start_threads(int32_t num_threads, const std::vector<int32_t>& cpus);
   void stop_threads();
+  bool is_forked() const;
+  void check_process() const;
   void check(const ReadRequest& read) const;
   std::unique_ptr<Request> make_request(ReadRequest&& read) const;
   void move_to(List& list, Request* request);
@@ -141,6 +152,7 @@ class FileReader {
   ChunkResult read_chunk(const Chunk& chunk, std::vector<iovec>& vectors) const;
   void end_chunk(const Chunk& chunk, const ChunkResult& result);
 
+  const pid_t process_;  // that has the threads
   const bool direct_;
   std::vector<OpenFile> files_;
   size_t num_threads_ = 0;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,10 @@
 namespace vmo {
 
 namespace {
+
+// Kind of what was not guessed about, besides the 2 * kMarginBins kinds of guesses.
+constexpr uint8_t kNoGuess = 0xFF;
+static_assert(2 * kMarginBins <= kNoGuess);
 
 struct Guess {
   int32_t expert;
@@ -24,9 +29,13 @@ struct Scale {
   float bins_per_logit;
 };
 
-Scale scale_of(const float* logits, int32_t num_experts, int32_t top_k,
-               std::vector<float>& scratch) {
+// Nothing if a logit is not finite, or is so large that a sum of them is not: a client may send
+// such a hidden state, and what has no order can neither be ranked nor be put into a bin.
+std::optional<Scale> scale_of(const float* logits, int32_t num_experts, int32_t top_k,
+                              std::vector<float>& scratch) {
   scratch.assign(logits, logits + num_experts);
+  const auto is_finite = [](float logit) { return std::isfinite(logit); };
+  if (!std::all_of(scratch.begin(), scratch.end(), is_finite)) return std::nullopt;
   const auto first_out = scratch.begin() + top_k;
   std::nth_element(scratch.begin(), first_out, scratch.end(), std::greater<>());
   const float last_in = *std::min_element(scratch.begin(), first_out);
@@ -36,7 +45,9 @@ Scale scale_of(const float* logits, int32_t num_experts, int32_t top_k,
   float squares = 0.0F;
   for (const float logit : scratch) squares += (logit - mean) * (logit - mean);
   const float deviation = std::sqrt(squares / static_cast<float>(num_experts));
-  return {0.5F * (last_in + *first_out), kBinsPerDeviation / (deviation + 1e-12F)};
+  const float boundary = 0.5F * (last_in + *first_out);
+  if (!std::isfinite(boundary) || !std::isfinite(deviation)) return std::nullopt;
+  return Scale{boundary, kBinsPerDeviation / (deviation + 1e-12F)};
 }
 
 float to_float(float value) { return value; }
@@ -95,8 +106,8 @@ void require(bool condition, const char* name, int32_t value, const char* allowe
 // Which of the first `num_own` experts a layer will probably use, judged by its router's
 // `logits` [num_tokens, num_experts]; `slots` [num_own], the layer's page table, negative for
 // what is absent; `trust` [2, kMarginBins]; `kinds` [num_tokens, num_own] receives each guess's
-// kind. Experts that at least one token uses with a probability of `threshold` or more, most
-// probable first, ties by expert.
+// kind, kNoGuess all along a token whose logits say nothing. Experts that at least one token
+// uses with a probability of `threshold` or more, most probable first, ties by expert.
 std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t num_experts,
                               int32_t num_own, int32_t top_k, const int32_t* slots,
                               const float* trust, float threshold, uint8_t* kinds) {
@@ -106,9 +117,13 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t n
   for (int32_t token = 0; token < num_tokens; ++token) {
     const size_t begin = static_cast<size_t>(token) * width;
     const float* of_token = logits + static_cast<int64_t>(token) * num_experts;
-    const Scale scale = scale_of(of_token, num_experts, top_k, scratch);
+    const std::optional<Scale> scale = scale_of(of_token, num_experts, top_k, scratch);
+    if (!scale) {
+      std::fill_n(kinds + begin, width, kNoGuess);
+      continue;
+    }
     for (size_t e = 0; e < width; ++e) {
-      const float margin = (of_token[e] - scale.boundary) * scale.bins_per_logit;
+      const float margin = (of_token[e] - scale->boundary) * scale->bins_per_logit;
       const float bin = std::clamp(std::floor(margin) + static_cast<float>(kMarginBins / 2),
                                    0.0F, static_cast<float>(kMarginBins - 1));
       const int32_t kind = static_cast<int32_t>(bin) + (slots[e] < 0 ? kMarginBins : 0);
@@ -128,12 +143,14 @@ std::vector<Guess> look_ahead(const float* logits, int32_t num_tokens, int32_t n
 
 // What became of guesses: of their `kinds` [num_tokens, num_own], all are added to `tried`
 // and those in `ids` [num_tokens, top_k] to `right`, both [2, kMarginBins]. A token that chose
-// no expert is padding, about which nothing was guessed, unless others have experts as well.
+// no expert is padding, about which nothing was guessed, unless others have experts as well; of
+// kNoGuess there is nothing to judge.
 void judge(const uint8_t* kinds, int32_t num_tokens, int32_t num_own, bool has_all,
            const int64_t* ids, int32_t top_k, float* tried, float* right) {
   for (int64_t token = 0; token < num_tokens; ++token) {
     const uint8_t* of_token = kinds + token * num_own;
     const int64_t* chosen = ids + token * top_k;
+    if (of_token[0] == kNoGuess) continue;
     if (has_all && std::count(chosen, chosen + top_k, VMO_NO_EXPERT) == top_k) continue;
     for (int32_t e = 0; e < num_own; ++e) tried[of_token[e]] += 1.0F;
     for (int32_t k = 0; k < top_k; ++k) {
@@ -197,8 +214,10 @@ void RouterLookahead::observe(int32_t layer, const Id* ids) {
           config_.num_own_experts == config_.num_experts, ids_.data(), config_.top_k,
           evidence_.tried + kKinds * distance, evidence_.right + kKinds * distance);
   }
-  for (size_t i = 0; i < size; ++i)
-    evidence_.trust[i] = evidence_.right[i] / evidence_.tried[i];
+  for (size_t i = 0; i < size; ++i) {
+    // Evidence that faded to nothing leaves the trust that it gave.
+    if (evidence_.tried[i] > 0.0F) evidence_.trust[i] = evidence_.right[i] / evidence_.tried[i];
+  }
 }
 
 template void RouterLookahead::observe(int32_t, const int32_t*);

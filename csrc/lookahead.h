@@ -67,7 +67,8 @@ class RouterLookahead {
   // Whether observe() judges guesses about `layer` in this step.
   bool watches(int32_t layer) const { return layer == watched_; }
 
-  // The layers behind the call's, given what its router was given, nearest first: what is
+  // The layers behind the call's, given what its router was given, nearest first, by the tokens
+  // whose logits are finite: what is
   // likely and resident becomes expected (Planner::prefetch), for what is likely and absent
   // slots are reserved, worth chance * `value`, and written to `reads`, until there are
   // `max_reads`; the layers behind are not asked any more. Returns how many were reserved.

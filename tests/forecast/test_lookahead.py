@@ -206,6 +206,65 @@ def test_rows_of_no_expert_say_nothing_about_guesses() -> None:
     np.testing.assert_array_equal(*trusts)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("where", [slice(0, 1), slice(None)])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_that_is_not_finite_is_not_guessed_about(
+    given: torch.dtype, where: slice, bad: float
+) -> None:
+    """Two tokens, of which the second is not, lead to what the first leads to: guesses and what
+    is learned of them. 3e38 is finite, its logits are not."""
+    model = Model(alike=True)
+    hidden = torch.randn((2, HIDDEN), generator=torch.Generator().manual_seed(5))
+    hidden[1, where] = bad
+    hidden = hidden.to(given)
+    found, trusts = [], []
+    for count in (1, 2):
+        ahead = model.lookahead()
+        for _ in range(2 * LAYERS):
+            ahead.begin_step(decode_tokens(count))
+            for layer in range(LAYERS):
+                ahead.observe(layer, np.array([[0, 1], [2, 3]])[:count])
+                found.append(named(ahead, layer, hidden[:count]))
+            ahead.end_step()
+        trusts.append(ahead.trust)
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
+    assert any(found)
+    np.testing.assert_array_equal(*trusts)
+    assert np.isfinite(trusts).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_without_a_finite_token_nothing_is_guessed_or_learned(bad: float) -> None:
+    ahead = Model(alike=True).lookahead()
+    before = ahead.trust.copy()
+    for _ in range(2 * LAYERS):
+        ahead.begin_step(decode_tokens(3))
+        for layer in range(LAYERS):
+            ahead.observe(layer, np.array([[0, 1]] * 3))
+            assert not named(ahead, layer, torch.full((3, HIDDEN), bad))
+        ahead.end_step()
+    np.testing.assert_allclose(ahead.trust, before, rtol=1e-5)
+
+
+def test_logits_that_overflow_when_they_are_summed_are_not_guessed_about() -> None:
+    """Each of them is finite, their deviation is not."""
+    ahead = RouterLookahead(Routers.of(torch.eye(EXPERTS).repeat(LAYERS, 1, 1)), TOP_K, 1)
+    ahead.begin_step(decode_tokens(1))
+    assert not named(ahead, 0, torch.linspace(1e38, 3e38, EXPERTS)[None])
+    ahead.begin_step(decode_tokens(1))
+    assert named(ahead, 0, torch.linspace(1e17, 3e17, EXPERTS)[None])
+
+
+def test_evidence_that_faded_to_nothing_leaves_its_trust() -> None:
+    ahead = Model(alike=True).lookahead()
+    before = ahead.trust.copy()
+    ahead._tried[...] = ahead._right[...] = 0
+    ahead.begin_step(decode_tokens(1))
+    ahead.observe(1, np.array([[0, 1]]))
+    np.testing.assert_array_equal(ahead.trust, before)
+
+
 def test_one_choice_of_no_expert_is_right_about_none() -> None:
     ahead = Model(alike=True).lookahead()
     ahead.begin_step(decode_tokens(1))

@@ -7,7 +7,8 @@ Without arguments it reads lines ``["JOBS.json", "OUT.json"]`` from standard inp
 with the line ``done``, so that one process, which takes long to import vLLM, serves many lists.
 
 JOBS is a list of engines, run one after the other: ``{"llm": kwargs of vllm.LLM,
-"batches": [[prompt token ids, ...], ...], "max_tokens": n}``. OUT gets, per engine, per batch
+"batches": [[prompt token ids, ...], ...], "max_tokens": n}``, and with ``"embedded"`` values that
+come before the batches in prompts of embeddings. OUT gets, per engine, per batch
 and per prompt, the generated ids and for every generated token the top logprobs as exact
 hexadecimal floats; facts about the engine's layers and counters, unless the job says
 ``"facts": false`` (workers in processes of their own cannot be asked for them); and, if the
@@ -33,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
@@ -73,6 +75,17 @@ def generate(
         }
         for output in outputs
     ]
+
+
+def generate_from(llm: LLM, values: list[str], max_tokens: int) -> None:
+    """One request after the other, of embeddings of which the last is one of these values, such as
+    ``"nan"``, all along. What comes of them is not looked at."""
+    shape = (8, llm.llm_engine.model_config.get_hidden_size())
+    parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    for value in values:
+        embeds = torch.full(shape, 0.01, dtype=llm.llm_engine.model_config.dtype)
+        embeds[-1] = float(value)
+        llm.generate({"prompt_embeds": embeds}, parameters, use_tqdm=False)
 
 
 def facts(llm: LLM) -> dict[str, Any]:
@@ -138,6 +151,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if "overwrite" in job:
         overwrite_store(options["additional_config"]["moe_offload"], job["overwrite"])
     try:
+        generate_from(llm, job.get("embedded", []), job["max_tokens"])
         result["batches"] = [
             generate(llm, batch, job["max_tokens"], job.get("adapter"))
             for batch in job["batches"]

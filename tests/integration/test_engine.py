@@ -222,3 +222,20 @@ def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_di
     assert deeper["batches"] == deeper_plain["batches"]
     manifest = json.loads(experts_of(store_dir).with_name("manifest.json").read_text())
     assert manifest["num_layers"] == LAYERS + 2
+
+
+def test_embeddings_that_are_not_finite_are_their_requests_trouble(
+    demo_model, share_engines, store_dir
+):
+    """Feature: prompts of embeddings, which a client may fill with anything."""
+    model = demo_model("qwen3_moe")
+    offload = {"mode": "trace", "cache_gb": "50%", "store_dir": str(store_dir)}
+    jobs = [
+        engine(model, eager=True, enable_prompt_embeds=True),
+        engine(model, eager=True, enable_prompt_embeds=True, offload=offload),
+    ]
+    plain, offloaded = share_engines(
+        [{**job, "embedded": ["nan", "inf", "-inf"]} for job in jobs]
+    )
+    assert offloaded["batches"] == plain["batches"]
+    assert offloaded["facts"]["prefetch_issued"] > 0

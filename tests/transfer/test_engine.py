@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -25,8 +26,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.forks import in_a_fork
 from tests.stores import MIXED, aligned, build, identity, layout_of, slots_for
 from tests.transfers import NUM_SLOTS, Interrupted, assert_holds
+from vllm_moe_offload.native import NativeError
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import State, TransferEngine, TransferError, record_reader
 
@@ -286,27 +289,58 @@ def test_a_forgotten_engine_ends_its_threads(store):
     assert reader_threads() == before
 
 
-def test_a_signal_during_a_read_leaves_nothing_in_flight(big_store, engine_of):
-    engine, slots = engine_of(big_store, num_threads=1)
+def test_an_engine_of_the_parent_is_closed_or_forgotten_in_a_fork(store):
+    engine = TransferEngine(store, slots_for(MIXED, 1))
+
+    def read_and_close():
+        with pytest.raises(NativeError, match="forked"):
+            engine.read([(0, 0, 0)])
+        engine.close()
+
+    def forget():
+        nonlocal engine
+        del engine
+        gc.collect()
+
+    in_a_fork(read_and_close)
+    in_a_fork(forget)
+    engine.read([(0, 0, 0)])
+    engine.close()
+
+
+def test_a_signal_during_a_read_leaves_nothing_in_flight(slow_engine, monkeypatch):
+    class Signalled(CoreProxy):
+        """The first wait is short, and gets a signal, whether the machine is fast or slow."""
+
+        is_signalled = False
+
+        def vmo_reader_wait(self, *arguments):
+            if self.is_signalled:
+                return self.core.vmo_reader_wait(*arguments)
+            self.is_signalled = True
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            *others, _ = arguments
+            self.core.vmo_reader_wait(*others, 5)
+            time.sleep(60)  # the signal came after the wait, then it comes here
+            raise AssertionError("no signal came")
 
     def interrupt(*_):
         raise Interrupted
 
-    def read_for_ever():
-        while True:
-            engine.read([(0, expert, expert) for expert in range(4)])
-
+    engine, slots = slow_engine
+    monkeypatch.setattr(record_reader, "core", Signalled(record_reader.core))
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.002)
     try:
         with pytest.raises(Interrupted):
-            read_for_ever()
+            engine.read([(*expert, slot) for slot, expert in enumerate(SLOW_EXPERTS)])
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    engine.read([(0, expert, expert + 4) for expert in range(4)])
-    for expert in range(4):
-        assert_holds(big_store, slots, expert + 4, 0, expert)
+    assert not slots[:, :8].any()  # what had begun, and what was queued, was waited for
+    slots[:, :8] = 0xEE
+    engine.read([(*SLOW_EXPERTS[0], 3)])
+    assert (slots[:3, :8] == 0xEE).all()
+    assert not slots[3, :8].any()
 
 
 @pytest.mark.parametrize("name", ["read", "await_slot"])

@@ -26,6 +26,7 @@ from tests.file_reads import (
     Request,
     plug,
 )
+from tests.forks import in_a_fork
 from tests.stores import aligned
 from vllm_moe_offload.native import (
     Extent,
@@ -411,6 +412,50 @@ def test_unwritable_destination_is_an_errno(file):
         check(core.vmo_reader_submit(reader.handle, ctypes.byref(read), 1))
         ((tag, error, _),) = reader.wait_all()
     assert (tag, os.strerror(error)) == (3, "Bad address")
+
+
+# ---- fork ----------------------------------------------------------------------------------
+
+
+def forked_calls(reader: Reader) -> None:
+    """What needs the threads says that they are elsewhere."""
+    calls = [
+        lambda: reader.submit(Request(8000, 0, [aligned(BLOCK)])),
+        reader.wait,
+        lambda: reader.promote(0),
+        lambda: reader.drop(0),
+    ]
+    for call in calls:
+        with pytest.raises(NativeError, match=f"of process {os.getppid()} .* forked from it"):
+            call()
+
+
+def forked_close(reader: Reader) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    core.vmo_reader_close(reader.handle)
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+@pytest.mark.parametrize("body", [forked_calls, forked_close])
+def test_a_forked_process_gets_errors_and_can_close(file, content, body):
+    with Reader(file) as reader:
+        in_a_fork(lambda: body(reader))
+        target = aligned(BLOCK)
+        reader.submit(Request(0, 0, [target]))
+        assert reader.wait_all() == [(0, 0, BLOCK)]
+    assert (target == content[:BLOCK]).all()
+
+
+@pytest.mark.parametrize("body", [forked_calls, forked_close])
+def test_a_process_that_is_forked_while_threads_read_and_wait(file, body):
+    """They are in the midst of anything then, and what one of them locked stays locked."""
+    with Reader(file, threads=4) as reader, ThreadPoolExecutor(1) as waiter:
+        reader.submit(*(Request(tag, 0, [aligned(MIB)]) for tag in range(200)), plug(200))
+        waiting = waiter.submit(lambda: reader.wait(min_count=16))
+        for _ in range(5):
+            in_a_fork(lambda: body(reader))
+        ended = waiting.result() + reader.wait_all()
+        assert sorted(tag for tag, _, _ in ended) == list(range(201))
 
 
 # ---- any order of operations -----------------------------------------------------------------
