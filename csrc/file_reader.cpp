@@ -102,7 +102,9 @@ void slice(const std::vector<iovec>& extents, uint64_t begin, uint64_t end,
 }  // namespace
 
 OpenFile::OpenFile(const std::string& path, bool direct)
-    : descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0))) {
+    // Follows no link that took the file's place since it was looked at, and waits for no pipe.
+    : descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK |
+                                         (direct ? O_DIRECT : 0))) {
   if (descriptor_ < 0) throw_errno("cannot open ", path, direct ? " with O_DIRECT" : "");
   try {
     struct stat status{};

@@ -60,13 +60,16 @@ def remove_unfinished(path: Path) -> None:
                 os.unlink(entry.path)
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path, *, follow: bool = True) -> IO[bytes]:
     """Opens a file to read it, if it is one: nothing is waited for that a pipe or device may give.
+
+    ``follow``: whether a link at ``path`` may lead to it.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is no regular file")

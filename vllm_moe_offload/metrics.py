@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_offload.cache.planner import COUNTER_NAMES
-from vllm_moe_offload.store.own_files import open_regular
+from vllm_moe_offload.files import open_regular
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -209,7 +209,7 @@ def read_counters(directory: Path) -> Iterator[CounterReading]:
     """
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
-            with open_regular(path) as file:
+            with open_regular(path, follow=False) as file:
                 described = _description(file.fileno())
                 snapshot = _settled_snapshot(file.fileno())
                 is_running = _is_locked(file.fileno())

@@ -23,35 +23,21 @@ import logging
 import os
 import stat
 import tempfile
-from io import FileIO
 from pathlib import Path
 
+from vllm_moe_offload.files import open_regular
 from vllm_moe_offload.store.errors import StoreError, in_one_line
 
 logger = logging.getLogger("vllm.moe_offload")
 
 
-def open_regular(path: Path) -> FileIO:
-    """Opens a file that is no link, pipe or device to be read; waits for nobody.
-
-    Raises:
-        OSError: it is one, or cannot be read.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is not a regular file")
-    return FileIO(descriptor)
-
-
 def read_regular(path: Path, most_bytes: int) -> bytes:
-    """The content of such a file.
+    """The content of a file that is no link, pipe or device.
 
     Raises:
-        OSError: as :func:`open_regular`, or it is longer than ``most_bytes``.
+        OSError: it is one, cannot be read, or is longer than ``most_bytes``.
     """
-    with open_regular(path) as file:
+    with open_regular(path, follow=False) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
             raise OSError(f"it has {size} bytes, {most_bytes} at most are read")
