@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*)
+CXX_TESTS := $(wildcard tests/*/*.cpp)
 CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 TEST_REPORT := benchmarks/results/test_all.json
 
@@ -77,14 +78,14 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES) $(CXX_TESTS)
 
 format: setup ## rewrite sources the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES) $(CXX_TESTS)
 
-sanitize: setup ## the C++ core's tests under AddressSanitizer and UBSan
+sanitize: setup ## the C++ core under sanitizers: memory, leaks, undefined behaviour, races
 	scripts/sanitize.sh
 
 bench: setup ## all CPU benchmarks; JSON under benchmarks/results/
