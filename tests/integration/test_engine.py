@@ -202,10 +202,10 @@ def test_a_cache_smaller_than_a_layer_serves_in_waves(demo_model, share_engines,
         assert first.keys() & expected.keys()
 
 
-def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_dir):
+def test_dummy_weights_are_stored_and_served(demo_model, share_engines, tmp_path):
     """Feature: dummy weights; also of more layers than the config.json says, which makes no other
     checkpoint of it."""
-    offload = {"mode": "lru", "cache_gb": "50%", "store_dir": str(store_dir)}
+    offload = {"mode": "lru", "cache_gb": "50%", "store_dir": str(tmp_path)}
     jobs = [
         engine(
             demo_model("mixtral"),
@@ -220,7 +220,7 @@ def test_dummy_weights_are_stored_and_served(demo_model, share_engines, store_di
     plain, offloaded, deeper_plain, deeper = share_engines(jobs)
     assert offloaded["batches"] == plain["batches"]
     assert deeper["batches"] == deeper_plain["batches"]
-    manifest = json.loads(experts_of(store_dir).with_name("manifest.json").read_text())
+    manifest = json.loads(experts_of(tmp_path).with_name("manifest.json").read_text())
     assert manifest["num_layers"] == LAYERS + 2
 
 
