@@ -1,0 +1,37 @@
+"""The kernels, interpreted on a CPU, do what the rule says to the bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tests.device.kernels.harness import Comparison, Shape
+from vllm_moe_offload.device import cache
+
+FEW, MANY = 3, 30
+"""Tokens: needs that the planner finds by itself, and those that are counted before."""
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2], ids=["alone", "one of two ranks"])
+@pytest.mark.parametrize("padding", ["experts", "-1"])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("max_tokens", [FEW, MANY])
+@pytest.mark.parametrize("num_slots", [30, 12, 8, 5, 1])
+def test_every_kind_of_call(num_slots, max_tokens, dtype, padding, num_ranks) -> None:
+    shape = Shape(3, 8, 2, num_slots, max_tokens, padding, num_ranks, dtype)
+    Comparison(cache, shape).run(seed=num_slots, num_steps=5)
+
+
+@pytest.mark.parametrize("num_experts", [8, 60, 128, 384, 1024])
+def test_any_number_of_experts(num_experts: int) -> None:
+    shape = Shape(2, num_experts, 4, num_experts + 3, 4)
+    comparison = Comparison(cache, shape)
+    comparison.run(seed=num_experts, num_steps=3)
+
+
+@pytest.mark.parametrize(("top_k", "num_slots"), itertools.product([1, 3, 8], [9, 20]))
+def test_long_sequences(top_k: int, num_slots: int) -> None:
+    shape = Shape(2, 9, top_k, num_slots, 4)
+    Comparison(cache, shape).run(seed=top_k, num_steps=30)
