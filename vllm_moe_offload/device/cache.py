@@ -21,8 +21,11 @@ COUNT_BLOCK = 1024
 GATHER_PROGRAMS = 32
 """Enough to fill the link, and few enough to leave a GPU to other kernels."""
 GATHER_BLOCK_BYTES = 32 << 10
+_REGISTERS = 1 << 16
+"""Of a multiprocessor. The planner runs alone, and is told that it may use as many as there are: the
+assembler would rather spill some than have fewer programs at once."""
 _WIDE_BYTES = 16
-_PLAN_ELEMENTS = 1024
+_PLAN_ELEMENTS = 512
 """Entries that each warp may compare at once when votes are added up."""
 
 
@@ -201,6 +204,7 @@ class DeviceCache:
             HAS_MAP=tokens.expert_map is not None,
             SOURCE=source,
             num_warps=self._num_warps,
+            maxnreg=min(_REGISTERS // (32 * self._num_warps), 255),
             enable_fp_fusion=False,
             **self._plan_sizes,
         )

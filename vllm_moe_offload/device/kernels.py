@@ -18,6 +18,7 @@ import triton.language as tl
 
 from vllm_moe_offload.device import rule
 
+MOST = tl.constexpr(2147483647)
 A_CYCLE = tl.constexpr(rule.A_CYCLE)
 INFINITY = tl.constexpr(float("inf"))
 FROM_IDS = tl.constexpr(0)
@@ -160,6 +161,7 @@ def plan(
             needed = tl.where(is_expert, needed, 0)
         else:
             needed = tl.load(need + expert, mask=is_expert, other=0)
+            tl.store(need + expert, tl.zeros([EXPERTS], tl.int32), mask=is_expert)
         if SOURCE == FROM_COUNT:
             votes_here = tl.load(votes + expert, mask=is_expert, other=0)
             tl.store(votes + expert, tl.zeros([EXPERTS], tl.int32), mask=is_expert)
@@ -175,23 +177,27 @@ def plan(
         num_missing = tl.sum(missing.to(tl.int32), 0)
 
         if num_missing > 0:
+            # This layer's scores are fresh, and what the call hits is worth everything.
+            worth_here = tl.where(is_hit, INFINITY, scores)
             slot = tl.arange(0, SLOTS)
-            owners = tl.load(owner + slot, mask=slot < num_slots, other=-1)
-            is_here = (owners >= first) & (owners < first + NUM_EXPERTS)
+            # Owners by their distance from the layer's experts, whose own is 0 to NUM_EXPERTS.
+            place = tl.load(owner + slot, mask=slot < num_slots, other=-1) - first
+            is_here = (place >= 0) & (place < NUM_EXPERTS)
+            here = tl.gather(worth_here, tl.where(is_here, place, 0), 0)
             worth = tl.load(slot_score + slot, mask=slot < num_slots, other=INFINITY)
-            # This layer's have changed since; what the call hits is worth everything.
-            here = tl.where(is_hit, INFINITY, scores)
-            here = tl.gather(here, tl.where(is_here, owners - first, 0), 0)
             worth = tl.where(is_here, here, worth)
-            worth = tl.where(owners < first + NUM_EXPERTS, worth * A_CYCLE, worth)
+            worth = tl.where(place < NUM_EXPERTS, worth * A_CYCLE, worth)
             going = True
             while going:
                 next_expert = tl.min(tl.where(missing, expert, EXPERTS), 0)
-                least, victim = tl.min(worth, 0, return_indices=True)
+                least = tl.min(worth, 0)
+                victim = tl.min(tl.where(worth == least, slot, MOST), 0)
                 going = (next_expert < EXPERTS) & (least < INFINITY)
                 if going:
                     evicted = tl.load(owner + victim)
-                    is_other = (evicted >= 0) & ((evicted < first) | (evicted >= first + NUM_EXPERTS))
+                    is_other = (evicted >= 0) & (
+                        (evicted < first) | (evicted >= first + NUM_EXPERTS)
+                    )
                     tl.store(slot_of + evicted, -1, mask=is_other)
                     slots = tl.where((evicted >= 0) & (expert == evicted - first), -1, slots)
                     slots = tl.where(expert == next_expert, victim, slots)
@@ -208,13 +214,11 @@ def plan(
 
         is_served = (needed > 0) & (slots >= 0)
         stand_in = tl.min(tl.where(is_served, slots, 2147483647), 0)
-        stand_in = tl.where(stand_in == 2147483647, 0, stand_in)
+        stand_in = tl.where(stand_in == MOST, 0, stand_in)
         tl.store(call_map + expert, tl.where(is_served, slots, stand_in), mask=is_expert)
         tl.store(call_map + NUM_EXPERTS, stand_in)
-        if (SOURCE != FROM_IDS) | (num_slots < NUM_EXPERTS):
-            left = missing.to(tl.int32)
-            tl.store(need + expert, left, mask=is_expert)
         if num_slots < NUM_EXPERTS:
+            tl.store(need + expert, missing.to(tl.int32), mask=is_expert)
             tl.store(in_wave + expert, is_served, mask=is_expert)
             tl.store(in_wave + NUM_EXPERTS, False)
         if SOURCE != FROM_WAVE:

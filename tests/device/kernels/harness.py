@@ -67,7 +67,9 @@ def random_steps(shape: Shape, seed: int, num_steps: int) -> Iterator[tuple[bool
         layers = []
         for _ in range(shape.num_layers):
             # Half of the experts, so that there are hits.
-            likely = rng.permutation(shape.num_routed)[: max(shape.top_k, shape.num_routed // 2)]
+            likely = rng.permutation(shape.num_routed)[
+                : max(shape.top_k, shape.num_routed // 2)
+            ]
             ids = np.stack([rng.permutation(likely)[: shape.top_k] for _ in range(num_rows)])
             if shape.padding == "-1":
                 ids[num_tokens:] = -1
@@ -80,7 +82,7 @@ class Comparison:
 
     def __init__(self, module: ModuleType, shape: Shape) -> None:
         # An interpreted program costs a millisecond, whatever it copies.
-        module.GATHER_PROGRAMS, module.GATHER_BLOCK_BYTES = 3, 1024
+        module.GATHER_PROGRAMS, module.GATHER_BLOCK_BYTES = 3, 2048
         self.module = module
         self.shape = shape
         self.pool = rule.OnePool(shape.num_layers, shape.num_experts, shape.num_slots)
@@ -175,7 +177,9 @@ class Comparison:
         np.testing.assert_array_equal(self.cache.slot_of.numpy(), self.pool.slot_of)
         np.testing.assert_array_equal(self.cache.owner.numpy(), self.pool.owner)
         np.testing.assert_array_equal(self.cache.score.numpy(), self.pool.score)
-        worth = np.where(self.pool.owner < 0, -np.inf, self.pool.score.reshape(-1)[self.pool.owner])
+        worth = np.where(
+            self.pool.owner < 0, -np.inf, self.pool.score.reshape(-1)[self.pool.owner]
+        )
         np.testing.assert_array_equal(self.cache.slot_score.numpy(), worth)
         filled = set()
         for record, slot in wave.pairs.tolist():
