@@ -145,9 +145,9 @@ class DeviceCache:
         """:meth:`bring` for a pool that has fewer slots than a layer has experts.
 
         Yields:
-            What :meth:`bring` returns, and bool ``[num_experts + 1]``, which experts are of this wave:
-            the others must weigh nothing. The kernels that use it are launched before the next one is
-            asked for.
+            What :meth:`bring` returns, and bool ``[num_experts + 1]``, which experts are of this
+            wave: the others must weigh nothing. The kernels that use it are launched before the next
+            one is asked for.
         """
         most = min(self.num_experts, tokens.ids.numel())
         yield self.bring(layer, tokens), self._in_wave
@@ -160,7 +160,7 @@ class DeviceCache:
         """Counts what many tokens need; where the planner finds it."""
         num_ids = tokens.ids.numel()
         if num_ids < 2 * self.num_experts:
-            return kernels.FROM_IDS.value
+            return int(kernels.FROM_IDS.value)
         kernels.count[(-(-num_ids // COUNT_BLOCK),)](
             *self._of_call(tokens),
             self._votes,
@@ -174,7 +174,7 @@ class DeviceCache:
             HAS_MAP=tokens.expert_map is not None,
             BLOCK=COUNT_BLOCK,
         )
-        return kernels.FROM_COUNT.value
+        return int(kernels.FROM_COUNT.value)
 
     def _of_call(self, tokens: LayerTokens) -> tuple[torch.Tensor, ...]:
         expert_map = self._no_map if tokens.expert_map is None else tokens.expert_map

@@ -5,7 +5,8 @@ Nothing in them is known to the host but sizes, so a CUDA graph that captured th
 what changes between steps lies in device memory.
 
 One program plans, and its values stay in registers until they are stored, once: where a thread needs
-what another one computed, that is a ``gather`` or a reduction, in which the compiler puts the barriers.
+what another one computed, that is a ``gather`` or a reduction, in which the compiler puts the
+barriers.
 
 Launch with ``enable_fp_fusion=False``, so that scores round as numpy's do. Values are not specialised
 (a first argument of 1 would be another kernel), and neither is the alignment of what may be a slice.
@@ -24,8 +25,8 @@ INFINITY = tl.constexpr(float("inf"))
 FROM_IDS = tl.constexpr(0)
 FROM_COUNT = tl.constexpr(1)
 FROM_WAVE = tl.constexpr(2)
-"""Where :func:`plan` finds the call's need: in its ids; in what ``count`` left; in what the wave before
-could not serve."""
+"""Where :func:`plan` finds the call's need: in its ids; in what ``count`` left; in what the wave
+before could not serve."""
 
 _OF_CALL = ["ids", "is_padding", "weights"]
 _SIZES = ["num_ids", "layer", "num_layers", "num_slots"]
@@ -118,8 +119,8 @@ def plan(
     Args:
         ids, is_padding, weights, expert_map, live, log, num_ids, layer: see :func:`count`; with
             another SOURCE than FROM_IDS only ``live`` and ``layer`` are read.
-        votes, need: what ``count`` left, or (``need``) the wave before; both are 0 afterwards, but for
-            what this wave could not serve.
+        votes, need: what ``count`` left, or (``need``) the wave before; both are 0 afterwards, but
+            for what this wave could not serve.
         slot_of: int32 ``[num_layers, NUM_EXPERTS]``, slot or -1.
         owner: int32 ``[num_slots]``, index into ``slot_of`` or -1.
         slot_score: float32 ``[num_slots]``, the owner's score; -inf without one.
@@ -127,8 +128,10 @@ def plan(
         gain: float32 ``[num_layers]``, ``rule.gains``.
         fade: float32 ``[1]``, factor on the layer's scores.
         call_map: int32 ``[NUM_EXPERTS + 1]``, see ``rule.Wave``; 0 everywhere while not live.
-        in_wave: bool ``[NUM_EXPERTS + 1]``, see ``rule.Wave``; written if ``num_slots < NUM_EXPERTS``.
-        pairs: int32 ``[NUM_EXPERTS, 2]``, record and slot of every miss; ``num_pairs``: int32 ``[1]``.
+        in_wave: bool ``[NUM_EXPERTS + 1]``, see ``rule.Wave``; written if there are fewer slots
+            than experts.
+        pairs: int32 ``[NUM_EXPERTS, 2]``, record and slot of every miss.
+        num_pairs: int32 ``[1]``.
         counters: int64 ``[2]``, hits and misses, to be added to.
         EXPERTS, SLOTS: powers of two, at least NUM_EXPERTS and ``num_slots``.
         BLOCK: ids that are looked at together.

@@ -62,7 +62,7 @@ class Wave:
         call_map: int32 ``[num_experts + 1]``, slot per expert. Experts that are not of this wave have
             a stand-in, as has the last entry, where an id of -1 finds it: a slot of the wave, or 0.
         in_wave: bool ``[num_experts + 1]``, which experts are of this wave.
-        pairs: int32 ``[misses, 2]``: record (``layer * num_experts + expert``) and the slot it goes to.
+        pairs: int32 ``[misses, 2]``: record (``layer * num_experts + expert``) and slot it goes to.
     """
 
     call_map: Ints
