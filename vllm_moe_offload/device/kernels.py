@@ -4,9 +4,9 @@ A layer call launches :func:`plan` and :func:`gather`, behind :func:`count` if i
 Nothing in them is known to the host but sizes, so a CUDA graph that captured them serves any step:
 what changes between steps lies in device memory.
 
-One program plans, and its values stay in registers until they are stored, once: where a thread needs
-what another one computed, that is a ``gather`` or a reduction, in which the compiler puts the
-barriers.
+One program plans. What it reads it reads first, and keeps in registers until everything is stored, once,
+behind a barrier: the compiler orders what threads share by ``gather`` and reductions, and not what they
+read and write in global memory. (All threads read a counter, and the one that writes it has read before.)
 
 Launch with ``enable_fp_fusion=False``, so that scores round as numpy's do. Values are not specialised
 (a first argument of 1 would be another kernel), and neither is the alignment of what may be a slice.
@@ -53,7 +53,8 @@ def count(
     """Adds up the votes of many tokens, a block of ids in each program.
 
     Args:
-        ids: int32 or int64 ``[tokens, TOP_K]``, of all experts; -1: none.
+        ids: int32 or int64 ``[tokens, TOP_K]``, of all experts; -1: none. With HAS_MAP no others;
+            without it what is no expert's number is ignored.
         is_padding: bool ``[tokens]``, rows that no request computes; their ids may be any.
         weights: int32 ``[tokens]``, see ``rule.fixed_point``.
         expert_map: int32, this rank's expert for each of the model's, -1: another rank's. Without
@@ -164,17 +165,14 @@ def plan(
             needed = tl.where(is_expert, needed, 0)
         else:
             needed = tl.load(need + expert, mask=is_expert, other=0)
-            tl.store(need + expert, tl.zeros([EXPERTS], tl.int32), mask=is_expert)
         if SOURCE == FROM_COUNT:
             votes_here = tl.load(votes + expert, mask=is_expert, other=0)
-            tl.store(votes + expert, tl.zeros([EXPERTS], tl.int32), mask=is_expert)
 
         first = layer * NUM_EXPERTS
         slots = tl.load(slot_of + first + expert, mask=is_expert, other=-1)
         scores = tl.load(score + first + expert, mask=is_expert, other=0.0)
         if SOURCE != FROM_WAVE:
             scores = scores * tl.load(fade) + votes_here.to(tl.float32) * tl.load(gain + layer)
-            tl.store(score + first + expert, scores, mask=is_expert)
         is_hit = (needed > 0) & (slots >= 0)
         missing = (needed > 0) & (slots < 0)
         num_missing = tl.sum(missing.to(tl.int32), 0)
@@ -206,29 +204,35 @@ def plan(
                     slots = tl.where(expert == next_expert, victim, slots)
                     worth = tl.where(slot == victim, INFINITY, worth)
                     missing = missing & (expert != next_expert)
-            tl.store(slot_of + first + expert, slots, mask=is_expert)
-        is_placed = (needed > 0) & (slots >= 0) & (is_hit == 0)
+        is_served = (needed > 0) & (slots >= 0)
+        is_placed = is_served & (is_hit == 0)
+        num_placed = tl.sum(is_placed.to(tl.int32), 0)
         rank = tl.cumsum(is_placed.to(tl.int32), 0) - 1
-        tl.store(pairs + 2 * rank, first + expert, mask=is_placed)
-        tl.store(pairs + 2 * rank + 1, slots, mask=is_placed)
-        tl.debug_barrier()  # every thread has read who leaves, and what slots were worth
+        stand_in = tl.min(tl.where(is_served, slots, MOST), 0)
+        stand_in = tl.where(stand_in == MOST, 0, stand_in)
+
+        # Where there are fewer experts than threads, several hold one: all have to have read what the
+        # first of them is to write over.
+        tl.debug_barrier()
+        tl.store(slot_of + first + expert, slots, mask=is_expert)
         tl.store(owner + slots, first + expert, mask=is_placed)
         tl.store(slot_score + slots, scores, mask=slots >= 0)
-
-        is_served = (needed > 0) & (slots >= 0)
-        stand_in = tl.min(tl.where(is_served, slots, 2147483647), 0)
-        stand_in = tl.where(stand_in == MOST, 0, stand_in)
+        tl.store(pairs + 2 * rank, first + expert, mask=is_placed)
+        tl.store(pairs + 2 * rank + 1, slots, mask=is_placed)
+        tl.store(num_pairs, num_placed)
         tl.store(call_map + expert, tl.where(is_served, slots, stand_in), mask=is_expert)
         tl.store(call_map + NUM_EXPERTS, stand_in)
         if num_slots < NUM_EXPERTS:
-            tl.store(need + expert, missing.to(tl.int32), mask=is_expert)
             tl.store(in_wave + expert, is_served, mask=is_expert)
             tl.store(in_wave + NUM_EXPERTS, False)
+        if (SOURCE != FROM_IDS) | (num_slots < NUM_EXPERTS):
+            tl.store(need + expert, missing.to(tl.int32), mask=is_expert)
+        if SOURCE == FROM_COUNT:
+            tl.store(votes + expert, tl.zeros([EXPERTS], tl.int32), mask=is_expert)
         if SOURCE != FROM_WAVE:
-            num_hits = tl.sum(is_hit.to(tl.int32), 0)
-            tl.store(counters, tl.load(counters) + num_hits)
+            tl.store(score + first + expert, scores, mask=is_expert)
+            tl.store(counters, tl.load(counters) + tl.sum(is_hit.to(tl.int32), 0))
             tl.store(counters + 1, tl.load(counters + 1) + num_missing)
-        tl.store(num_pairs, tl.sum(is_placed.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["num_blocks", "record_bytes"])
@@ -284,7 +288,9 @@ def gather(
         else:
             bytes_from = source.to(tl.pointer_type(tl.int8))
             bytes_to = target.to(tl.pointer_type(tl.int8))
-            for part in range(0, BLOCK_BYTES, BLOCK_BYTES // 16):
+            for part in range(
+                0, tl.minimum(slot_bytes - begin, BLOCK_BYTES), BLOCK_BYTES // 16
+            ):
                 at = begin + part + byte
                 inside = at < slot_bytes
                 tl.store(bytes_to + at, tl.load(bytes_from + at, mask=inside), mask=inside)
