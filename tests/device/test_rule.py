@@ -131,6 +131,21 @@ def test_votes_of_a_large_prompt_do_not_vanish() -> None:
     assert votes.sum(dtype=np.int64) <= 2**30
 
 
+def test_ids_that_are_no_expert_need_nothing() -> None:
+    pool = OnePool(1, 4, 4)
+    pool.observe(0, np.array([[-1, 2], [4, 900]]), np.array([2**29, 2**29], np.int32))
+    assert np.flatnonzero(pool.need).tolist() == [2]
+    assert pool.score[0].tolist() == [0, 0, 0.5, 0]
+
+
+def test_votes_wrap_around_where_a_token_repeats_an_id() -> None:
+    """As in the kernels, whose votes have 32 bits; what is needed is not changed by it."""
+    pool = OnePool(1, 2, 2)
+    pool.observe(0, np.array([[1, 1, 1]]), np.array([2**30], np.int32))
+    assert pool.need.tolist() == [False, True]
+    assert pool.score[0].tolist() == [0, -1]
+
+
 def test_what_comes_soon_is_worth_more() -> None:
     """Two experts of one score: that of the layer just served leaves."""
     pool = OnePool(3, 4, 4)

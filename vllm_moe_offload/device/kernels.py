@@ -4,9 +4,10 @@ A layer call launches :func:`plan` and :func:`gather`, behind :func:`count` if i
 Nothing in them is known to the host but sizes, so a CUDA graph that captured them serves any step:
 what changes between steps lies in device memory.
 
-One program plans. What it reads it reads first, and keeps in registers until everything is stored, once,
-behind a barrier: the compiler orders what threads share by ``gather`` and reductions, and not what they
-read and write in global memory. (All threads read a counter, and the one that writes it has read before.)
+One program plans. What it reads it reads first, and keeps in registers until everything is stored,
+once, behind a barrier: the compiler orders what threads share by ``gather`` and reductions, and not
+what they read and write in global memory. (All threads read a counter, and the one that writes it has
+read before.)
 
 Launch with ``enable_fp_fusion=False``, so that scores round as numpy's do. Values are not specialised
 (a first argument of 1 would be another kernel), and neither is the alignment of what may be a slice.

@@ -115,17 +115,19 @@ class OnePool:
 
         Args:
             layer: index among the MoE layers.
-            ids: integers ``[tokens, top_k]``, without padding; -1: another rank's expert.
+            ids: integers ``[tokens, top_k]``, without padding; what is no expert's number, such as
+                -1 for another rank's, is ignored. A token's ids differ: votes are int32 and wrap
+                around where they sum to more than 1.
             weights: int32 ``[tokens]``, see :func:`fixed_point`.
         """
-        known = ids >= 0
+        known = (ids >= 0) & (ids < self.num_experts)
         chosen = ids[known]
         of_token = np.broadcast_to(weights[:, None], ids.shape)[known]
         # In float64 integers of this size are exact.
-        votes = np.bincount(chosen, of_token, self.num_experts).astype(np.float32)
+        votes = np.bincount(chosen, of_token, self.num_experts).astype(np.int64)
         score = self.score[layer]
         score *= self._fade
-        score += votes * self._gain[layer]
+        score += votes.astype(np.int32).astype(np.float32) * self._gain[layer]
         self.need[:] = False
         self.need[chosen] = True
         num_hits = int(np.count_nonzero(self.slot_of[layer][self.need] >= 0))

@@ -17,8 +17,10 @@ from vllm_moe_offload.device import rule
 class Shape:
     """Of a model, its cache, and the calls.
 
-    ``padding``: what the ids of padded rows are, real experts or -1. ``num_ranks``: experts of the
-    model are divided, this rank has every so many'th.
+    Attributes:
+        padding: what the ids of padded rows are, real experts or -1.
+        num_ranks: experts of the model are divided, this rank has every so many'th.
+        kind: of ids. "routed": those of a token differ; "any": they may be the same, or no expert's.
     """
 
     num_layers: int
@@ -29,6 +31,7 @@ class Shape:
     padding: str = "experts"
     num_ranks: int = 1
     dtype: type[np.signedinteger] = np.int32
+    kind: str = "routed"
 
     @property
     def num_routed(self) -> int:
@@ -46,44 +49,59 @@ class Shape:
 LAYOUT = ExpertLayout(
     (
         TensorSpec("w13", (2, 1024), "bfloat16", 4096),
-        TensorSpec("w2", (4, 20), "bfloat16", 160),
-        TensorSpec("scale", (7,), "bfloat16", 14),
-        TensorSpec("bias", (9, 8), "bfloat16", 144),
+        TensorSpec("bias", (7,), "bfloat16", 14),
     )
 )
-"""Tensors read with O_DIRECT and in the tail; of whole 16 bytes, not of whole, and of whole but
-behind others."""
+"""Copied by word, in two blocks; by byte, because it has no whole 16."""
+MORE_TENSORS = ExpertLayout(
+    (
+        TensorSpec("w2", (4, 20), "bfloat16", 160),
+        TensorSpec("w13", (2, 2048), "bfloat16", 8192),
+        TensorSpec("w13_scale", (5, 413), "bfloat16", 4130),
+        TensorSpec("w2_scale", (1,), "uint8", 1),
+        TensorSpec("w2_bias", (9, 8), "bfloat16", 144),
+    )
+)
+"""Of one block and of several, both by word and by byte; the last one because of what precedes it."""
+LIKELY = 40
+"""Experts that a call chooses from, at most: one miss takes the interpreter a millisecond or two."""
 
 
 def random_steps(shape: Shape, seed: int, num_steps: int) -> Iterator[tuple[bool, list[tuple]]]:
     """Per step: whether it is live, and ids, padding and votes of each layer's call."""
     rng = np.random.default_rng(seed)
     for _ in range(num_steps):
-        num_tokens = int(rng.integers(1, shape.max_tokens + 1))
-        num_rows = int(rng.integers(num_tokens, shape.max_tokens + 1))
+        num_tokens = int(rng.integers(0, shape.max_tokens + 1))
+        num_rows = int(rng.integers(max(num_tokens, 1), shape.max_tokens + 1))
         is_padding = np.arange(num_rows) >= num_tokens
-        weights = np.full(num_rows, 2**30 // num_tokens, np.int32)
+        weights = np.full(num_rows, 2**30 // max(num_tokens, 1), np.int32)
         weights[rng.random(num_rows) < 0.2] = 0
         layers = []
         for _ in range(shape.num_layers):
-            # Half of the experts, so that there are hits.
-            likely = rng.permutation(shape.num_routed)[
-                : max(shape.top_k, shape.num_routed // 2)
-            ]
+            # Of some experts, so that there are hits; of all, so that there are waves.
+            num_likely = int(rng.integers(shape.num_routed // 2, shape.num_routed + 1))
+            num_likely = max(shape.top_k, min(num_likely, LIKELY))
+            likely = rng.permutation(shape.num_routed)[:num_likely]
             ids = np.stack([rng.permutation(likely)[: shape.top_k] for _ in range(num_rows)])
+            if shape.kind == "any":
+                ids = rng.integers(-1, shape.num_routed + 2, ids.shape)
+                ids[:, 1:] = np.where(
+                    rng.random(ids[:, 1:].shape) < 0.3, ids[:, :1], ids[:, 1:]
+                )
             if shape.padding == "-1":
                 ids[num_tokens:] = -1
             layers.append((ids.astype(shape.dtype), is_padding, weights))
-        yield bool(rng.random() > 0.1), layers
+        yield bool(rng.random() > 0.2), layers
 
 
 class Comparison:
     """The cache of ``module`` (``device/cache.py``) and the rule."""
 
-    def __init__(self, module: ModuleType, shape: Shape) -> None:
+    def __init__(self, module: ModuleType, shape: Shape, layout: ExpertLayout = LAYOUT) -> None:
         # An interpreted program costs a millisecond, whatever it copies.
-        module.GATHER_PROGRAMS, module.GATHER_BLOCK_BYTES = 3, 2048
+        module.GATHER_PROGRAMS, module.GATHER_BLOCK_BYTES = 2, 2048
         self.module = module
+        self.layout = layout
         self.shape = shape
         self.pool = rule.OnePool(shape.num_layers, shape.num_experts, shape.num_slots)
         self.cache = module.DeviceCache(
@@ -97,13 +115,13 @@ class Comparison:
         records = shape.num_layers * shape.num_experts
         generator = torch.Generator().manual_seed(0)
         self.records = torch.randint(
-            0, 256, (records, LAYOUT.record_bytes), generator=generator, dtype=torch.uint8
+            0, 256, (records, layout.record_bytes), generator=generator, dtype=torch.uint8
         )
         self.slots = {
             spec.name: torch.zeros(shape.num_slots, spec.nbytes, dtype=torch.uint8)
-            for spec in LAYOUT.tensors
+            for spec in layout.tensors
         }
-        self.cache.attach(LAYOUT, self.slots, self.records)
+        self.cache.attach(layout, self.slots, self.records)
         self.num_calls = 0
 
     def run(self, seed: int, num_steps: int) -> None:
@@ -185,7 +203,7 @@ class Comparison:
         for record, slot in wave.pairs.tolist():
             filled.add(slot)
             offset = 0
-            for spec in (*LAYOUT.direct, *LAYOUT.tail):
+            for spec in (*self.layout.direct, *self.layout.tail):
                 expected = self.records[record, offset : offset + spec.nbytes]
                 assert torch.equal(self.slots[spec.name][slot], expected), spec.name
                 offset += spec.nbytes
