@@ -28,7 +28,7 @@ CELLS = [
     *((other, *corner) for other in CAPABILITIES if other != 90 for corner in CORNERS),
 ]
 """All that differ in how many threads plan, on one GPU; and the corners on all."""
-SPILLED_BYTES = 16
+SPILLED_BYTES = 32
 """At the most slots that are allowed, where 16 warps leave 128 registers for a thread."""
 
 
@@ -155,7 +155,7 @@ def test_nothing_compiles_while_serving() -> None:
         for places, buffer in itertools.product((None, expert_map), buffers):
             for device_cache in (served[0], served[2]):
                 few_and_many(device_cache, buffer, places)
-        warm = [id(it) for _, it in compiled.variants()]
+        num_warm = len(compiled.variants())
         for _ in range(NUM_CALLS):
             device_cache = served[rng.integers(len(served))]
             num_tokens = int(
@@ -163,5 +163,6 @@ def test_nothing_compiles_while_serving() -> None:
             )
             places = (None, expert_map)[rng.integers(2)]
             tokens = buffers[rng.integers(2)].tokens(num_tokens, int(rng.integers(16)), places)
-            call(device_cache, int(rng.integers(device_cache.num_layers)), tokens)
-        assert [id(it) for _, it in compiled.variants()] == warm
+            layer = int(rng.integers(device_cache.num_layers))
+            call(device_cache, layer, tokens)
+            assert len(compiled.variants()) == num_warm, f"{num_tokens} tokens, layer {layer}"
