@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -168,6 +170,14 @@ def test_worth_falls_with_the_layers_between() -> None:
         between = (np.arange(num_layers) - layer - 1) % num_layers
         expected = np.exp(-0.5 * between / num_layers)
         np.testing.assert_allclose(worth / worth[between == 0], expected, rtol=1e-6)
+
+
+def test_replay_needs_neither_torch_nor_triton() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['triton'] = None;"
+        "import vllm_moe_offload.device.rule, vllm_moe_offload.replay.one_pool"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("half_life", [0, -1, math.nan])
