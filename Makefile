@@ -10,7 +10,7 @@ CXX_TESTS := $(wildcard tests/*/*.cpp)
 CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 TEST_REPORT := benchmarks/results/test_all.json
 
-.PHONY: help setup cuda gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-all \
+.PHONY: help setup cuda gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-triton test-all \
   lint format sanitize bench docs clean
 
 help: ## what each target does
@@ -70,6 +70,9 @@ slow-sample: setup ## the cells of test-all that .ci/slow_cells names
 
 test: check ## what a change must pass: check, and an engine for each feature (15 minutes)
 	$(MAKE) --no-print-directory engines
+
+test-triton: setup ## the Triton kernels, interpreted and compiled, with each supported Triton; no GPU (5 minutes)
+	scripts/test_triton.sh
 
 test-all: setup ## all architectures, capacities and modes (over an hour); writes $(TEST_REPORT)
 	VMO_THOROUGH_TESTS=1 $(BIN)/python -m pytest -m "not gpu" --durations=20 --results $(TEST_REPORT)

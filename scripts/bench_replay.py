@@ -9,6 +9,8 @@ together: the same with several parts removed at once.
 Synthetic: models of other shapes and workloads of other structure, short traces, where
 ``trace`` must not lose either. Shift: hit rates before, at and after a change of workload.
 Prefill: a request's decode hit rates before and after a neighbour's long prefill.
+Device: one pool of slots by the rule of a cache that the device plans, beside ``lrfu`` with as many
+slots and free staging, and with staging in the same memory.
 The seconds are CPU time of one thread (run with OMP_NUM_THREADS=1).
 """
 
@@ -27,6 +29,7 @@ from scripts.harness.options import parser_of, results_of  # noqa: E402
 from scripts.harness.report import Bar, write_report  # noqa: E402
 from scripts.replay_questions import (  # noqa: E402
     ablation,
+    device,
     prefill,
     shift,
     synthetic,
@@ -55,6 +58,11 @@ def _prefill(trace: RoutingTrace, args: argparse.Namespace) -> Part:
     return rows, prefill.bars_of(rows)
 
 
+def _device(trace: RoutingTrace, args: argparse.Namespace) -> Part:
+    rows = device.device(device.workloads(Path(args.trace), trace, args.real, args.quick))
+    return rows, device.bars_of(rows)
+
+
 def _without(name: str, removals: Sequence[str]) -> Question:
     """The ablation of some parts, which writes its report as it goes."""
 
@@ -81,6 +89,7 @@ QUESTIONS: dict[str, Question] = {
     "synthetic": _synthetic,
     "shift": _shift,
     "prefill": _prefill,
+    "device": _device,
     "ablation": _without("replay_ablation", list(PARTS)),
     "together": _without("replay_together", [COMPLETE, *TOGETHER]),
     "table": _table,
@@ -99,7 +108,7 @@ def main() -> int:
         type=Path,
         nargs="*",
         default=sorted((ROOT / "benchmarks" / "traces").glob("*.npz")),
-        help="traces of scripts/record_routing.py, for the ablation (default: the project's)",
+        help="traces of scripts/record_routing.py, for ablation and device (default: the project's)",
     )
     args = parser.parse_args()
     trace = load_trace(args.trace)

@@ -11,7 +11,7 @@ NAME = "vllm_moe_offload"
 ROOMS = [
     {"config", "files", "native", "step", "rank"},
     {"trace", "cache"},
-    {"forecast", "store"},
+    {"forecast", "store", "device"},
     {"policy"},
     {"transfer", "metrics"},
     {"layer_calls"},
@@ -31,6 +31,7 @@ NO_TORCH = {
         "cache",
         "forecast",
         "store",
+        "device",
         "policy",
         "replay",
         "metrics",
@@ -39,9 +40,13 @@ NO_TORCH = {
 TORCH_ALLOWED = {
     f"{NAME}.cache.pool",
     f"{NAME}.store.checkpoint_reader",
+    f"{NAME}.device.cache",
     f"{NAME}.forecast.lookahead",
 }
 """Tensors are what these are about."""
+TRITON_ALLOWED = {f"{NAME}.device.kernels"}
+WITH_TRITON = TRITON_ALLOWED | {f"{NAME}.device.cache"}
+"""What cannot be imported where Triton is missing, as beside vLLM for CPUs."""
 STRANGERS = {("trace", "policy"), ("policy", "trace")}
 """Rooms that do not know of each other, whatever their rank."""
 
@@ -81,6 +86,10 @@ def test_imports_point_down(module):
         assert top != "vllm" or room == "integration", f"{module} imports {imported}"
         if top == "torch" and room in NO_TORCH:
             assert module in TORCH_ALLOWED, f"{module} imports torch"
+        if top == "triton":
+            assert module in TRITON_ALLOWED, f"{module} imports triton"
+        if imported in WITH_TRITON:
+            assert module in WITH_TRITON, f"{module} imports {imported}, which needs Triton"
         if imported in MODULES and imported != NAME and room != "__init__":
             other = room_of(imported)
             assert RANK[other] <= RANK[room], f"{module} imports {imported}: it is above"

@@ -76,9 +76,46 @@ def test_replay_prints_json_alone_for_a_dash(trace_file: Path, capsys) -> None:
     assert [result["policy"] for result in json.loads(capsys.readouterr().out)] == ["lfu"]
 
 
+def test_replay_by_the_device_has_a_policy_of_its_own(trace_file: Path, capsys) -> None:
+    arguments = [
+        "replay",
+        str(trace_file),
+        "--planner=device",
+        "--capacity=0.25,0.5",
+        "--json=-",
+    ]
+    assert cli.main(arguments) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [(r["policy"], r["capacity"], r["planner"]) for r in results] == [
+        ("lrfu", 0.25, "device"),
+        ("lrfu", 0.5, "device"),
+    ]
+    assert cli.main(["replay", str(trace_file), "--policy=lrfu", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["planner"] == "host"
+
+
+def test_replay_by_the_device_of_a_servers_steps(capsys) -> None:
+    recorded = Path(__file__).parents[2] / "benchmarks" / "traces" / "smollm2-upcycled-b1.npz"
+    options = ["--planner=device", "--schedule=recorded", "--json=-"]
+    assert cli.main(["replay", str(recorded), *options]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert "concurrency" not in result
+    assert (result["policy"], result["planner"]) == ("lrfu", "device")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--planner=device", "--policy=lrfu,trace"],
+            "policy must be lrfu or lrfu:half_life=STEPS with --planner device, got trace",
+        ),
+        (["--planner=device", "--policy=fifo"], "unknown policy 'fifo'; choose from lru"),
+        (
+            ["--planner=device", "--capacity=0.5,0.01"],
+            "capacity must be at least 1/24, one expert, with --planner device, got 0.01",
+        ),
+        (["--planner=device", "--schedule=recorded"], "carries no schedule"),
         (["--policy=fifo"], "unknown policy 'fifo'; choose from lru"),
         (["--capacity=2"], "capacity must lie in (0, 1], got 2"),
         (["--capacity=half"], "--capacity=half: must be a number in (0, 1]"),

@@ -133,6 +133,12 @@ PROGRAM: dict[str, CommandLine] = {
     "concurrency must be at least 1, got ...": replay("--concurrency=0"),
     "requests must lie between 1 and the trace's ..., got ...": replay("--requests=7"),
     "capacity must lie in (0, 1], got ...": replay("--capacity=2"),
+    "capacity must be at least 1/..., one expert, with --planner device, got ...": replay(
+        "--planner=device", "--capacity=0.01"
+    ),
+    "policy must be lrfu or lrfu:half_life=STEPS with --planner device, got ...": replay(
+        "--planner=device", "--policy=lru"
+    ),
     "unknown policy ...; choose from ...": replay("--policy=fifo"),
     "policy ...: ... is not of the form key=number": replay("--policy=lrfu:half_life"),
     "policy ... takes no such parameter: ...": replay("--policy=lrfu:half=3"),

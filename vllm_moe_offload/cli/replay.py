@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,47 @@ from tqdm import tqdm
 
 from vllm_moe_offload.cli.command import Command, UsageError, load_pyplot
 from vllm_moe_offload.policy import POLICIES, make_policy
+from vllm_moe_offload.replay.one_pool import (
+    half_life_of,
+    pool_slots,
+    replay_one_pool,
+    replay_one_pool_recorded,
+)
 from vllm_moe_offload.replay.run import ReplayResult, capacity_slots, replay, replay_recorded
 from vllm_moe_offload.replay.schedule import decode_schedule
 from vllm_moe_offload.trace.routing import RoutingTrace, load_trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """Who decides where experts go in a replay.
+
+    Attributes:
+        policies: what ``--policy`` is unless it is given.
+        check_policy: of a policy, layers and experts; raises if it cannot be replayed.
+        slots: of a capacity, layers and experts; raises if there are none.
+        replay, replay_recorded: by one token of every request per step; by the server's steps.
+    """
+
+    policies: str
+    check_policy: Callable[[str, int, int], object]
+    slots: Callable[[float, int, int], int]
+    replay: Callable[..., ReplayResult]
+    replay_recorded: Callable[..., ReplayResult]
+
+
+_PLANNERS = {
+    "host": _Planner(
+        "lru,lru-layer,lfu,lrfu,eamc,trace,belady",
+        make_policy,
+        capacity_slots,
+        replay,
+        replay_recorded,
+    ),
+    "device": _Planner(
+        "lrfu", half_life_of, pool_slots, replay_one_pool, replay_one_pool_recorded
+    ),
+}
 
 
 def _items(option: str, text: str) -> list[str]:
@@ -53,9 +92,8 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="TRACE.npz", help="routing trace")
     parser.add_argument(
         "--policy",
-        default="lru,lru-layer,lfu,lrfu,eamc,trace,belady",
         help=f"comma-separated, of {', '.join(POLICIES)}; parameters as in lrfu:half_life=8 "
-        "(default: all)",
+        "(default: all; with --planner device: lrfu, the only one it has)",
     )
     parser.add_argument(
         "--capacity",
@@ -76,6 +114,13 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
         "and staging slots of the server that recorded the trace (default: decode)",
     )
     parser.add_argument(
+        "--planner",
+        choices=list(_PLANNERS),
+        default="host",
+        help="host: slots, and staging that is free; device: every miss takes one of the slots, "
+        "as a GPU would plan by itself, which servers do not do yet (default: host)",
+    )
+    parser.add_argument(
         "--json", metavar="FILE", help="write the results as JSON; - is stdout (default: none)"
     )
     parser.add_argument(
@@ -85,13 +130,14 @@ def _add_replay_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_replay(arguments: argparse.Namespace) -> int:
     trace = load_trace(arguments.trace)
-    specs = _policy_specs(arguments.policy)
+    planner = _PLANNERS[arguments.planner]
+    specs = _policy_specs(planner.policies if arguments.policy is None else arguments.policy)
     for spec in specs:
-        make_policy(spec, trace.num_layers, trace.num_experts)
+        planner.check_policy(spec, trace.num_layers, trace.num_experts)
     if arguments.schedule == "recorded":
-        results = _replay_recorded(trace, specs)
+        results = _replay_recorded(planner, trace, specs)
     else:
-        results = _replay_grid(trace, specs, arguments)
+        results = _replay_grid(planner, trace, specs, arguments)
     documents = [result.as_dict() for result in results]
     if arguments.json == "-":
         print(json.dumps(documents, indent=2))
@@ -104,20 +150,25 @@ def _run_replay(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _replay_recorded(trace: RoutingTrace, specs: Sequence[str]) -> list[ReplayResult]:
+def _replay_recorded(
+    planner: _Planner, trace: RoutingTrace, specs: Sequence[str]
+) -> list[ReplayResult]:
     return [
-        replay_recorded(trace, spec)
+        planner.replay_recorded(trace, spec)
         for spec in tqdm(specs, unit="policy", leave=False, disable=None)
     ]
 
 
 def _replay_grid(
-    trace: RoutingTrace, specs: Sequence[str], arguments: argparse.Namespace
+    planner: _Planner,
+    trace: RoutingTrace,
+    specs: Sequence[str],
+    arguments: argparse.Namespace,
 ) -> list[ReplayResult]:
     capacities = _numbers("--capacity", arguments.capacity, float, "a number in (0, 1]")
     concurrencies = _numbers("--concurrency", arguments.concurrency, int, "an integer above 0")
     for capacity in capacities:
-        capacity_slots(capacity, trace.num_layers, trace.num_experts)
+        planner.slots(capacity, trace.num_layers, trace.num_experts)
     cells = list(itertools.product(concurrencies, capacities, specs))
     tokens = sum(
         int(decode_schedule(trace, concurrency, arguments.requests).token.size)
@@ -129,7 +180,7 @@ def _replay_grid(
         for concurrency, capacity, spec in cells:
             bar.set_description(f"{spec} B={concurrency} {capacity:g}")
             results.append(
-                replay(
+                planner.replay(
                     trace,
                     spec,
                     capacity,

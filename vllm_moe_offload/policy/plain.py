@@ -103,7 +103,11 @@ class LFU(PlainPolicy):
 
 
 class LRFU(PlainPolicy):
-    """Score = decayed share of the running requests' tokens; misses must earn their slot."""
+    """Score = decayed share of the running requests' tokens; misses must earn their slot.
+
+    Attributes:
+        half_life_steps: steps after which a vote counts half.
+    """
 
     name: ClassVar[str] = "lrfu"
     rules: ClassVar[PlannerRules] = PlannerRules(admission=True)
@@ -121,3 +125,4 @@ class LRFU(PlainPolicy):
                 f"lrfu:half_life must be a positive number of steps, got {half_life}"
             )
         super().__init__(num_layers, num_experts, decay=2.0 ** (-1.0 / half_life))
+        self.half_life_steps = half_life

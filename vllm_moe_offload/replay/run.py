@@ -40,7 +40,10 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """What one policy did at one capacity and concurrency (None: the server's own)."""
+    """What one policy did at one capacity and concurrency (None: the server's own).
+
+    ``planner``: who decides where experts go, the core on the host or the device's rule.
+    """
 
     policy: str
     capacity: float
@@ -50,6 +53,7 @@ class ReplayResult:
     hits: int
     misses: int
     tokens: int
+    planner: str = "host"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: without a concurrency that does not apply."""
@@ -85,10 +89,10 @@ def replay(
     schedule = decode_schedule(trace, concurrency, num_requests)
     for tokens in _run(trace, schedule, chosen, cache):
         if timeline is not None:
-            timeline.append((cache.count("hits"), cache.count("misses")))
+            timeline.append(_counted(cache))
         if progress is not None:
             progress(tokens.request_of_token.size)
-    return _result(policy, capacity, concurrency, schedule, cache)
+    return result_of(policy, capacity, concurrency, schedule, _counted(cache))
 
 
 def replay_recorded(
@@ -117,7 +121,8 @@ def replay_recorded(
     for tokens in _run(trace, schedule, chosen, cache):
         if progress is not None:
             progress(tokens.request_of_token.size)
-    return _result(policy, slots / (shape[0] * shape[1]), None, schedule, cache)
+    capacity = slots / (shape[0] * shape[1])
+    return result_of(policy, capacity, None, schedule, _counted(cache))
 
 
 def unstaged(trace: RoutingTrace, policy: str, capacity: float) -> tuple[Policy, ExpertCache]:
@@ -128,14 +133,17 @@ def unstaged(trace: RoutingTrace, policy: str, capacity: float) -> tuple[Policy,
     return chosen, ExpertCache(CacheShape(*shape, slots), chosen.rules, unbounded_staging=True)
 
 
-def _result(
+def result_of(
     policy: str,
     capacity: float,
     concurrency: int | None,
     schedule: Schedule,
-    cache: ExpertCache,
+    counted: tuple[int, int],
+    *,
+    planner: str = "host",
 ) -> ReplayResult:
-    hits, misses = cache.count("hits"), cache.count("misses")
+    """What a replay of ``schedule`` that ``counted`` these hits and misses says."""
+    hits, misses = counted
     tokens = int(schedule.token.size)
     return ReplayResult(
         policy=policy,
@@ -146,7 +154,12 @@ def _result(
         hits=hits,
         misses=misses,
         tokens=tokens,
+        planner=planner,
     )
+
+
+def _counted(cache: ExpertCache) -> tuple[int, int]:
+    return cache.count("hits"), cache.count("misses")
 
 
 def _run(
