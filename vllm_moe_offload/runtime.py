@@ -25,7 +25,7 @@ from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.layer_calls import LayerCalls
 from vllm_moe_offload.metrics import Counters
 from vllm_moe_offload.policy.base import Policy
-from vllm_moe_offload.step import StepTokens
+from vllm_moe_offload.step import StepTokens, TokenCount
 from vllm_moe_offload.trace.collection_file import CollectionFile
 from vllm_moe_offload.trace.recorder import TraceRecorder
 from vllm_moe_offload.transfer import Transfer, TransferError
@@ -40,7 +40,6 @@ class OffloadRuntime:
     Attributes:
         cache: page table and counters.
         pool: the slots that kernels read.
-        num_tokens: computed for good: without guesses that were wrong.
         draft_hits, draft_misses: of those in ``cache``, a drafter's.
         stall_ns: time that layer calls spent waiting for reads.
         published: what other processes see of the counters: those of the end of the last step.
@@ -82,9 +81,7 @@ class OffloadRuntime:
         self.policy = policy
         self.stall_ns = 0
         self.busy_ns = 0
-        self.num_tokens = 0
-        # The last step, if guesses are among its tokens.
-        self._guessed: StepTokens | None = None
+        self._token_count = TokenCount()
         self._transfer = transfer
         self.prefetcher = prefetcher
         self._steps = LayerCalls(cache, policy, prefetcher)
@@ -149,10 +146,7 @@ class OffloadRuntime:
         if self._steps.tokens is None:
             return
         tokens = self._steps.tokens
-        self.num_tokens += tokens.request_of_token.size
-        if tokens.num_drafted is not None:
-            self.num_tokens -= int(tokens.num_drafted.sum())
-            self._guessed = tokens
+        self._token_count.end_step(tokens)
         self._steps.end_step()
         if self._recorder is not None:
             self._recorder.end_step()
@@ -164,11 +158,7 @@ class OffloadRuntime:
         and before :meth:`end_request`. ``ends``: see :meth:`StepTokens.is_verified`."""
         if self._is_dummy:
             return
-        if self._guessed is not None:
-            self.num_tokens += int(
-                (self._guessed.is_verified(ends) & self._guessed.is_drafted()).sum()
-            )
-            self._guessed = None
+        self._token_count.verify(ends)
         self.policy.verify(ends)
         if self._recorder is not None:
             self._recorder.verify(ends)
@@ -221,6 +211,12 @@ class OffloadRuntime:
             yield
         finally:
             self._is_dummy = before
+
+    def after_forward(self) -> None:
+        """The step's last layer call has ended it already."""
+
+    def go_live(self) -> None:
+        """Warm-up is over; :meth:`dummy_run` has told its calls from those that are served."""
 
     # ---- layer calls -----------------------------------------------------------------
 
@@ -410,6 +406,11 @@ class OffloadRuntime:
     def prefetch_ns(self) -> int:
         """The same of beginning and ending reads ahead."""
         return self._steps.prefetch_ns
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed for good: without guesses that were wrong."""
+        return self._token_count.total
 
     @property
     def read_bytes(self) -> int:

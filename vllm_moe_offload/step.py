@@ -103,6 +103,34 @@ class StepTokens:
         )
 
 
+class TokenCount:
+    """Tokens computed for good: those of steps, without guesses of a drafter that were wrong.
+
+    Attributes:
+        total: so far; guesses are among them once they are verified.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._guessed: StepTokens | None = (
+            None  # the last step, if guesses are among its tokens
+        )
+
+    def end_step(self, tokens: StepTokens) -> None:
+        """A step was computed."""
+        self.total += tokens.request_of_token.size
+        if tokens.num_drafted is not None:
+            self.total -= int(tokens.num_drafted.sum())
+            self._guessed = tokens
+
+    def verify(self, ends: Mapping[str, int]) -> None:
+        """Which guesses of the last step count: see :meth:`StepTokens.is_verified`."""
+        if self._guessed is not None:
+            verified = self._guessed.is_verified(ends) & self._guessed.is_drafted()
+            self.total += int(verified.sum())
+            self._guessed = None
+
+
 def count_votes(ids: npt.NDArray[np.int32], weights: FloatArray, votes: FloatArray) -> None:
     """Sums the tokens' weights per expert that they chose, in the order and precision of serving.
 

@@ -14,10 +14,12 @@ import torch
 
 from vllm_moe_offload.cache.layout import ExpertLayout
 from vllm_moe_offload.device import kernels, rule
+from vllm_moe_offload.device.tokens import LayerTokens
 
 MAX_SLOTS = 16384
 """The planner holds what all slots are worth in the registers of one block of threads."""
 COUNT_BLOCK = 1024
+RENAME_BLOCK = 512
 GATHER_PROGRAMS = 32
 """Enough to fill the link, and few enough to leave a GPU to other kernels."""
 GATHER_BLOCK_BYTES = 32 << 10
@@ -27,23 +29,6 @@ assembler would rather spill some than have fewer programs at once."""
 _WIDE_BYTES = 16
 _PLAN_ELEMENTS = 512
 """Entries that each warp may compare at once when votes are added up."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTokens:
-    """Who computes in a layer call.
-
-    Attributes:
-        ids: int32 or int64 ``[tokens, top_k]``, contiguous; of all ranks' experts.
-        is_padding: bool ``[tokens]``; ids of such rows may be any.
-        weights: int32 ``[tokens]``, votes in fixed point (``rule.fixed_point``).
-        expert_map: int32 ``[experts of the model]``, this rank's expert or -1; None: all are here.
-    """
-
-    ids: torch.Tensor
-    is_padding: torch.Tensor
-    weights: torch.Tensor
-    expert_map: torch.Tensor | None = None
 
 
 class DeviceCache:
@@ -102,6 +87,8 @@ class DeviceCache:
         self._pairs = table(num_experts, 2)
         self._num_pairs = table(1)
         self._no_map = table(1)
+        # As many as there are blocks of tokens at most: one more per expert than there are ids.
+        self._renamed = table(max_tokens * top_k + num_experts + 1)
 
         slots = _power_of_two(num_slots)
         self._num_warps = 4 if slots <= 2048 else 8 if slots <= 8192 else 16
@@ -127,6 +114,27 @@ class DeviceCache:
                 address holds on the device as well.
         """
         self._copies = _Copies.of(layout, slots, records, self.live.device)
+
+    def warm_up(self, id_type: torch.dtype) -> None:
+        """Has all compiled that calls will launch, before anything is live.
+
+        Args:
+            id_type: of the router's choice.
+        """
+        many = -(-2 * self.num_experts // self.top_k)
+        device = self.live.device
+        for num_tokens in (1, many):
+            tokens = LayerTokens(
+                torch.zeros(num_tokens, self.top_k, dtype=id_type, device=device),
+                torch.ones(num_tokens, dtype=torch.bool, device=device),
+                torch.zeros(num_tokens, dtype=torch.int32, device=device),
+            )
+            if self.num_slots < self.num_experts:
+                for _ in self.waves(0, tokens):
+                    pass
+            else:
+                self.bring(0, tokens)
+        self.rename(torch.zeros(1, dtype=id_type, device=device))
 
     def bring(self, layer: int, tokens: LayerTokens) -> torch.Tensor:
         """Has the experts of a call copied into slots, and says which.
@@ -156,11 +164,37 @@ class DeviceCache:
             self._gather()
             yield self._call_map, self._in_wave
 
+    def rename(self, ids: torch.Tensor) -> torch.Tensor:
+        """Slots of experts by the last call's map: int32 like ``ids``, until the next renaming.
+
+        Args:
+            ids: int32 or int64, contiguous; an id that is no expert's gets a valid slot, too.
+        """
+        num_ids = ids.numel()
+        slots = self._renamed[:num_ids]
+        kernels.rename[(-(-num_ids // RENAME_BLOCK),)](
+            ids,
+            self._call_map,
+            slots,
+            num_ids,
+            NUM_EXPERTS=self.num_experts,
+            BLOCK=RENAME_BLOCK,
+        )
+        return slots.view(ids.shape)
+
+    def note(self, layer: int, tokens: LayerTokens) -> None:
+        """Writes a call to the log, and does nothing else: for layers that lack no expert."""
+        self._count(layer, tokens)
+
     def _need_of(self, layer: int, tokens: LayerTokens) -> int:
         """Counts what many tokens need; where the planner finds it."""
-        num_ids = tokens.ids.numel()
-        if num_ids < 2 * self.num_experts:
+        if tokens.ids.numel() < 2 * self.num_experts:
             return int(kernels.FROM_IDS.value)
+        self._count(layer, tokens)
+        return int(kernels.FROM_COUNT.value)
+
+    def _count(self, layer: int, tokens: LayerTokens) -> None:
+        num_ids = tokens.ids.numel()
         kernels.count[(-(-num_ids // COUNT_BLOCK),)](
             *self._of_call(tokens),
             self._votes,
@@ -174,7 +208,6 @@ class DeviceCache:
             HAS_MAP=tokens.expert_map is not None,
             BLOCK=COUNT_BLOCK,
         )
-        return int(kernels.FROM_COUNT.value)
 
     def _of_call(self, tokens: LayerTokens) -> tuple[torch.Tensor, ...]:
         expert_map = self._no_map if tokens.expert_map is None else tokens.expert_map

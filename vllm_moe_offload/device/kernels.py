@@ -236,6 +236,21 @@ def plan(
             tl.store(counters + 1, tl.load(counters + 1) + num_missing)
 
 
+@triton.jit(do_not_specialize=["num_ids"], do_not_specialize_on_alignment=["ids"])
+def rename(ids, call_map, slots, num_ids, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Names experts by the slots that a call found for them.
+
+    Args:
+        ids: int32 or int64 ``[num_ids]``; what is no expert's number gets the map's last entry.
+        call_map: int32 ``[NUM_EXPERTS + 1]``, see :func:`plan`.
+        slots: int32 ``[num_ids]``.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(ids + at, mask=at < num_ids, other=-1).to(tl.int32)
+    expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, NUM_EXPERTS)
+    tl.store(slots + at, tl.load(call_map + expert), mask=at < num_ids)
+
+
 @triton.jit(do_not_specialize=["num_blocks", "record_bytes"])
 def gather(
     pairs,

@@ -12,7 +12,7 @@ kernel is told is in ``triton_slots.py``, ``marlin_slots.py``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,11 +30,20 @@ class SlotMap:
             (``VLLM_MOE_SKIP_PADDING``) and of blocks that no token is in.
         is_wave: absent experts are another call's; tokens get nothing from them. Otherwise only
             tokens that are thrown away (padding of a CUDA graph) have absent experts.
+        rename: see :meth:`of_blocks`; None: a gather by torch. Whoever gives one has no absent
+            experts: all have a slot.
     """
 
     num_experts: int
     slot_of: torch.Tensor
     is_wave: bool = False
+    rename: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def of_blocks(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """int32 like ``expert_ids``: the slots of the experts of blocks."""
+        if self.rename is not None:
+            return self.rename(expert_ids)
+        return self.slot_of[expert_ids]
 
     def present(self, expert_map: torch.Tensor | None) -> torch.Tensor:
         """int32: an expert's own place, or -1 if it is absent.

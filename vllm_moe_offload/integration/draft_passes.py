@@ -44,11 +44,14 @@ def install() -> None:
 
 
 def _runtime_of(proposer: Any) -> OffloadRuntime | None:
-    """The runtime behind a drafter's experts, remembered on the proposer."""
+    """The runtime behind a drafter's experts, remembered on the proposer; None if it is not to know
+    of passes: where all experts are resident on a GPU it looks at none."""
     if not hasattr(proposer, "_moe_offload_runtime"):
-        proposer._moe_offload_runtime = find_runtime(proposer.model)
-    runtime: OffloadRuntime | None = proposer._moe_offload_runtime
-    return runtime
+        runtime = find_runtime(proposer.model)
+        is_told = isinstance(runtime, OffloadRuntime)
+        proposer._moe_offload_runtime = runtime if is_told else None
+    known: OffloadRuntime | None = proposer._moe_offload_runtime
+    return known
 
 
 class _Passes:

@@ -55,7 +55,7 @@ EXPORTED_STATES: dict[str, tuple[str, Callable[[CounterReading], float]]] = {
         lambda reading: reading.age_seconds,
     ),
 }
-INFO_LABELS = ("policy", "prefetch", "version", "part")
+INFO_LABELS = ("policy", "prefetch", "version", "part", "way")
 OVERDUE_SECONDS = 10.0
 """Figures of a worker that works are said to be missing when they are older than this."""
 
@@ -190,15 +190,19 @@ def stats_line(totals: Counter[str], previous: Counter[str]) -> str:
     change = {name: totals[name] - previous[name] for name in totals}
     if not change.get("calls"):
         return ""
+    if not change["hits"] + change["misses"]:  # nobody had to look
+        return f"MoE offload: resident: all {int(totals['resident_experts'])} experts"
     tokens = max(change["tokens"], 1)
-    stalled = 100 * change["stall_seconds"] / max(change["busy_seconds"], 1e-9)
-    ahead = ""
+    stalled, ahead = "", ""
+    if change["busy_seconds"]:  # of a step that a GPU plans the host knows no more than its end
+        share = 100 * change["stall_seconds"] / change["busy_seconds"]
+        stalled = f"stalled on reads: {share:.1f}% of step time, "
     if change["prefetch_issued"]:
         needed = int(change["prefetch_useful"] + change["prefetch_late"])
         ahead = f"read ahead: {int(change['prefetch_issued'])}, needed: {needed}, "
     return (
         f"MoE offload: hit rate: {100 * hit_rate(change['hits'], change['misses']):.1f}%, "
         f"read: {change['read_bytes'] / tokens / 1e6:.1f} MB/token, "
-        f"{ahead}stalled on reads: {stalled:.1f}% of step time, "
+        f"{ahead}{stalled}"
         f"resident experts: {int(totals['resident_experts'])}"
     )

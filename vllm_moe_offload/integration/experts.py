@@ -8,7 +8,7 @@ change logprobs under Inductor now and then; this boundary never was.)
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.library import Library
@@ -24,16 +24,28 @@ from vllm.utils.torch_utils import (
 )
 
 from vllm_moe_offload.config import OptionError
+from vllm_moe_offload.device.runtime import DeviceRuntime
 from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.block_slots import apply
-from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.expert_share import ExpertShare
-from vllm_moe_offload.integration.graphs import StableOutputs
 from vllm_moe_offload.integration.speculation import is_draft_model
 from vllm_moe_offload.runtime import OffloadRuntime
 
 _library = Library("vllm_moe_offload", "FRAGMENT")
 _offloaded_classes: dict[type, type] = {}
+
+
+class LayerCalls(Protocol):
+    """Whoever serves layer calls on a GPU."""
+
+    def forward(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """As ``forward_modular`` of ``layer``."""
 
 
 class OffloadedExperts:
@@ -44,14 +56,12 @@ class OffloadedExperts:
         moe_layer: index among the MoE layers that this worker has.
         share: of the layer's experts, those that this worker has; None: all.
         calls: serves the layer on a GPU; None: the operator of this module does.
-        outputs: where captured CUDA graphs expect what the layer's MoE operator returns.
     """
 
-    runtime: OffloadRuntime | None = None
+    runtime: OffloadRuntime | DeviceRuntime | None = None
     moe_layer: int = -1
     share: ExpertShare | None = None
-    calls: DeviceCalls | None = None
-    outputs: StableOutputs | None = None
+    calls: LayerCalls | None = None
     # Of RoutedExperts, with which this class is mixed.
     layer_name: str
     quant_method: Any
@@ -93,7 +103,7 @@ class OffloadedExperts:
     ) -> torch.Tensor:
         """The layer on whatever slots its experts got; in waves if they don't fit at once."""
         runtime = self.runtime
-        if runtime is None:
+        if not isinstance(runtime, OffloadRuntime):
             raise RuntimeError(f"{self.layer_name} runs before its experts were stored")
         if self.share is not None:
             return self._forward_own(runtime, self.share, x, topk_weights, topk_ids)
@@ -195,7 +205,7 @@ def offloaded_layers(model: torch.nn.Module) -> list[Any]:
     return layers
 
 
-def find_runtime(model: torch.nn.Module) -> OffloadRuntime | None:
+def find_runtime(model: torch.nn.Module) -> OffloadRuntime | DeviceRuntime | None:
     """The runtime of a model's offloaded layers, None if it has none."""
     for module in model.modules():
         if isinstance(module, OffloadedExperts):

@@ -12,6 +12,7 @@ from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.config import GIB, OffloadConfig
 from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.plan.ways import Way
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer, TransferEngine
@@ -33,13 +34,25 @@ class FastMemory(Protocol):
     def build(
         self, store: ExpertStore, shape: CacheShape, options: OffloadConfig
     ) -> tuple[SlotPool, Transfer]:
-        """Slots for the cache, and what fills them."""
+        """Slots for a cache that the host plans, and what fills them."""
+
+    def way(
+        self,
+        shape: CacheShape,
+        store: ExpertStore,
+        layers: list[Any],
+        draft_layers: list[Any],
+        options: OffloadConfig,
+    ) -> tuple[Way, str]:
+        """Who plans, and why, in a few words; what follows from it for vLLM's graphs is set.
+
+        Args:
+            shape: of model and pool, without staging.
+            store, layers, draft_layers, options: see ``startup.start_runtime``.
+        """
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
         """Prepares the layers' calls, beyond their parameters."""
-
-    def settle(self) -> None:
-        """Waits until all that was brought in is there, whoever reads it on whatever stream."""
 
     def most_prefetches(self, num_experts: int) -> int:
         """Prefetches under way at a time, however fast the link; ``num_experts`` of a layer."""
@@ -88,11 +101,20 @@ class HostMemory:
         )
         return pool, transfer
 
+    def way(
+        self,
+        shape: CacheShape,
+        store: ExpertStore,
+        layers: list[Any],
+        draft_layers: list[Any],
+        options: OffloadConfig,
+    ) -> tuple[Way, str]:
+        """See :meth:`FastMemory.way`: on a CPU there is nobody else."""
+        del shape, store, layers, draft_layers, options
+        return Way.HOST, ""
+
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
         """See :meth:`FastMemory.attach`: nothing, the op in ``experts.py`` serves them."""
-
-    def settle(self) -> None:
-        """See :meth:`FastMemory.settle`: reads were waited for."""
 
     def most_prefetches(self, num_experts: int) -> int:
         """See :meth:`FastMemory.most_prefetches`."""

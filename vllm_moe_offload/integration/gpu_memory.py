@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
+from vllm.config import CUDAGraphMode
+from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
 from vllm_moe_offload.cache.headroom import host_headroom
 from vllm_moe_offload.cache.host_memory import probe
@@ -20,15 +24,20 @@ from vllm_moe_offload.cache.sizing import (
     host_slots,
 )
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
+from vllm_moe_offload.device.arrivals import Event
 from vllm_moe_offload.integration.affinity import io_cpus
+from vllm_moe_offload.integration.block_slots import ApplyOnSlots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.formats import format_of
-from vllm_moe_offload.integration.graphs import StableOutputs
 from vllm_moe_offload.integration.placement import ranks_here
+from vllm_moe_offload.plan.ways import Way, gpu_way
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer
-from vllm_moe_offload.transfer.cuda import cuda_transfer
+from vllm_moe_offload.transfer.cuda import cuda_transfer, filled_host_tier
+
+if TYPE_CHECKING:
+    from vllm_moe_offload.device.cache import DeviceCache
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -39,14 +48,15 @@ class GpuMemory:
     def __init__(self, vllm_config: Any) -> None:
         self._vllm_config = vllm_config
         self.kv_cache_bytes = vllm_config.cache_config.kv_cache_memory_bytes
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._num_host_slots = 0
 
     def available_bytes(self, layer: Any) -> int:
         """Of ``gpu_memory_utilization``: less the dense weights and an estimate of activations."""
         config = self._vllm_config
         torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(self._device)
-        allocated = torch.cuda.memory_allocated(self._device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        allocated = torch.cuda.memory_allocated(self.device)
         utilization = config.cache_config.gpu_memory_utilization
         kv_bytes = self.kv_cache_bytes
         reserve = device_reserve_bytes(
@@ -79,20 +89,158 @@ class GpuMemory:
         )
         return available
 
+    def way(
+        self,
+        shape: CacheShape,
+        store: ExpertStore,
+        layers: list[Any],
+        draft_layers: list[Any],
+        options: OffloadConfig,
+    ) -> tuple[Way, str]:
+        """See :meth:`FastMemory.way`; where the host plans, vLLM captures no CUDA graphs."""
+        config = self._vllm_config
+        if not shape.holds_everything:
+            self._num_host_slots = self._host_slots(store, options)
+        way, why = gpu_way(
+            holds_everything=shape.holds_everything,
+            quantization=config.model_config.quantization,
+            expert_parallel=layers[0].share is not None,
+            pipeline_parallel=config.parallel_config.pipeline_parallel_size > 1,
+            drafter_has_experts=bool(draft_layers),
+            num_slots=shape.num_pool_slots,
+            num_host_slots=self._num_host_slots,
+            num_total=store.num_layers * store.num_experts,
+        )
+        if way is Way.HOST:
+            _capture_nothing(config.compilation_config, why)
+        return way, why
+
+    # ---- the host plans --------------------------------------------------------------
+
     def build(
         self, store: ExpertStore, shape: CacheShape, options: OffloadConfig
     ) -> tuple[SlotPool, Transfer]:
         """See :meth:`FastMemory.build`; the host tier is filled when this returns."""
+        pool = self.pool(store, shape.num_pool_slots, options)
+        with self._progress() as progress:
+            transfer = cuda_transfer(
+                store,
+                pool,
+                host_slots=self._num_host_slots,
+                num_threads=options.io_threads,
+                cpus=io_cpus(),
+                verify=options.verify,
+                progress=progress,
+            )
+        return pool, transfer
+
+    def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
+        """Layer calls go through one :class:`DeviceCalls`."""
+        kernel = self.kernel(layers[0])
+        calls = DeviceCalls(runtime, self.device, layers[0].local_num_experts, kernel)
+        for layer in layers:
+            layer.calls = calls
+
+    def most_prefetches(self, num_experts: int) -> int:
+        """See :meth:`FastMemory.most_prefetches`.
+
+        A layer: while one computes on a long prompt, the next is streamed in.
+        """
+        return num_experts
+
+    # ---- the device plans, or keeps everything: see DeviceMemory ---------------------------
+
+    def pool(self, store: ExpertStore, num_slots: int, options: OffloadConfig) -> SlotPool:
+        """See :meth:`DeviceMemory.pool`."""
         try:
-            pool = SlotPool(store.layout, shape.num_pool_slots, device=self._device)
+            return SlotPool(store.layout, num_slots, device=self.device)
         except torch.OutOfMemoryError as error:
-            free, _ = torch.cuda.mem_get_info(self._device)
+            free, _ = torch.cuda.mem_get_info(self.device)
             raise OptionError(
                 f"moe-offload: cache_gb={options.cache_gb!r} needs "
-                f"{shape.num_pool_slots * store.layout.expert_bytes / GIB:.2f} GiB of GPU memory, "
+                f"{num_slots * store.layout.expert_bytes / GIB:.2f} GiB of GPU memory, "
                 f"but {free / GIB:.2f} GiB are free; lower it: {error}"
             ) from error
-        slots = self._host_slots(store, shape, options)
+
+    def load_all(self, store: ExpertStore, pool: SlotPool, options: OffloadConfig) -> None:
+        """See :meth:`DeviceMemory.load_all`: a layer at a time through host memory."""
+        transfer = cuda_transfer(
+            store,
+            pool,
+            host_slots=store.num_experts,
+            num_threads=options.io_threads,
+            cpus=io_cpus(),
+            verify=options.verify,
+        )
+        try:
+            with self._progress() as progress:
+                for layer in range(store.num_layers):
+                    first = layer * store.num_experts
+                    transfer.read([(layer, e, first + e) for e in range(store.num_experts)])
+                    progress(first + store.num_experts, store.num_layers * store.num_experts)
+        finally:
+            transfer.close()
+        # The model will run on another stream than loading did.
+        torch.cuda.synchronize(self.device)
+
+    def records(
+        self, store: ExpertStore, options: OffloadConfig
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        """See :meth:`DeviceMemory.records`."""
+        with self._progress() as progress:
+            host, locked = filled_host_tier(
+                store,
+                self._num_host_slots,
+                num_threads=options.io_threads,
+                cpus=io_cpus(),
+                verify=options.verify,
+                progress=progress,
+            )
+        host.close()  # nothing is read from the file any more
+        on_device = get_accelerator_view_from_cpu_tensor(torch.from_numpy(host.arena))
+
+        def release() -> None:
+            torch.cuda.synchronize(self.device)
+            locked.close()
+
+        return on_device, release
+
+    def new_cache(
+        self, *, num_layers: int, num_experts: int, num_slots: int, top_k: int
+    ) -> DeviceCache:
+        """See :meth:`DeviceMemory.new_cache`."""
+        from vllm_moe_offload.device.cache import DeviceCache
+
+        return DeviceCache(
+            num_layers=num_layers,
+            num_experts=num_experts,
+            num_slots=num_slots,
+            top_k=top_k,
+            max_tokens=self._vllm_config.scheduler_config.max_num_batched_tokens,
+            device=self.device,
+        )
+
+    def record_event(self) -> Event:
+        """See :meth:`DeviceMemory.record_event`."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def kernel(self, layer: Any) -> ApplyOnSlots:
+        """See :meth:`DeviceMemory.kernel`."""
+        kernel = format_of(layer).apply_on_slots
+        if kernel is None:
+            raise RuntimeError(f"{layer.layer_name} has experts of another platform")
+        return kernel
+
+    def set_capture(self, most_tokens: int) -> None:
+        """See :meth:`DeviceMemory.set_capture`."""
+        _capture_at_most(self._vllm_config.compilation_config, most_tokens)
+
+    # ---- host memory -----------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Callable[[int, int], None]]:
         with tqdm(
             desc="Reading experts into host memory",
             unit="expert",
@@ -103,45 +251,10 @@ class GpuMemory:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            transfer = cuda_transfer(
-                store,
-                pool,
-                host_slots=slots,
-                # vLLM's worker changes streams, for graph capture for one.
-                compute_stream=lambda: torch.cuda.current_stream(self._device).cuda_stream,
-                num_threads=options.io_threads,
-                cpus=io_cpus(),
-                verify=options.verify,
-                progress=progress,
-            )
-        return pool, transfer
+            yield progress
 
-    def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
-        """Layer calls go through one :class:`DeviceCalls`; graphs find results where they were."""
-        kernel = format_of(layers[0]).apply_on_slots
-        if kernel is None:
-            raise RuntimeError(f"{layers[0].layer_name} has experts of another platform")
-        calls = DeviceCalls(runtime, self._device, layers[0].local_num_experts, kernel)
-        for layer in layers:
-            layer.calls = calls
-            layer.outputs = StableOutputs.of(self._vllm_config.compilation_config)
-
-    def settle(self) -> None:
-        """See :meth:`FastMemory.settle`: the model will run on another stream than loading did."""
-        torch.cuda.synchronize(self._device)
-
-    def most_prefetches(self, num_experts: int) -> int:
-        """See :meth:`FastMemory.most_prefetches`.
-
-        A layer: while one computes on a long prompt, the next is streamed in.
-        """
-        return num_experts
-
-    def _host_slots(self, store: ExpertStore, shape: CacheShape, options: OffloadConfig) -> int:
+    def _host_slots(self, store: ExpertStore, options: OffloadConfig) -> int:
         total = store.num_layers * store.num_experts
-        if shape.holds_everything:
-            # A way through for the start only: nothing is ever evicted.
-            return min(total, store.num_experts)
         record_bytes = store.layout.record_bytes
         ranks = ranks_here(self._vllm_config)
         is_auto = parse_cache_size(options.host_gb)[0] == "auto"
@@ -165,6 +278,39 @@ class GpuMemory:
             "" if slots == total else "; the others are read from the store when they are used",
         )
         return slots
+
+
+def _capture_nothing(compilation: Any, why: str) -> None:
+    """A layer call that the host plans waits for it, which no graph can hold."""
+    mode = compilation.cudagraph_mode
+    if mode in (None, CUDAGraphMode.NONE):
+        return
+    logger.warning(
+        "MoE offload: the host plans (%s), so no CUDA graphs: cudagraph_mode %s -> NONE",
+        why,
+        mode.name,
+    )
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _capture_at_most(compilation: Any, most_tokens: int) -> None:
+    """Larger calls may need more experts than there are slots, and run in waves, without graphs."""
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
+        return
+    sizes = [size for size in compilation.cudagraph_capture_sizes if size <= most_tokens]
+    if len(sizes) == len(compilation.cudagraph_capture_sizes):
+        return
+    logger.warning(
+        "MoE offload: the cache holds fewer experts than a layer has: CUDA graphs for %s of at most "
+        "%d tokens; raise cache_gb for more",
+        "batches" if sizes else "no batch",
+        most_tokens,
+    )
+    if not sizes:
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        return
+    compilation.cudagraph_capture_sizes = sizes
+    compilation.max_cudagraph_capture_size = sizes[-1]
 
 
 EXPLICIT_FLOOR_BYTES = GIB // 2

@@ -88,7 +88,7 @@ def moe_align_block_size(
     if slot_map is None:
         return original(topk_ids, *args, **options)
     token_ids, expert_ids, num_padded = original(topk_ids, *args, **options)
-    return token_ids, slot_map.slot_of[expert_ids].clamp_(min=0), num_padded
+    return token_ids, slot_map.of_blocks(expert_ids).clamp_(min=0), num_padded
 
 
 def apply_on_slots(

@@ -222,7 +222,7 @@ def install_cuda_patches() -> None:
     marlin_slots.install()
     wrap(MoERunner, "_forward_impl", graphs.keep_outputs)
     wrap(Worker, "determine_available_memory", requests.warm_up)
-    wrap(Worker, "compile_or_warm_up_model", requests.warm_up)
+    wrap(Worker, "compile_or_warm_up_model", requests.last_warm_up)
 
 
 # --------------------------------------------------------------------------------------

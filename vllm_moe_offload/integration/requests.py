@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from vllm_moe_offload.device.runtime import DeviceRuntime
 from vllm_moe_offload.integration import failures, verified
 from vllm_moe_offload.integration.experts import find_runtime
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -23,7 +24,7 @@ logger = logging.getLogger("vllm.moe_offload")
 _UNKNOWN = object()
 
 
-def runtime_of(runner: Any) -> OffloadRuntime | None:
+def runtime_of(runner: Any) -> OffloadRuntime | DeviceRuntime | None:
     """The runtime behind a model runner's model, remembered on the runner."""
     runtime = getattr(runner, "_moe_offload_runtime", _UNKNOWN)
     if runtime is _UNKNOWN:
@@ -31,7 +32,7 @@ def runtime_of(runner: Any) -> OffloadRuntime | None:
             return None  # not loaded yet
         runtime = find_runtime(runner.get_model())
         runner._moe_offload_runtime = runtime
-    return cast(OffloadRuntime | None, runtime)
+    return cast(OffloadRuntime | DeviceRuntime | None, runtime)
 
 
 def v1_prepare_inputs(
@@ -93,13 +94,15 @@ def execute_model(
     V2 shows a preemption as removal and re-adding; ``finished_req_ids`` never names it.
     """
     runtime = runtime_of(self)
-    if runtime is not None:
-        if self.speculative_config is not None:
-            runtime.verify(verified.ends_of(scheduler_output))
-        for request in scheduler_output.finished_req_ids:
-            runtime.end_request(request)
-        return failures.while_serving(original, self, scheduler_output, *args, **kwargs)
-    return original(self, scheduler_output, *args, **kwargs)
+    if runtime is None:
+        return original(self, scheduler_output, *args, **kwargs)
+    if self.speculative_config is not None:
+        runtime.verify(verified.ends_of(scheduler_output))
+    for request in scheduler_output.finished_req_ids:
+        runtime.end_request(request)
+    result = failures.while_serving(original, self, scheduler_output, *args, **kwargs)
+    runtime.after_forward()
+    return result
 
 
 def sample_tokens(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +124,15 @@ def dummy_run(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 def warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """What a GPU worker does between loading and serving: steps that nobody asked for."""
     return dummy_run(lambda _: original(self, *args, **kwargs), self.model_runner)
+
+
+def last_warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """:func:`warm_up`; what comes after it is served."""
+    result = warm_up(original, self, *args, **kwargs)
+    runtime = runtime_of(self.model_runner)
+    if runtime is not None:
+        runtime.go_live()
+    return result
 
 
 def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

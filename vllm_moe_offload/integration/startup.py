@@ -7,12 +7,14 @@ import math
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vllm_moe_offload import __version__
 from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
 from vllm_moe_offload.config import GIB, KEEP_NOTHING, OffloadConfig, parse_cache_size
+from vllm_moe_offload.device.followers import Followers
+from vllm_moe_offload.device.runtime import DeviceRuntime
 from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration import recording
@@ -24,9 +26,15 @@ from vllm_moe_offload.integration.placement import (
     own_experts,
 )
 from vllm_moe_offload.integration.speculation import passes_per_layer
+from vllm_moe_offload.integration.start_on_device import (
+    DeviceMemory,
+    Plan,
+    start_on_device,
+)
 from vllm_moe_offload.metrics import SUFFIX, CounterFile, Counters
 from vllm_moe_offload.plan.fit import amount
-from vllm_moe_offload.policy import Policy, TracePolicy
+from vllm_moe_offload.plan.ways import Way
+from vllm_moe_offload.policy import TracePolicy
 from vllm_moe_offload.policy.drafter import make_policies
 from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -47,7 +55,7 @@ def start_runtime(
     *,
     routers: Routers | None,
     draft_layers: list[Any],
-) -> OffloadRuntime:
+) -> OffloadRuntime | DeviceRuntime:
     """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool.
 
     Args:
@@ -58,6 +66,59 @@ def start_runtime(
         routers: of these, where they are known, for prediction.
         draft_layers: a drafter's RoutedExperts.
     """
+    memory = fast_memory(vllm_config)
+    num_slots = _pool_slots(memory, options, store, layers[0])
+    whole = CacheShape(store.num_layers, store.num_experts, num_slots)
+    way, why = memory.way(whole, store, layers, draft_layers, options)
+    _log_plan(options, store, len(draft_layers))
+    if way is Way.HOST:
+        return _start_on_host(
+            vllm_config,
+            options,
+            store,
+            layers,
+            memory=memory,
+            routers=routers,
+            draft_layers=draft_layers,
+            num_slots=num_slots,
+            why=why,
+        )
+    line = sizing_line(options.cache_gb, whole, store.layout.expert_bytes, way)
+    logger.info("MoE offload: %s", line)
+    all_layers = [*layers, *draft_layers]
+    policy = None
+    if way is Way.DEVICE and options.mode == TracePolicy.name:
+        policy = TracePolicy(len(layers), layers[0].local_num_experts)
+    followers = Followers(
+        policy,
+        None if policy is None else _collection_file(options, store, policy, layers),
+        recording.recorder(options, store.identity.rank, whole, layers),
+    )
+    return start_on_device(
+        cast(DeviceMemory, memory),
+        Plan(way, whole, all_layers, len(layers)),
+        options=options,
+        store=store,
+        followers=followers,
+        published=_counter_file(
+            vllm_config, options, store.identity.rank, way, reads_ahead=False
+        ),
+    )
+
+
+def _start_on_host(
+    vllm_config: Any,
+    options: OffloadConfig,
+    store: ExpertStore,
+    layers: list[Any],
+    *,
+    memory: FastMemory,
+    routers: Routers | None,
+    draft_layers: list[Any],
+    num_slots: int,
+    why: str,
+) -> OffloadRuntime:
+    """The host plans, layer call by layer call."""
     first = layers[0]
     policy, draft_policy = make_policies(
         options.mode,
@@ -66,9 +127,15 @@ def start_runtime(
         first.local_num_experts,
         passes_per_layer(vllm_config),
     )
-    memory = fast_memory(vllm_config)
-    shape = _shape(memory, options, store, first, policy)
-    _log_plan(options, store, shape, len(draft_layers))
+    shape = cache_shape(
+        num_slots,
+        num_layers=store.num_layers,
+        num_experts=store.num_experts,
+        top_k=first.top_k,
+        rules=policy.rules,
+    )
+    line = sizing_line(options.cache_gb, shape, store.layout.expert_bytes, Way.HOST, why)
+    logger.info("MoE offload: %s", line)
     pool, transfer = memory.build(store, shape, options)
     cache = ExpertCache(shape, policy.rules)
     predictor = _predictor(options, shape, routers, first.top_k)
@@ -76,6 +143,9 @@ def start_runtime(
     if predictor is not None:
         most = memory.most_prefetches(store.num_experts)
         prefetcher = Prefetcher(cache, transfer, policy, predictor, most_in_flight=most)
+    collection_file = None
+    if isinstance(policy, TracePolicy):
+        collection_file = _collection_file(options, store, policy, layers)
     runtime = OffloadRuntime(
         cache=cache,
         pool=pool,
@@ -84,10 +154,14 @@ def start_runtime(
         prefetcher=prefetcher,
         draft_policy=draft_policy,
         num_draft_layers=len(draft_layers),
-        collection_file=_collection_file(options, store, policy, layers),
+        collection_file=collection_file,
         recorder=recording.recorder(options, store.identity.rank, shape, layers),
         published=_counter_file(
-            vllm_config, options, store.identity.rank, reads_ahead=prefetcher is not None
+            vllm_config,
+            options,
+            store.identity.rank,
+            Way.HOST,
+            reads_ahead=prefetcher is not None,
         ),
     )
     all_layers = [*layers, *draft_layers]
@@ -96,7 +170,6 @@ def start_runtime(
     memory.attach(all_layers, runtime)
     if shape.holds_everything:
         runtime.load_everything()
-        memory.settle()
     return runtime
 
 
@@ -118,18 +191,9 @@ def _attach(layer: Any, index: int, runtime: OffloadRuntime) -> None:
     layer.runtime = runtime
 
 
-def _shape(
-    memory: FastMemory,
-    options: OffloadConfig,
-    store: ExpertStore,
-    layer: Any,
-    policy: Policy,
-) -> CacheShape:
-    sizes = {
-        "num_layers": store.num_layers,
-        "num_experts": store.num_experts,
-        "top_k": layer.top_k,
-    }
+def _pool_slots(
+    memory: FastMemory, options: OffloadConfig, store: ExpertStore, layer: Any
+) -> int:
     expert_bytes = store.layout.expert_bytes
     auto_bytes = 0
     if parse_cache_size(options.cache_gb)[0] == "auto":
@@ -138,15 +202,17 @@ def _shape(
             memory.available_bytes(layer),
             memory.kv_cache_bytes,
         )
-    slots = cache_slots(
-        options.cache_gb, expert_bytes=expert_bytes, auto_bytes=auto_bytes, **sizes
+    return cache_slots(
+        options.cache_gb,
+        expert_bytes=expert_bytes,
+        num_layers=store.num_layers,
+        num_experts=store.num_experts,
+        top_k=layer.top_k,
+        auto_bytes=auto_bytes,
     )
-    return cache_shape(slots, rules=policy.rules, **sizes)
 
 
-def _log_plan(
-    options: OffloadConfig, store: ExpertStore, shape: CacheShape, num_draft_layers: int
-) -> None:
+def _log_plan(options: OffloadConfig, store: ExpertStore, num_draft_layers: int) -> None:
     total = store.num_layers * store.num_experts
     expert_bytes = store.layout.expert_bytes
     logger.info(
@@ -159,27 +225,38 @@ def _log_plan(
         amount(total * expert_bytes),
         " and ".join(map(str, store.paths)),
     )
-    logger.info("MoE offload: %s", sizing_line(options.cache_gb, shape, expert_bytes))
 
 
-def sizing_line(cache_gb: float | str, shape: CacheShape, expert_bytes: int) -> str:
-    """What was chosen, and the option that would change it.
+def sizing_line(
+    cache_gb: float | str, shape: CacheShape, expert_bytes: int, way: Way, why: str = ""
+) -> str:
+    """What was chosen, who plans, and the option that would change it.
 
     Args:
         cache_gb: the option as it was given.
         shape: what it came to.
         expert_bytes: of one expert.
+        way: who plans.
+        why: the reason for it; empty where there is no other way.
     """
     total = shape.num_layers * shape.num_experts
     cached = f"cache_gb={cache_gb} -> {amount(shape.num_pool_slots * expert_bytes)}"
     if shape.holds_everything:
-        return f"all experts fit: {cached}, a slot for each of {total}"
+        line = f"all experts fit: {cached}, a slot for each of {total}"
+        return line if way is Way.HOST else f"{line}; layer calls are vLLM's own"
     # Rounded up, or the last expert would not fit.
     all_gib = math.ceil(total * expert_bytes / GIB * 1000) / 1000
+    staging = ""
+    if shape.num_staging_slots or way is Way.HOST:
+        staging = f" + {shape.num_staging_slots} staging slots"
+    planner = ""
+    if way is Way.DEVICE:
+        planner = "; the GPU plans, by the rule of lrfu, inside vLLM's own CUDA graphs"
+    elif why:
+        planner = f"; the host plans, without CUDA graphs: {why}"
     return (
-        f"{cached}: {shape.num_slots} cache slots ({shape.num_slots / total:.0%} of all experts) "
-        f"+ {shape.num_staging_slots} staging slots; all of them: "
-        f"--moe-offload-config.cache_gb {all_gib:g}"
+        f"{cached}: {shape.num_slots} cache slots ({shape.num_slots / total:.0%} of all experts)"
+        f"{staging}; all of them: --moe-offload-config.cache_gb {all_gib:g}{planner}"
     )
 
 
@@ -199,10 +276,10 @@ def _predictor(
 
 
 def _collection_file(
-    options: OffloadConfig, store: ExpertStore, policy: Policy, layers: list[Any]
+    options: OffloadConfig, store: ExpertStore, policy: TracePolicy, layers: list[Any]
 ) -> CollectionFile | None:
     """Loads the policy's collection, of the experts that this worker has; None if none is kept."""
-    if not isinstance(policy, TracePolicy) or options.trace_path == KEEP_NOTHING:
+    if options.trace_path == KEEP_NOTHING:
         return None
     path = store.directory.parent / COLLECTION_NAME
     if options.trace_path is not None:
@@ -225,7 +302,7 @@ def _collection_file(
 
 
 def _counter_file(
-    vllm_config: Any, options: OffloadConfig, rank: Rank, *, reads_ahead: bool
+    vllm_config: Any, options: OffloadConfig, rank: Rank, way: Way, *, reads_ahead: bool
 ) -> Counters:
     served = vllm_config.model_config.served_model_name
     labels = {
@@ -238,6 +315,7 @@ def _counter_file(
         "prefetch": "on" if reads_ahead else "off",
         "version": __version__,
         "part": rank.name,
+        "way": way.name.lower(),
     }
     worker = f"pid {os.getpid()}, host {socket.gethostname()}"
     directory = counters_dir()

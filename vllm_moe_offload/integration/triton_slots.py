@@ -48,7 +48,7 @@ def prepare_expert_assignment(  # noqa: PLR0917 (vLLM's signature)
     token_ids, expert_ids, num_padded = original(
         topk_ids, config, num_tokens, top_k_num, global_num_experts, expert_map, **options
     )
-    return token_ids, slot_map.slot_of[expert_ids], num_padded
+    return token_ids, slot_map.of_blocks(expert_ids), num_padded
 
 
 def tuning_config(layer: Any, x: torch.Tensor, top_k: int) -> dict[str, int]:

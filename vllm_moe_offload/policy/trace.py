@@ -149,6 +149,13 @@ class TracePolicy(Policy):
         if self.is_scoring:
             fade_and_gain(self._observer, layer, self.num_experts)
 
+    def observe_step(self, ids: IdArray) -> None:
+        """All layers routed the step's tokens, where scores are of no use; ids
+        ``[layers, tokens, top_k]``."""
+        self._make_room(*ids.shape[1:])
+        self._ids[...] = ids
+        self._observer.layers_seen = self.num_layers
+
     def end_step(self) -> None:
         """Keeps the step for :meth:`catch_up`; one that broke off between layers is dropped."""
         if self._observer.layers_seen != self.num_layers:

@@ -147,6 +147,12 @@ class TraceRecorder:
             self._block[:, layer] = ids
             self._layers_seen += 1
 
+    def observe_step(self, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """All layers routed the step's tokens; ids ``[tokens, layers, top_k]``."""
+        if self._tokens is not None:
+            self._block[...] = ids
+            self._layers_seen = ids.shape[1]
+
     def end_step(self) -> None:
         """Spools the step."""
         tokens, self._tokens = self._tokens, None

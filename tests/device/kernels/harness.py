@@ -171,6 +171,14 @@ class Comparison:
         assert torch.equal(self.cache.log, log), "the log"
         assert self.cache.counters.tolist() == [self.pool.hits, self.pool.misses]
 
+    def compare_names(self, call_map: torch.Tensor) -> None:
+        """Experts by their slots; what is none has a slot, too."""
+        most = self.shape.num_experts
+        ids = torch.from_numpy(np.arange(-2, most + 2, dtype=self.shape.dtype))
+        ids = ids[: self.cache._renamed.numel()]
+        known = torch.where((ids >= 0) & (ids < most), ids, most).long()
+        assert torch.equal(self.cache.rename(ids), call_map[known])
+
     def call_in_vain(self, layer: int, tokens: object, before: dict, log: torch.Tensor) -> None:
         """A call that must leave nothing behind."""
         state = [self.cache.slot_of, self.cache.owner, self.cache.score, self.cache.counters]
@@ -189,6 +197,7 @@ class Comparison:
     ) -> None:
         """After a wave: what the call is given, the state, and the bytes."""
         np.testing.assert_array_equal(call_map.numpy(), wave.call_map)
+        self.compare_names(call_map)
         assert set(call_map.tolist()) <= set(range(self.shape.num_slots))
         num_pairs = int(self.cache._num_pairs)
         np.testing.assert_array_equal(self.cache._pairs[:num_pairs].numpy(), wave.pairs)

@@ -6,9 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from tests.device.kernels.harness import MORE_TENSORS, Comparison, Shape
 from vllm_moe_offload.device import cache
+from vllm_moe_offload.device.tokens import LayerTokens
 
 FEW, MANY = 3, 30
 """Tokens: needs that the planner finds by itself, and those that are counted before."""
@@ -48,3 +50,28 @@ def test_ids_that_repeat_or_are_no_expert(max_tokens: int, num_slots: int) -> No
 
 def test_any_number_of_tensors() -> None:
     Comparison(cache, Shape(2, 6, 2, 7, 3), MORE_TENSORS).run(seed=0, num_steps=5)
+
+
+@pytest.mark.parametrize("num_tokens", [FEW, MANY])
+def test_calls_are_noted_and_nothing_else(num_tokens: int) -> None:
+    """Where all experts are resident and somebody records."""
+    compared = Comparison(cache, Shape(2, 6, 2, 1, MANY))
+    noted = compared.cache
+    ids = torch.arange(num_tokens * 2, dtype=torch.int32).view(num_tokens, 2) % 6
+    is_padding = torch.arange(num_tokens) >= num_tokens - 1
+    tokens = LayerTokens(ids, is_padding, torch.zeros(num_tokens, dtype=torch.int32))
+    noted.note(1, tokens)
+    assert not (noted.log >= 0).any(), "not live"
+    noted.live.fill_(1)
+    noted.note(1, tokens)
+    assert noted.log[: num_tokens - 1, 1].tolist() == ids[:-1].tolist()
+    assert not (noted.log[num_tokens - 1 :] >= 0).any()
+    assert not (noted.log[:, 0] >= 0).any()
+    assert noted.counters.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("num_slots", [18, 6, 4])
+def test_warm_up_leaves_nothing_behind(num_slots: int) -> None:
+    compared = Comparison(cache, Shape(3, 6, 2, num_slots, MANY))
+    compared.cache.warm_up(torch.int32)
+    compared.run(seed=1, num_steps=2)
