@@ -110,12 +110,6 @@ class OffloadRuntime:
         return self._is_dummy
 
     @property
-    def needs_routing(self) -> bool:
-        """Whether layer calls have to be told their ids: not if everything fits and nobody
-        records; :meth:`pass_layer` does then."""
-        return not self._ids_are_slots or self._recorder is not None
-
-    @property
     def num_step_tokens(self) -> int | None:
         """Tokens of the step that runs; None if no request stands behind it."""
         return None if self._calls.tokens is None else self._calls.num_tokens
@@ -286,11 +280,6 @@ class OffloadRuntime:
             return
         self.cache.finish()
         if layer == self._last_layer:
-            self._end_step()
-
-    def pass_layer(self, layer: int) -> None:
-        """A layer call for which nothing was to be done (see :attr:`needs_routing`)."""
-        if not self._is_dummy and layer == self._last_layer:
             self._end_step()
 
     def waves(

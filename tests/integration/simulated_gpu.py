@@ -53,9 +53,6 @@ class SimulatedGpu(HostMemory):
         for layer in layers:
             layer.calls = calls
 
-    def settle(self) -> None:
-        self.device.synchronize()
-
     def most_prefetches(self, num_experts: int) -> int:
         return num_experts
 

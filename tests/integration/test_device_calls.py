@@ -14,7 +14,6 @@ from vllm_moe_offload.integration import block_slots, device_calls, triton_slots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.expert_share import ExpertShare
 from vllm_moe_offload.step import StepTokens
-from vllm_moe_offload.trace.recorder import TraceRecorder
 
 HIDDEN = 4
 
@@ -167,37 +166,6 @@ def test_waves_cover_every_expert_once(store, monkeypatch):
         assert len(maps) == EXPERTS // 2
         assert ((maps >= 0).sum(0) == 1).all()
     assert model.runtime.num_step_tokens is None  # the step ended with its last layer
-
-
-def test_everything_fits_nothing_is_asked(store):
-    model = Model(store, slots=LAYERS * EXPERTS, staging=0)
-    model.runtime.load_everything()
-    model.step(ids_of([1, 5]))
-    assert all(layer.maps == [None] for layer in model.layers)
-    assert model.runtime.num_tokens == 1
-    assert model.runtime.cache.count("hits") == 0
-    model.runtime.end_request("r0")
-    assert len(model.runtime.policy.forecast.collection) == 0
-
-
-def test_everything_fits_a_recording_sees_the_routing(store, tmp_path):
-    recorder = TraceRecorder(
-        tmp_path / "trace.npz",
-        num_layers=LAYERS,
-        num_experts=EXPERTS,
-        top_k=TOP_K,
-        num_slots=LAYERS * EXPERTS,
-        num_staging_slots=0,
-        limit_bytes=1 << 20,
-    )
-    model = Model(store, slots=LAYERS * EXPERTS, staging=0, _recorder=recorder)
-    model.runtime.load_everything()
-    model.step(ids_of([1, 5]))
-    model.runtime.close()
-    assert all(layer.maps == [None] for layer in model.layers)
-    with np.load(tmp_path / "trace.npz") as trace:
-        ids = next(trace[name] for name in trace.files if trace[name].shape[-1:] == (TOP_K,))
-    assert sorted(np.unique(ids)) == [1, 5]
 
 
 def test_dummy_runs_read_the_first_row_and_count_nothing(store):

@@ -53,7 +53,13 @@ def worker(directory, rank, policy="trace", name=None, **values):
     file = CounterFile(
         directory / f"{name or rank}.counters",
         {"model_name": "demo", "engine": "0", "rank": str(rank)},
-        {"policy": policy, "prefetch": "off", "version": "1.2", "part": "tp0of1"},
+        {
+            "policy": policy,
+            "prefetch": "off",
+            "version": "1.2",
+            "part": "tp0of1",
+            "way": "host",
+        },
     )
     file.write([values.get(value, 0) for value in VALUES])
     return file
@@ -101,6 +107,7 @@ def test_every_value_arrives_under_its_own_name(tmp_path):
         "prefetch": "off",
         "version": "1.2",
         "part": "tp0of1",
+        "way": "host",
     }
     kept.close()
 
@@ -138,7 +145,13 @@ def test_figures_that_do_not_arrive_have_an_age_and_are_named_once(tmp_path, cap
     remote = CounterFile(
         tmp_path / "remote1.counters",
         {"model_name": "demo", "engine": "0", "rank": "1"},
-        {"policy": "trace", "prefetch": "off", "version": "1.2", "part": "tp1of2"},
+        {
+            "policy": "trace",
+            "prefetch": "off",
+            "version": "1.2",
+            "part": "tp1of2",
+            "way": "host",
+        },
         "pid 7, host b",
     )
     known = frozenset()

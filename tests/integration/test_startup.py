@@ -39,7 +39,3 @@ def test_nothing_of_requests_is_kept_if_asked(store, tmp_path: Path) -> None:
     policy = make_policy("trace", 2, 4)
     assert startup._collection_file(options, store, policy, []) is None
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
-    assert (
-        startup._collection_file(OffloadConfig(mode="lru"), store, make_policy("lru", 2, 4), [])
-        is None
-    )

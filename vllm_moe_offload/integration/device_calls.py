@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from vllm_moe_offload.forecast.lookahead import sampled_tokens
-from vllm_moe_offload.integration import block_slots
 from vllm_moe_offload.integration.block_slots import ApplyOnSlots, SlotMap
 from vllm_moe_offload.runtime import OffloadRuntime
 
@@ -73,13 +72,8 @@ class DeviceCalls:
             TransferError: an expert could not be read.
         """
         runtime = self._runtime
-        shows_all = runtime.cache.shape.holds_everything
-        if runtime.is_dummy and not shows_all:
+        if runtime.is_dummy:
             return self._apply_on_slots(layer, x, topk_weights, topk_ids, self._first_slot)
-        if runtime.is_dummy or not runtime.needs_routing:
-            out = block_slots.apply(layer, x, topk_weights, topk_ids)
-            runtime.pass_layer(layer.moe_layer)
-            return out
         routed, hidden = self._bring(topk_ids, x)
         if layer.share is None:
             ids, others = routed, None
@@ -88,8 +82,6 @@ class DeviceCalls:
         if runtime.begin_layer(layer.moe_layer, ids, hidden, others) is None:
             return self._in_waves(layer, x, topk_weights, topk_ids, ids)
         try:
-            if shows_all:
-                return block_slots.apply(layer, x, topk_weights, topk_ids)
             return self._apply_on_slots(layer, x, topk_weights, topk_ids, self._upload_plan())
         finally:
             runtime.end_layer(layer.moe_layer)
