@@ -43,6 +43,7 @@ class DeviceRuntime:
         published: what other processes see of the counters.
         tokens: of the step that runs; None: no request stands behind what is computed.
         is_dummy: whether a :meth:`dummy_run` is open.
+        arrivals: what the host does once copies have arrived.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class DeviceRuntime:
         self._is_resident = is_resident
         self._record_event = record_event
         self._release = release
-        self._arrivals = Arrivals()
+        self.arrivals = Arrivals()
         self._num_steps = 0
         self._follow_ns = 0
         self._counted_at_s = 0.0
@@ -125,23 +126,23 @@ class DeviceRuntime:
         tokens, self.tokens = self.tokens, None
         if tokens is None:
             self._fetch_counters()
-            self._arrivals.wait_for_all()  # nothing else is to be done
+            self.arrivals.wait_for_all()  # nothing else is to be done
             return
         began_ns = time.perf_counter_ns()
         self._num_steps += 1
         self._fetch_step(tokens)
         if time.monotonic() - self._counted_at_s >= COUNTERS_EVERY_S:
             self._fetch_counters()
-        self._arrivals.take_in()
+        self.arrivals.take_in()
         self._follow_ns += time.perf_counter_ns() - began_ns
 
     def _fetch_step(self, tokens: StepTokens) -> None:
         """Has the step's routing copied to the host, where somebody looks at it."""
         if self._cache is None or not self._followers.wants_routing:
-            self._arrivals.then(lambda: self._followers.step(tokens, None))
+            self.arrivals.then(lambda: self._followers.step(tokens, None))
             return
         if not self._logs:
-            self._arrivals.wait_for_all()
+            self.arrivals.wait_for_all()
         log, rows = self._logs.pop(), tokens.request_of_token.size
         log[:rows].copy_(self._cache.log[:rows], non_blocking=True)
 
@@ -149,18 +150,18 @@ class DeviceRuntime:
             self._followers.step(tokens, log[:rows].numpy())
             self._logs.append(log)
 
-        self._arrivals.after(self._record_event(), arrived)
+        self.arrivals.after(self._record_event(), arrived)
 
     def _fetch_counters(self) -> None:
         """Has the counters copied to the host, and shown there."""
         self._counted_at_s = time.monotonic()
         num_steps = self._num_steps
         if self._cache is None:
-            self._arrivals.then(lambda: self._publish(0, 0, num_steps))
+            self.arrivals.then(lambda: self._publish(0, 0, num_steps))
             return
         counters = self._on_host(self._cache.counters)
         counters.copy_(self._cache.counters, non_blocking=True)
-        self._arrivals.after(
+        self.arrivals.after(
             self._record_event(), lambda: self._publish(*counters.tolist(), num_steps)
         )
 
@@ -168,14 +169,14 @@ class DeviceRuntime:
         """Says which drafted tokens of the steps so far are their requests'; before the next step,
         and before :meth:`end_request`. ``ends``: see :meth:`StepTokens.is_verified`."""
         if not self.is_dummy:
-            self._arrivals.then(lambda: self._followers.verify(ends))
+            self.arrivals.then(lambda: self._followers.verify(ends))
 
     def end_request(self, request: str) -> None:
         """A request will never run again."""
         if self.is_dummy:
             return
         self._counted_at_s = 0.0
-        self._arrivals.then(lambda: self._followers.end_request(request))
+        self.arrivals.then(lambda: self._followers.end_request(request))
 
     @contextlib.contextmanager
     def dummy_run(self) -> Iterator[None]:
@@ -231,7 +232,7 @@ class DeviceRuntime:
         errors = []
         for close in (
             self._fetch_counters,
-            self._arrivals.wait_for_all,
+            self.arrivals.wait_for_all,
             *published,
             *self._followers.closers(),
             *release,
