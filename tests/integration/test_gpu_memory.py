@@ -4,10 +4,13 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_moe_offload.cache.host_memory import Headroom, Probe
+from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.config import GIB, OffloadConfig
 from vllm_moe_offload.integration import gpu_memory
+from vllm_moe_offload.plan.ways import Way
 
 LAYERS, EXPERTS = 4, 8
 RECORD = GIB // 2
@@ -40,8 +43,7 @@ def rows(host_gb="auto", ranks=1):
     store = SimpleNamespace(
         num_layers=LAYERS, num_experts=EXPERTS, layout=SimpleNamespace(record_bytes=RECORD)
     )
-    shape = SimpleNamespace(holds_everything=False)
-    return memory._host_slots(store, shape, OffloadConfig(host_gb=host_gb))
+    return memory._host_slots(store, OffloadConfig(host_gb=host_gb))
 
 
 def test_all_experts_where_the_memory_is_said_to_be_there(monkeypatch):
@@ -79,3 +81,73 @@ def test_a_size_that_the_user_gave_is_taken_and_ram_is_made_to_grow(
     machine = Machine(monkeypatch, 6)
     assert rows(host_gb) == {5: 10, "25%": 8, 10: 20, "100%": 32}[host_gb]
     assert [floor for _, floor in machine.probed] == [gpu_memory.EXPLICIT_FLOOR_BYTES] * probed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "kept"),
+    [([1, 2, 4, 8], 5, [1, 2, 4]), ([1, 2, 4, 8], 8, [1, 2, 4, 8]), ([4, 8], 3, None)],
+)
+def test_graphs_are_captured_for_batches_that_need_no_waves(sizes, most, kept):
+    compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, 8
+    gpu_memory._capture_at_most(compilation, most)
+    if kept is None:
+        assert compilation.cudagraph_mode == CUDAGraphMode.NONE
+        return
+    assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+    assert compilation.cudagraph_capture_sizes == kept
+    assert compilation.max_cudagraph_capture_size == kept[-1]
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.FULL, CUDAGraphMode.NONE])
+def test_no_graph_waits_for_a_host_that_plans(mode, caplog, monkeypatch):
+    monkeypatch.setattr(gpu_memory, "logger", logging.getLogger("seen"))
+    compilation = CompilationConfig(cudagraph_mode=mode)
+    gpu_memory._capture_nothing(compilation, "experts are quantised (fp8)")
+    assert compilation.cudagraph_mode == CUDAGraphMode.NONE
+    says = (
+        "the host plans (experts are quantised (fp8)), so no CUDA graphs: cudagraph_mode FULL"
+    )
+    assert (says in caplog.text) is (mode == CUDAGraphMode.FULL)
+
+
+class OneGpu(gpu_memory.GpuMemory):
+    """As GpuMemory, on no device, with room in host memory for so many experts."""
+
+    def __init__(self, num_host_slots, quantization=None, pipeline_parallel_size=1):
+        self._vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(quantization=quantization),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline_parallel_size),
+            compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL),
+        )
+        self._num_host_slots = 0
+        self.room = num_host_slots
+
+    def _host_slots(self, store, options):
+        return self.room
+
+    @property
+    def captures(self):
+        return self._vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+
+
+@pytest.mark.parametrize(
+    ("memory", "num_slots", "share", "draft_layers", "found"),
+    [
+        (OneGpu(12), 5, None, [], (Way.DEVICE, "")),
+        (OneGpu(12), 12, None, [], (Way.RESIDENT, "")),
+        (OneGpu(0, "fp8", 2), 12, object(), [object()], (Way.RESIDENT, "")),
+        (OneGpu(11), 5, None, [], (Way.HOST, "host memory holds 11 of 12 experts")),
+        (OneGpu(12, "fp8"), 5, None, [], (Way.HOST, "experts are quantised (fp8)")),
+        (OneGpu(12, None, 2), 5, None, [], (Way.HOST, "workers divide the layers")),
+        (OneGpu(12), 5, object(), [], (Way.HOST, "workers divide the experts of a layer")),
+        (OneGpu(12), 5, None, [object()], (Way.HOST, "the drafter has experts of its own")),
+    ],
+)
+def test_who_plans(memory, num_slots, share, draft_layers, found):
+    store = SimpleNamespace(num_layers=3, num_experts=4)
+    layers = [SimpleNamespace(share=share)] * 3
+    shape = CacheShape(3, 4, num_slots)
+    decided = memory.way(shape, store, layers, draft_layers, OffloadConfig(mode="trace"))
+    assert decided == found
+    assert memory.captures is (found[0] is not Way.HOST)

@@ -1,6 +1,8 @@
 """What a GPU cannot do is refused by name; the rest is set up. No GPU is needed to decide."""
 
+import importlib.util
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,16 +10,10 @@ import torch
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.config.kernel import KernelConfig
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import formats, graphs, patches, supported, supported_gpu
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    monkeypatch.delenv(graphs.BREAKABLE, raising=False)
+from vllm_moe_offload.integration import formats, patches, supported, supported_gpu
 
 
 def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
@@ -34,7 +30,7 @@ def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
 
 
 def problems(capability=(9, 0), **fields):
-    return list(supported_gpu.problems(config(**fields), None, capability))
+    return list(supported_gpu.problems(config(**fields), capability))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
@@ -87,7 +83,7 @@ def test_what_was_never_run_is_said_at_the_start(quantization, warns, caplog, mo
 
 def test_a_kernel_that_the_user_chose_stays():
     allowed = config(quantization="fp8", moe_backend="marlin")
-    assert not list(supported_gpu.problems(allowed, None, (9, 0)))
+    assert not list(supported_gpu.problems(allowed, (9, 0)))
     supported_gpu.prepare(allowed, (9, 0))
     assert allowed.kernel_config.moe_backend == "marlin"
 
@@ -95,8 +91,9 @@ def test_a_kernel_that_the_user_chose_stays():
 def test_what_is_allowed_is_set_up():
     allowed = config()
     supported_gpu.prepare(allowed, (9, 0))
-    assert set(graphs.MOE_OPS) < set(allowed.compilation_config.splitting_ops)
-    assert problems() == list(supported_gpu.problems(allowed, None, (9, 0)))
+    assert allowed.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+    assert not set(supported_gpu.MOE_OPS) & set(allowed.compilation_config.splitting_ops)
+    assert problems() == list(supported_gpu.problems(allowed, (9, 0)))
 
 
 class Platform(SimpleNamespace):
@@ -114,7 +111,7 @@ class Platform(SimpleNamespace):
 
 def platform_problems(monkeypatch, kind, **options):
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(kind=kind))
-    return list(supported._platform_problems(config(), OffloadConfig(**options), None))
+    return list(supported._platform_problems(config(), OffloadConfig(**options)))
 
 
 def test_platforms(monkeypatch):
@@ -124,18 +121,55 @@ def test_platforms(monkeypatch):
     assert "ROCm" in problem
 
 
-def test_a_gpu_without_the_copier_is_refused_before_loading(monkeypatch):
-    monkeypatch.setattr(supported_gpu, "cuda_library", lambda: None)
-    (problem,) = platform_problems(monkeypatch, "cuda", host_gb=4)
-    assert "7.0" in problem
-
-    def missing():
-        raise ImportError("no _cuda.so; run `make cuda`")
-
-    monkeypatch.setattr(supported_gpu, "cuda_library", missing)
-    capability, library = platform_problems(monkeypatch, "cuda")
+def test_a_gpu_without_triton_is_refused_before_loading(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    capability, triton = platform_problems(monkeypatch, "cuda", host_gb=4)
     assert "7.0" in capability
-    assert "make cuda" in library
+    assert "pip install triton" in triton
+
+
+@pytest.mark.parametrize(("cc", "asked"), [(None, ["gcc", "clang"]), ("icx", ["icx"])])
+def test_triton_needs_a_c_compiler(cc, asked, monkeypatch):
+    if cc is None:
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    there = []
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    (problem,) = supported_gpu.triton_problems()
+    assert all(name in problem for name in asked)
+    assert "CC" in problem
+    there.append(asked[-1])
+    assert not list(supported_gpu.triton_problems())
+
+
+@pytest.mark.parametrize("mode", list(CUDAGraphMode))
+@pytest.mark.parametrize("breakable", ["0", "1"])
+def test_any_graphs_of_vllm_stand(mode, breakable, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", breakable)
+    asked = config()
+    asked.compilation_config.cudagraph_mode = mode
+    assert not list(supported_gpu.problems(asked, (9, 0)))
+    supported_gpu.prepare(asked, (9, 0))
+    assert asked.compilation_config.cudagraph_mode == mode
+
+
+def test_inductors_partition_and_split_experts_are_refused():
+    asked = config()
+    asked.compilation_config.use_inductor_graph_partition = True
+    asked.compilation_config.splitting_ops += ["vllm::moe_forward_shared"]
+    partition, split = supported_gpu.problems(asked, (9, 0))
+    assert partition.startswith("use_inductor_graph_partition=True")
+    assert split.startswith("splitting_ops with vllm::moe_forward_shared")
+    asked.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    assert not list(supported_gpu.problems(asked, (9, 0)))
+
+
+def test_padding_must_be_told(monkeypatch):
+    monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
+    (problem,) = problems()
+    assert problem.startswith("VLLM_MOE_SKIP_PADDING=0")
 
 
 def test_host_gb_is_refused_without_a_gpu(monkeypatch):
@@ -184,15 +218,12 @@ def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):
         (triton_moe, "_prepare_expert_assignment"),
         (marlin_moe, "fused_marlin_moe"),
         (marlin_moe, "moe_align_block_size"),
-        (MoERunner, "_forward_impl"),
         (Worker, "determine_available_memory"),
         (Worker, "compile_or_warm_up_model"),
     )
     for owner, name in owners:  # vLLM's own again afterwards
         monkeypatch.setattr(owner, name, vars(owner)[name])
-    before = [
-        (vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, MoERunner, Worker)
-    ]
+    before = [(vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, Worker)]
     patches.install_cuda_patches()
     patches.install_cuda_patches()  # once, even if called again
     for owner, name in owners:

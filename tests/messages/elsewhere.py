@@ -20,10 +20,11 @@ ELSEWHERE = {
     "platform ...": GPU + "tests/integration/test_supported_gpu.py::test_platforms",
     "compute capability": GPU + "tests/integration/test_supported_gpu.py::test_platforms",
     "dtype=...: experts of this type": GPU + "tests/integration/test_supported_gpu.py",
-    "cudagraph_mode=...": GPU + "tests/integration/test_graphs.py",
-    "...=1 (vLLM sets it": GPU + "tests/integration/test_graphs.py",
-    "use_inductor_graph_partition=True": GPU + "tests/integration/test_graphs.py",
-    "splitting_ops=...": GPU + "tests/integration/test_graphs.py",
+    "Triton is not installed": GPU + "tests/integration/test_supported_gpu.py",
+    "no C compiler": GPU + "tests/integration/test_supported_gpu.py",
+    "VLLM_MOE_SKIP_PADDING=0": GPU + "tests/integration/test_supported_gpu.py",
+    "use_inductor_graph_partition=True": GPU + "tests/integration/test_supported_gpu.py",
+    "splitting_ops with ...": GPU + "tests/integration/test_supported_gpu.py",
     "enable_lora=True without": GPU + "tests/integration/test_lora.py",
     "lora_target_modules=...": GPU + "tests/integration/test_lora.py",
     "LoRA adapter ... has weights": GPU + "tests/integration/test_lora.py",
@@ -37,7 +38,6 @@ ELSEWHERE = {
     + "tests/integration/test_worker_load.py",
     "the drafter's experts do not fit beside": MODEL + "tests/integration/test_worker_load.py",
     "moe_backend=...": GPU + "tests/integration/test_supported_gpu.py",
-    "the CUDA part of vllm-moe-offload": GPU + "tests/transfer/test_cuda_library.py",
     "enable_sleep_mode=True": VLLM_FIRST,
     "enable_cumem_allocator=True": VLLM_FIRST,
     "decode_context_parallel_size=...": VLLM_FIRST,
@@ -58,9 +58,11 @@ ELSEWHERE = {
     "the GPU has too little memory to pack": GPU + "tests/integration/test_marlin_slots.py",
     "host_gb=... holds": GPU + "tests/cache/test_sizing.py",
     "bytes of host memory for": GPU + "tests/transfer/test_host_tier.py",
-    "cannot load ...: ...; ...": GPU + "tests/transfer/test_cuda_library.py",
-    "... has interface ..., this code needs ...; ...": GPU
-    + "tests/transfer/test_cuda_library.py",
+    "cannot page-lock ...": GPU + "tests/transfer/test_page_lock.py",
+    "MoE offload: the host plans": "a warning; " + GPU + "tests/integration/test_gpu_memory.py",
+    "MoE offload: the cache holds fewer": "a warning; "
+    + GPU
+    + "tests/integration/test_gpu_memory.py",
     "would run on ...": GPU + "tests/integration/test_supported_gpu.py",
     "instead of RAM": GPU
     + "tests/integration/test_loading_boundary.py::test_kernel_form_must_be_in_ram",

@@ -16,8 +16,6 @@ from vllm_moe_offload.cache.layout import ExpertLayout
 from vllm_moe_offload.device import kernels, rule
 from vllm_moe_offload.device.tokens import LayerTokens
 
-MAX_SLOTS = 16384
-"""The planner holds what all slots are worth in the registers of one block of threads."""
 COUNT_BLOCK = 1024
 RENAME_BLOCK = 512
 GATHER_PROGRAMS = 32
@@ -61,8 +59,8 @@ class DeviceCache:
         Raises:
             ValueError: there are more slots than the planner can look at.
         """
-        if not 1 <= num_slots <= MAX_SLOTS:
-            raise ValueError(f"num_slots must lie in [1, {MAX_SLOTS}], got {num_slots}")
+        if not 1 <= num_slots <= rule.MAX_SLOTS:
+            raise ValueError(f"num_slots must lie in [1, {rule.MAX_SLOTS}], got {num_slots}")
         self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
         self.top_k = top_k
 

@@ -30,6 +30,9 @@ HALF_LIFE_STEPS = 8.0
 HORIZON = 0.5
 """An expert whose layer comes a cycle later is worth ``exp(-HORIZON)`` as much."""
 A_CYCLE = float(np.float32(np.exp(-HORIZON)))
+MAX_SLOTS = 16384
+"""More than that the kernel that plans cannot look at: it holds what all slots are worth in the
+registers of one block of threads."""
 NO_SLOT = -1
 NO_OWNER = -1
 

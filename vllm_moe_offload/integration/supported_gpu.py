@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_moe_offload.integration import formats, graphs
-from vllm_moe_offload.transfer.cuda_library import cuda_library
+from vllm import envs
+from vllm.config import CUDAGraphMode
+
+from vllm_moe_offload.integration import formats
 
 logger = logging.getLogger("vllm.moe_offload")
 
 MIN_CAPABILITY = (8, 0)
 DTYPES = ("torch.bfloat16", "torch.float16")
+MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
 
 
-def problems(
-    config: Any, requested_graphs: Any, capability: tuple[int, int] | None
-) -> Iterator[str]:
+def problems(config: Any, capability: tuple[int, int] | None) -> Iterator[str]:
     """What about a resolved VllmConfig cannot work on a CUDA device.
 
     Args:
         config: vLLM's.
-        requested_graphs: ``cudagraph_mode`` as the user gave it, None for vLLM's default.
         capability: compute capability of the device, None where vLLM cannot say.
     """
     if capability is None or tuple(capability) < MIN_CAPABILITY:
         found = "unknown" if capability is None else ".".join(map(str, capability))
         yield (
-            f"compute capability {found}: the copier is not built for it; allowed: "
+            f"compute capability {found}: nothing was compiled for it or run on it; allowed: "
             f"{'.'.join(map(str, MIN_CAPABILITY))} and later"
         )
         return
@@ -47,15 +50,41 @@ def problems(
             f"can compute on cache slots: {', '.join(backends)}; allowed: "
             f"{', '.join(('auto', *backends))}"
         )
-    yield from graphs.problems(config.compilation_config, requested_graphs)
+    yield from _graph_problems(config.compilation_config)
 
 
-def library_problems() -> Iterator[str]:
-    """Says so if the copier was not built, before a model is loaded for it."""
-    try:
-        cuda_library()
-    except ImportError as error:
-        yield str(error)
+def _graph_problems(compilation: Any) -> Iterator[str]:
+    if not envs.VLLM_MOE_SKIP_PADDING:
+        yield (
+            "VLLM_MOE_SKIP_PADDING=0: vLLM then does not say which rows of a CUDA graph are padding, "
+            "and experts would be fetched for them; allowed: 1"
+        )
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
+        return
+    if compilation.use_inductor_graph_partition:
+        yield (
+            "use_inductor_graph_partition=True: CUDA graphs of Inductor's parts were never run with "
+            "offload; allowed: False"
+        )
+    split = [op for op in MOE_OPS if op in (compilation.splitting_ops or ())]
+    if split:
+        yield (
+            f"splitting_ops with {', '.join(split)}: a graph behind an expert layer would read where "
+            "its results lay when it was captured; leave them out"
+        )
+
+
+def triton_problems() -> Iterator[str]:
+    """What the kernels, vLLM's and the cache's, need on the machine to be compiled."""
+    if importlib.util.find_spec("triton") is None:
+        yield "Triton is not installed, which compiles the expert kernels: pip install triton"
+        return
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        yield (
+            f"no C compiler ({' or '.join(compilers)}) is on the path, which Triton calls for each "
+            "kernel: install gcc, or name one in CC"
+        )
 
 
 def prepare(config: Any, capability: formats.Capability) -> None:
@@ -74,4 +103,3 @@ def prepare(config: Any, capability: formats.Capability) -> None:
             "release; compare a few answers with those of --moe-offload=off",
             config.model_config.quantization,
         )
-    graphs.split_at_experts(config.compilation_config)

@@ -1,4 +1,4 @@
-"""The CUDA copier on a real device: bytes, order against kernels, tickets, memory."""
+"""The copier on a real device: bytes, order against kernels, memory."""
 
 from __future__ import annotations
 
@@ -16,22 +16,18 @@ from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.transfer import TransferError
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE
-from vllm_moe_offload.transfer.cuda import CudaCopier, cuda_transfer
-from vllm_moe_offload.transfer.cuda_library import CudaError
+from vllm_moe_offload.transfer.cuda import cuda_transfer
+from vllm_moe_offload.transfer.page_lock import PageLocked, PageLockError
+from vllm_moe_offload.transfer.torch_copier import TorchCopier
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-ENGINES = ["memcpy", "gather"]
 DEVICE = torch.device("cuda", 0)
 
 expected_layer = functools.lru_cache(maxsize=8)(layer_tensors)
-
-
-def current_stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
 
 
 def random_arena(layout, num_slots):
@@ -41,11 +37,11 @@ def random_arena(layout, num_slots):
 
 
 @contextlib.contextmanager
-def copier_of(layout, num_host_slots, num_slots, engine="memcpy"):
+def copier_of(layout, num_host_slots, num_slots):
     arena = random_arena(layout, num_host_slots)
     pool = SlotPool(layout, num_slots, device=DEVICE)
     torch.cuda.synchronize()  # its zeros are there
-    copier = CudaCopier(pool, arena, compute_stream=current_stream, engine=engine)
+    copier = TorchCopier(pool, arena, PageLocked(arena))
     try:
         yield copier, pool, arena
     finally:
@@ -72,10 +68,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.expert_bytes}")
-def test_every_byte_arrives_and_no_other_changes(layout, engine):
-    with copier_of(layout, 5, 7, engine) as (copier, pool, arena):
+def test_every_byte_arrives_and_no_other_changes(layout):
+    with copier_of(layout, 5, 7) as (copier, pool, arena):
         pairs = [(4, 0), (0, 3), (2, 6), (2, 1)]
         ticket = copier.copy(DEMAND_LANE, pairs)
         copier.wait_on_host(ticket)
@@ -88,51 +83,26 @@ def test_every_byte_arrives_and_no_other_changes(layout, engine):
                 assert not bool(tensor[slot].any())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_more_slots_than_one_launch_takes(engine):
-    with copier_of(layout_of(48, 100), 600, 600, engine) as (copier, pool, arena):
+def test_many_slots_at_once():
+    with copier_of(layout_of(48, 100), 600, 600) as (copier, pool, arena):
         ticket = copier.copy(PREFETCH_LANE, [(slot, 599 - slot) for slot in range(600)])
         copier.wait_on_host(ticket)
         for slot in range(600):
             assert_copied(pool, arena, slot, 599 - slot)
 
 
-def test_the_gather_kernel_and_memcpy_give_the_same_bits():
-    for layout in LAYOUTS:
-        results = []
-        for engine in ENGINES:
-            with copier_of(layout, 4, 4, engine) as (copier, pool, _):
-                copier.wait_on_host(copier.copy(DEMAND_LANE, [(i, 3 - i) for i in range(4)]))
-                results.append({name: t.clone() for name, t in pool.tensors.items()})
-        for name, tensor in results[0].items():
-            assert torch.equal(tensor, results[1][name]), (layout, name)
-
-
-def test_too_many_tensors_for_the_kernel():
-    layout = layout_of(*range(1, 18))
-    with (
-        pytest.raises(CudaError, match="at most 16 tensors, got 17"),
-        copier_of(layout, 2, 2, "gather"),
-    ):
-        pass
-    with copier_of(layout, 2, 2) as (copier, pool, arena):
-        copier.wait_on_host(copier.copy(DEMAND_LANE, [(1, 0)]))
-        assert_copied(pool, arena, 1, 0)
-
-
 BUSY_CYCLES = 200_000_000
 """About a tenth of a second on the devices of today."""
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("lane", [DEMAND_LANE, PREFETCH_LANE])
 @pytest.mark.parametrize("own_stream", [False, True])
-def test_copies_wait_for_kernels_that_were_launched_before(engine, lane, own_stream):
+def test_copies_wait_for_kernels_that_were_launched_before(lane, own_stream):
     """A kernel that still reads a slot keeps what the slot held (write after read)."""
     layout = layout_of(1 << 20)
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     with (
-        copier_of(layout, 2, 1, engine) as (copier, pool, arena),
+        copier_of(layout, 2, 1) as (copier, pool, arena),
         torch.cuda.stream(stream),
     ):
         first = copier.copy(lane, [(0, 0)])
@@ -156,11 +126,10 @@ def test_copies_wait_for_kernels_that_were_launched_before(engine, lane, own_str
         assert torch.equal(seen.cpu(), torch.from_numpy(arena[1]))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_kernels_wait_for_copies_that_were_joined(engine):
+def test_kernels_wait_for_copies_that_were_joined():
     """Read after write: the host never waits, the kernel does."""
     layout = layout_of(64 << 20)
-    with copier_of(layout, 2, 2, engine) as (copier, pool, arena):
+    with copier_of(layout, 2, 2) as (copier, pool, arena):
         for host_slot in (0, 1, 0, 1):
             copier.after_compute()
             ticket = copier.copy(DEMAND_LANE, [(host_slot, 0), (1 - host_slot, 1)])
@@ -171,55 +140,21 @@ def test_kernels_wait_for_copies_that_were_joined(engine):
             assert torch.equal(seen.cpu(), wanted)
 
 
-def test_tickets_are_used_again_and_wrong_ones_refused():
-    with copier_of(MIXED, 2, 2) as (copier, _, _):
-        for _ in range(1000):
-            ticket = copier.copy(DEMAND_LANE, [(0, 0)])
-            assert ticket == 0
-            copier.join(ticket)
-            copier.release(ticket)
-        for call in (copier.done, copier.wait_on_host, copier.join, copier.release):
-            with pytest.raises(CudaError, match="ticket 0 is not in use"):
-                call(0)
-        for lane, pairs, message in [
-            (2, [(0, 0)], "lane 2"),
-            (DEMAND_LANE, [(2, 0)], r"host slot 2 is outside \[0, 2\)"),
-            (DEMAND_LANE, [(0, -1)], r"device slot -1 is outside \[0, 2\)"),
-        ]:
-            with pytest.raises(CudaError, match=message):
-                copier.copy(lane, pairs)
-
-
 def test_memory_is_locked_at_its_exact_size_and_given_back():
     """Also what is no multiple of a huge page; twice, as what is locked cannot be again."""
     layout = layout_of(4096 * 3)
     arena = random_arena(layout, 1001)
     pool = SlotPool(layout, 1, device=DEVICE)
     for _ in range(2):
-        copier = CudaCopier(pool, arena, compute_stream=current_stream)
-        with pytest.raises(CudaError, match=r"cudaHostRegister failed: cudaError\w+"):
-            CudaCopier(pool, arena, compute_stream=current_stream)
+        copier = TorchCopier(pool, arena, PageLocked(arena))
+        assert torch.from_numpy(arena).is_pinned()
+        with pytest.raises(PageLockError, match="cannot page-lock"):
+            PageLocked(arena)
         copier.wait_on_host(copier.copy(DEMAND_LANE, [(1000, 0)]))
         assert_copied(pool, arena, 1000, 0)
         copier.close()
         copier.close()
-        with pytest.raises(ValueError, match="closed"):
-            copier.copy(DEMAND_LANE, [(0, 0)])
     assert arena.nbytes % mmap.PAGESIZE == 0
-
-
-def test_an_error_of_the_device_does_not_linger():
-    with copier_of(MIXED, 2, 2) as (copier, pool, arena):
-        ticket = copier.copy(DEMAND_LANE, [(0, 0)])
-        torch.cuda._sleep(BUSY_CYCLES)
-        copier.after_compute()
-        waiting = copier.copy(DEMAND_LANE, [(1, 1)])
-        copier.done(waiting)  # not ready is no error
-        copier.set_engine("gather")
-        copier.wait_on_host(copier.copy(DEMAND_LANE, [(1, 0)]))
-        copier.wait_on_host(ticket)
-        assert_copied(pool, arena, 1, 0)
-        torch.cuda.synchronize()
 
 
 # ---- the whole way -------------------------------------------------------------------------
@@ -231,17 +166,14 @@ def assert_slot(store, pool, layer, expert, slot):
         assert torch.equal(have, torch.from_numpy(wanted[expert])), (name, layer, expert)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("host_slots", [3, 17, 1000])
-def test_transfer_from_file_to_device(tmp_path, engine, host_slots):
+def test_transfer_from_file_to_device(tmp_path, host_slots):
     store = build(tmp_path, num_layers=4, num_experts=8)
     pool = SlotPool(store.layout, 8, device=DEVICE)
     transfer = cuda_transfer(
         store,
         pool,
         host_slots=host_slots,
-        compute_stream=current_stream,
-        engine=engine,
         verify=True,
     )
     try:
@@ -266,4 +198,4 @@ def test_a_damaged_record_never_reaches_the_device(tmp_path):
     flip(store, 2, 3)
     pool = SlotPool(store.layout, 2, device=DEVICE)
     with pytest.raises(TransferError, match=r"expert 3 of layer 2.*checksum"):
-        cuda_transfer(store, pool, host_slots=100, compute_stream=current_stream)
+        cuda_transfer(store, pool, host_slots=100)
