@@ -178,7 +178,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def _machine(job: dict[str, Any]) -> Iterator[None]:
     """What the engine believes to run on.
 
-    ``"simulated_gpu"``: host memory's share of experts; ``"simulated_marlin"``: doubles of the
+    ``"simulated_gpu"``: host memory's share of experts; ``"simulated_device"``: a device that plans,
+    whose copies are late by so many steps; ``"simulated_marlin"``: doubles of the
     operators of Marlin's experts, for a plain engine too; ``"lora_on_cpu"``: LoRA beside experts,
     likewise; ``"torchvision_double"``: that torchvision is installed.
     """
@@ -187,6 +188,10 @@ def _machine(job: dict[str, Any]) -> Iterator[None]:
             from tests.integration.simulated_gpu import simulated_gpu
 
             stack.enter_context(simulated_gpu(job["simulated_gpu"]))
+        if "simulated_device" in job:
+            from tests.integration.simulated_device import simulated_device
+
+            stack.enter_context(simulated_device(job["simulated_device"]))
         if job.get("simulated_marlin"):
             from tests.integration.simulated_marlin import simulated_marlin
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_moe_offload.metrics import VALUES
+
 
 def inspect(model: Any) -> dict[str, Any]:
     """Classes of a model's expert layers and, with offload, what the runtime counted."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+    from vllm_moe_offload.device.runtime import DeviceRuntime
+
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     found: dict[str, Any] = {"classes": sorted({type(layer).__name__ for layer in layers})}
     runtime = getattr(layers[0], "runtime", None) if layers else None
-    if runtime is not None:
+    if isinstance(runtime, DeviceRuntime):
+        found |= _of_device(runtime)
+    elif runtime is not None:
         shape = runtime.cache.shape
         found["shape"] = [shape.num_slots, shape.num_staging_slots]
         found["hits"] = runtime.cache.count("hits")
@@ -22,3 +28,10 @@ def inspect(model: Any) -> dict[str, Any]:
         found["read_bytes"] = runtime.read_bytes
         found["layers"], found["experts"] = shape.num_layers, shape.num_experts
     return found
+
+
+def _of_device(runtime: Any) -> dict[str, Any]:
+    """The same of a worker whose device plans, or keeps all experts."""
+    figures = dict(zip(VALUES, runtime.published.values, strict=True))
+    counted = {name: int(figures[name]) for name in ("hits", "misses", "read_bytes", "tokens")}
+    return {**counted, "shape": [int(figures["slots"]), 0], "calls": int(figures["calls"])}
