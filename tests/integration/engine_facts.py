@@ -31,7 +31,9 @@ def inspect(model: Any) -> dict[str, Any]:
 
 
 def _of_device(runtime: Any) -> dict[str, Any]:
-    """The same of a worker whose device plans, or keeps all experts."""
+    """The same of a worker whose device plans, or keeps all experts. Its counters are looked at
+    where there is nothing to compute: an engine in this process takes no step behind its last."""
+    runtime.after_forward()
     figures = dict(zip(VALUES, runtime.published.values, strict=True))
     counted = {name: int(figures[name]) for name in ("hits", "misses", "read_bytes", "tokens")}
     return {**counted, "shape": [int(figures["slots"]), 0], "calls": int(figures["calls"])}
