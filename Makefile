@@ -5,12 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
-CUDA_SOURCES := $(wildcard csrc/cuda/*)
 CXX_TESTS := $(wildcard tests/*/*.cpp)
-CUDA_LIBRARY := vllm_moe_offload/_cuda.so
 TEST_REPORT := benchmarks/results/test_all.json
 
-.PHONY: help setup cuda gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-triton test-all \
+.PHONY: help setup gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-triton test-all \
   lint format sanitize bench docs clean
 
 help: ## what each target does
@@ -23,19 +21,10 @@ $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/install_lock.py requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata
-	VMO_CUDA=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-cuda: $(CUDA_LIBRARY) ## the CUDA library, for all supported GPUs (no GPU needed; nvcc from wheels if there is none)
-
-$(CUDA_LIBRARY): $(CUDA_SOURCES) scripts/build_cuda.sh requirements/cuda-compiler.lock
-	command -v "$${NVCC:-nvcc}" >/dev/null || { \
-	  $(MAKE) setup && $(BIN)/pip install --quiet --no-deps -r requirements/cuda-compiler.lock; }
-	PYTHON=$$(command -v $(BIN)/python || echo $(PYTHON)) scripts/build_cuda.sh $@
-
 gpu-kit: setup ## everything of ours for a CUDA machine without network (docs/cuda.md)
-	command -v "$${NVCC:-nvcc}" >/dev/null || \
-	  $(BIN)/pip install --quiet --no-deps -r requirements/cuda-compiler.lock
 	PYTHON=$$PWD/$(BIN)/python $(BIN)/python scripts/gpu_kit.py $(if $(PIECES),--pieces $(PIECES))
 
 gpu-rehearsal: gpu-kit ## what the kit is for, on this CPU with a simulated device
@@ -81,12 +70,12 @@ lint: setup ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES) $(CXX_TESTS)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CXX_TESTS)
 
 format: setup ## rewrite sources the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES) $(CXX_TESTS)
+	$(BIN)/clang-format -i $(SOURCES) $(CXX_TESTS)
 
 sanitize: setup ## the C++ core under sanitizers: memory, leaks, undefined behaviour, races
 	scripts/sanitize.sh

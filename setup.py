@@ -1,19 +1,13 @@
-"""Build of the native libraries; everything else is declared in pyproject.toml.
+"""Build of the native library; everything else is declared in pyproject.toml.
 
-Shared objects come out of ``csrc/``, none of which knows torch or Python:
+One shared object comes out of ``csrc/``, which knows neither torch nor Python: ``_core.so``, with
+planner, layer calls, lookahead and file reader behind a plain C ABI, loaded with ctypes
+(``vllm_moe_offload/native.py``). Nothing is compiled for GPUs: Triton does that where they are.
 
-* ``_core.so``: planner, layer calls, lookahead and file reader behind a plain C ABI, loaded with
-  ctypes (``vllm_moe_offload/native.py``).
-* ``_cuda.so``: copies to CUDA devices (``csrc/cuda``), if nvcc is there: in ``NVCC``, on the path,
-  or among NVIDIA's wheels in the environment (``scripts/build_cuda.sh``). Everything but serving on
-  a GPU works without it. ``VMO_CUDA=0`` leaves it out, ``VMO_CUDA=1`` makes it a must.
-
-``VMO_SANITIZE=1`` builds ``_core.so`` with AddressSanitizer and UBSan (``make sanitize``).
+``VMO_SANITIZE=1`` builds it with AddressSanitizer and UBSan (``make sanitize``).
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -48,8 +42,8 @@ core = Extension(
 )
 
 
-class BuildLibraries(build_ext):
-    """The core as a plain shared library, and the CUDA library beside it."""
+class BuildLibrary(build_ext):
+    """The core as a plain shared library."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Without the tag of a Python version, as any can load it."""
@@ -58,22 +52,6 @@ class BuildLibraries(build_ext):
     def get_libraries(self, ext: Extension) -> list[str]:
         """Without libpython, also where Python's own extensions are linked with it."""
         return ext.libraries
-
-    def run(self) -> None:
-        super().run()
-        wanted = os.environ.get("VMO_CUDA", "auto")
-        if wanted not in {"0", "1", "auto"}:
-            raise SystemExit(f"VMO_CUDA={wanted!r} is not 0, 1 or auto")
-        if SANITIZE or wanted == "0":
-            return
-        target = Path(self.get_ext_fullpath(core.name)).resolve().with_name("_cuda.so")
-        script = Path(__file__).resolve().parent / "scripts" / "build_cuda.sh"
-        environment = {**os.environ, "PYTHON": sys.executable}
-        built = subprocess.run([script, target], check=False, env=environment)
-        if built.returncode and wanted == "1":
-            raise SystemExit("VMO_CUDA=1, but the CUDA library could not be built")
-        if built.returncode:
-            print("warning: no CUDA library; serving on a GPU will say what to do")
 
 
 class PlatformWheel(bdist_wheel):
@@ -86,5 +64,5 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[core],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

@@ -124,10 +124,9 @@ def _create_engine_config(
     additional = self.additional_config
     raw = additional.get(KEY, {}) if isinstance(additional, dict) else {}
     options = parse_options(raw)  # before the model's config is read: typos fail first
-    requested_graphs = self.compilation_config.cudagraph_mode  # vLLM fills its default in
     vllm_config: VllmConfig = original(self, *args, **kwargs)
     if options.enabled:
-        supported.check(vllm_config, options, requested_graphs)
+        supported.check(vllm_config, options)
         speculation.prepare(vllm_config)
         if current_platform.is_cuda():
             supported_gpu.prepare(vllm_config, current_platform.get_device_capability())

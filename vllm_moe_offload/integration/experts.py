@@ -28,7 +28,6 @@ from vllm_moe_offload.integration.arguments import options_of
 from vllm_moe_offload.integration.block_slots import apply
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.expert_share import ExpertShare
-from vllm_moe_offload.integration.graphs import StableOutputs
 from vllm_moe_offload.integration.speculation import is_draft_model
 from vllm_moe_offload.runtime import OffloadRuntime
 
@@ -44,14 +43,12 @@ class OffloadedExperts:
         moe_layer: index among the MoE layers that this worker has.
         share: of the layer's experts, those that this worker has; None: all.
         calls: serves the layer on a GPU; None: the operator of this module does.
-        outputs: where captured CUDA graphs expect what the layer's MoE operator returns.
     """
 
     runtime: OffloadRuntime | None = None
     moe_layer: int = -1
     share: ExpertShare | None = None
     calls: DeviceCalls | None = None
-    outputs: StableOutputs | None = None
     # Of RoutedExperts, with which this class is mixed.
     layer_name: str
     quant_method: Any

@@ -23,7 +23,6 @@ from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.device_calls import DeviceCalls
 from vllm_moe_offload.integration.formats import format_of
-from vllm_moe_offload.integration.graphs import StableOutputs
 from vllm_moe_offload.integration.placement import ranks_here
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
@@ -107,8 +106,6 @@ class GpuMemory:
                 store,
                 pool,
                 host_slots=slots,
-                # vLLM's worker changes streams, for graph capture for one.
-                compute_stream=lambda: torch.cuda.current_stream(self._device).cuda_stream,
                 num_threads=options.io_threads,
                 cpus=io_cpus(),
                 verify=options.verify,
@@ -117,14 +114,13 @@ class GpuMemory:
         return pool, transfer
 
     def attach(self, layers: list[Any], runtime: OffloadRuntime) -> None:
-        """Layer calls go through one :class:`DeviceCalls`; graphs find results where they were."""
+        """Layer calls go through one :class:`DeviceCalls`."""
         kernel = format_of(layers[0]).apply_on_slots
         if kernel is None:
             raise RuntimeError(f"{layers[0].layer_name} has experts of another platform")
         calls = DeviceCalls(runtime, self._device, layers[0].local_num_experts, kernel)
         for layer in layers:
             layer.calls = calls
-            layer.outputs = StableOutputs.of(self._vllm_config.compilation_config)
 
     def settle(self) -> None:
         """See :meth:`FastMemory.settle`: the model will run on another stream than loading did."""

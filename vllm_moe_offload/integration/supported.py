@@ -25,17 +25,14 @@ from vllm_moe_offload.integration import (
 LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy")
 
 
-def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None) -> None:
-    """Raises OptionError naming every option that cannot go with offload.
-
-    ``requested_graphs``: ``cudagraph_mode`` as the user gave it, None for vLLM's default.
-    """
+def check(vllm_config: Any, options: OffloadConfig) -> None:
+    """Raises OptionError naming every option that cannot go with offload."""
     problems = [
         *_model_problems(vllm_config),
         *_parallel_problems(vllm_config.parallel_config),
         *_ray_problems(vllm_config.parallel_config),
         *_loading_problems(vllm_config),
-        *_platform_problems(vllm_config, options, requested_graphs),
+        *_platform_problems(vllm_config, options),
     ]
     if problems:
         raise OptionError(
@@ -44,16 +41,11 @@ def check(vllm_config: Any, options: OffloadConfig, requested_graphs: Any = None
         )
 
 
-def _platform_problems(
-    config: Any, options: OffloadConfig, requested_graphs: Any
-) -> Iterator[str]:
+def _platform_problems(config: Any, options: OffloadConfig) -> Iterator[str]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda():
-        yield from supported_gpu.problems(
-            config, requested_graphs, current_platform.get_device_capability()
-        )
-        yield from supported_gpu.library_problems()
+        yield from supported_gpu.problems(config, current_platform.get_device_capability())
         return
     if not current_platform.is_cpu():
         yield (

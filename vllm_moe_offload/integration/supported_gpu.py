@@ -6,29 +6,30 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_moe_offload.integration import formats, graphs
-from vllm_moe_offload.transfer.cuda_library import cuda_library
+from vllm import envs
+from vllm.config import CUDAGraphMode
+
+from vllm_moe_offload.integration import formats
 
 logger = logging.getLogger("vllm.moe_offload")
 
 MIN_CAPABILITY = (8, 0)
 DTYPES = ("torch.bfloat16", "torch.float16")
+MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+"""vLLM's operators, inside which experts are computed."""
 
 
-def problems(
-    config: Any, requested_graphs: Any, capability: tuple[int, int] | None
-) -> Iterator[str]:
+def problems(config: Any, capability: tuple[int, int] | None) -> Iterator[str]:
     """What about a resolved VllmConfig cannot work on a CUDA device.
 
     Args:
         config: vLLM's.
-        requested_graphs: ``cudagraph_mode`` as the user gave it, None for vLLM's default.
         capability: compute capability of the device, None where vLLM cannot say.
     """
     if capability is None or tuple(capability) < MIN_CAPABILITY:
         found = "unknown" if capability is None else ".".join(map(str, capability))
         yield (
-            f"compute capability {found}: the copier is not built for it; allowed: "
+            f"compute capability {found}: the cache's kernels were never compiled for it; allowed: "
             f"{'.'.join(map(str, MIN_CAPABILITY))} and later"
         )
         return
@@ -47,15 +48,33 @@ def problems(
             f"can compute on cache slots: {', '.join(backends)}; allowed: "
             f"{', '.join(('auto', *backends))}"
         )
-    yield from graphs.problems(config.compilation_config, requested_graphs)
+    yield from _graph_problems(config.compilation_config)
+    if not envs.VLLM_MOE_SKIP_PADDING:
+        yield (
+            "VLLM_MOE_SKIP_PADDING=0: vLLM would not say which tokens are padding, and experts "
+            "would be fetched for them; allowed: 1 (vLLM's default)"
+        )
 
 
-def library_problems() -> Iterator[str]:
-    """Says so if the copier was not built, before a model is loaded for it."""
-    try:
-        cuda_library()
-    except ImportError as error:
-        yield str(error)
+def _graph_problems(compilation: Any) -> Iterator[str]:
+    """What about CUDA graphs cannot work: any mode can, cut or not where vLLM cuts by itself.
+
+    A piece that begins behind an operator reads its results where they lay at capture, and the
+    MoE operators return new tensors.
+    """
+    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
+        return
+    if compilation.use_inductor_graph_partition:
+        yield (
+            "use_inductor_graph_partition=True: Inductor's cuts of graphs were never run with "
+            "offload; allowed: False (vLLM's default)"
+        )
+    split = [op for op in compilation.splitting_ops or () if op in MOE_OPS]
+    if split:
+        yield (
+            f"splitting_ops names {', '.join(split)}: a graph that begins behind experts would "
+            "read stale results; leave the option out"
+        )
 
 
 def prepare(config: Any, capability: formats.Capability) -> None:
@@ -74,4 +93,3 @@ def prepare(config: Any, capability: formats.Capability) -> None:
             "release; compare a few answers with those of --moe-offload=off",
             config.model_config.quantization,
         )
-    graphs.split_at_experts(config.compilation_config)
