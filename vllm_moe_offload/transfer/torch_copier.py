@@ -66,11 +66,6 @@ class TorchCopier:
         self._finalizer = weakref.finalize(self, _end, self._lanes, locked, pool)
         self._finalizer.atexit = False  # the driver may be gone by then
 
-    @property
-    def num_tickets(self) -> int:
-        """Tickets that were not released."""
-        return len(self._tickets_in_use)
-
     def copy(self, lane: int, pairs: Sequence[tuple[int, int]]) -> int:
         """As :meth:`Copier.copy`."""
         self._check(lane, pairs)
