@@ -24,13 +24,15 @@ class StreamsDouble:
     """In the place of ``torch.cuda``, as far as a copier needs it.
 
     Attributes:
+        slots: what its pool holds, by parameter; 0xEE at first.
         fail: calls that raise at their next use, as torch does for an error of the device.
+        writing: addresses that a copy writes to right now.
     """
 
     def __init__(self, seed: int = 0) -> None:
+        self.slots: dict[str, np.ndarray] = {}
         self.fail: set[str] = set()
         self.writing: set[int] = set()
-        """Addresses that a copy writes to right now."""
         self._random = random.Random(seed)
         self._streams: list[Stream] = []
         self._compute = self.Stream(None)
@@ -51,6 +53,15 @@ class StreamsDouble:
     def stream(self, stream: Stream) -> Iterator[None]:
         with _CopiesQueued(stream):
             yield
+
+    def pool(self, layout: ExpertLayout, num_slots: int) -> SlotPool:
+        """In RAM, and says that it is on a CUDA device; :attr:`slots` has its bytes."""
+        pool = SlotPool(layout, num_slots, device=torch.device("cpu"))
+        pool.device = torch.device("cuda", 0)
+        for name, tensor in pool.tensors.items():
+            self.slots[name] = tensor.view(num_slots, -1).view(torch.uint8).numpy()
+            self.slots[name].fill(0xEE)
+        return pool
 
     # ---- what the rest of the machine does -----------------------------------------------
 
@@ -182,16 +193,3 @@ class LockedDouble:
 
     def close(self) -> None:
         self.num_closed += 1
-
-
-def pool_on_no_device(
-    layout: ExpertLayout, num_slots: int
-) -> tuple[SlotPool, dict[str, np.ndarray]]:
-    """A pool in RAM that says it is on a CUDA device, and its slots' bytes: 0xEE at first."""
-    pool = SlotPool(layout, num_slots, device=torch.device("cpu"))
-    pool.device = torch.device("cuda", 0)
-    slots = {}
-    for name, tensor in pool.tensors.items():
-        slots[name] = tensor.view(num_slots, -1).view(torch.uint8).numpy()
-        slots[name].fill(0xEE)
-    return pool, slots

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.device_double import SimulatedDevice
 from tests.stores import layer_tensors, slots_for
-from tests.streams_double import LockedDouble, StreamsDouble, pool_on_no_device
+from tests.streams_double import LockedDouble, StreamsDouble
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import DeviceTransfer, Flight, HostTier, TransferEngine
 from vllm_moe_offload.transfer.torch_copier import TorchCopier
@@ -149,6 +149,6 @@ def rig_of(kind: str, store: ExpertStore, num_slots: int = NUM_SLOTS, **options)
 def _rig_by_streams(store: ExpertStore, num_slots: int, **options) -> Rig:
     host = HostTier(store, HOST_SLOTS[BY_STREAMS], **options)
     streams = StreamsDouble()
-    pool, slots = pool_on_no_device(store.layout, num_slots)
+    pool = streams.pool(store.layout, num_slots)
     copier = TorchCopier(pool, LockedDouble(host.arena), cuda=streams)
-    return Rig(store, DeviceTransfer(host, copier), slots, host.files, host, streams)
+    return Rig(store, DeviceTransfer(host, copier), streams.slots, host.files, host, streams)

@@ -1,29 +1,37 @@
 """What a GPU cannot do is refused by name; the rest is set up. No GPU is needed to decide."""
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm.model_executor.layers.fused_moe.runner.moe_runner  # noqa: F401  (operators)
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.config.kernel import KernelConfig
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_moe_offload.config import OffloadConfig, OptionError
-from vllm_moe_offload.integration import formats, graphs, patches, supported, supported_gpu
+from vllm_moe_offload.integration import formats, patches, supported, supported_gpu
+
+
+BREAKABLE, SKIP_PADDING = "VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MOE_SKIP_PADDING"
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.delenv(graphs.BREAKABLE, raising=False)
+    monkeypatch.delenv(BREAKABLE, raising=False)
+    monkeypatch.delenv(SKIP_PADDING, raising=False)
 
 
-def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
-    compilation = CompilationConfig(
-        mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
-    )
+def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None, **compilation_fields):
+    """``compilation_fields``: of CompilationConfig; vLLM's defaults on CUDA for the others."""
+    defaults = {
+        "mode": CompilationMode.VLLM_COMPILE,
+        "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
+    }
+    compilation = CompilationConfig(**{**defaults, **compilation_fields})
     compilation.set_splitting_ops_for_v1("allgather_reducescatter", 1)
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=dtype, quantization=quantization),
@@ -34,7 +42,7 @@ def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
 
 
 def problems(capability=(9, 0), **fields):
-    return list(supported_gpu.problems(config(**fields), None, capability))
+    return list(supported_gpu.problems(config(**fields), capability))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
@@ -54,6 +62,18 @@ def test_ampere_and_later_are_allowed(capability):
         (
             {"moe_backend": "triton", "quantization": "awq"},
             ["moe_backend='triton'", "quantization='awq'", "allowed: auto, marlin"],
+        ),
+        (
+            {"use_inductor_graph_partition": True},
+            ["use_inductor_graph_partition=True", "allowed: False"],
+        ),
+        (
+            {"splitting_ops": ["vllm::unified_attention", "vllm::moe_forward"]},
+            ["splitting_ops names vllm::moe_forward:", "leave the option out"],
+        ),
+        (
+            {"splitting_ops": ["vllm::moe_forward_shared"]},
+            ["splitting_ops names vllm::moe_forward_shared:"],
         ),
     ],
     ids=str,
@@ -87,16 +107,42 @@ def test_what_was_never_run_is_said_at_the_start(quantization, warns, caplog, mo
 
 def test_a_kernel_that_the_user_chose_stays():
     allowed = config(quantization="fp8", moe_backend="marlin")
-    assert not list(supported_gpu.problems(allowed, None, (9, 0)))
+    assert not list(supported_gpu.problems(allowed, (9, 0)))
     supported_gpu.prepare(allowed, (9, 0))
     assert allowed.kernel_config.moe_backend == "marlin"
 
 
-def test_what_is_allowed_is_set_up():
-    allowed = config()
+@pytest.mark.parametrize("mode", CUDAGraphMode, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("compilation", [CompilationMode.NONE, CompilationMode.VLLM_COMPILE])
+def test_vllms_own_graphs_are_allowed_and_stay(mode, compilation, monkeypatch):
+    monkeypatch.setenv(BREAKABLE, "1")
+    allowed = config(mode=compilation, cudagraph_mode=mode)
+    before = dataclasses.asdict(allowed.compilation_config)
+    assert list(supported_gpu.problems(allowed, (9, 0))) == []
     supported_gpu.prepare(allowed, (9, 0))
-    assert set(graphs.MOE_OPS) < set(allowed.compilation_config.splitting_ops)
-    assert problems() == list(supported_gpu.problems(allowed, None, (9, 0)))
+    assert dataclasses.asdict(allowed.compilation_config) == before
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_inductor_graph_partition": True}, {"splitting_ops": ["vllm::moe_forward"]}]
+)
+def test_what_only_graphs_cannot_do_is_allowed_without_them(fields):
+    assert problems(cudagraph_mode=CUDAGraphMode.NONE, **fields) == []
+
+
+def test_padding_must_be_told(monkeypatch):
+    monkeypatch.setenv(SKIP_PADDING, "0")
+    (problem,) = problems()
+    assert problem.startswith("VLLM_MOE_SKIP_PADDING=0: ")
+    assert "allowed: 1" in problem
+    monkeypatch.setenv(SKIP_PADDING, "1")
+    assert problems() == []
+
+
+def test_the_operators_of_experts_are_vllms():
+    for name in supported_gpu.MOE_OPS:
+        namespace, operator = name.split("::")
+        assert hasattr(getattr(torch.ops, namespace), operator)
 
 
 class Platform(SimpleNamespace):
@@ -114,7 +160,7 @@ class Platform(SimpleNamespace):
 
 def platform_problems(monkeypatch, kind, **options):
     monkeypatch.setattr("vllm.platforms.current_platform", Platform(kind=kind))
-    return list(supported._platform_problems(config(), OffloadConfig(**options), None))
+    return list(supported._platform_problems(config(), OffloadConfig(**options)))
 
 
 def test_platforms(monkeypatch):
@@ -124,18 +170,9 @@ def test_platforms(monkeypatch):
     assert "ROCm" in problem
 
 
-def test_a_gpu_without_the_copier_is_refused_before_loading(monkeypatch):
-    monkeypatch.setattr(supported_gpu, "cuda_library", lambda: None)
+def test_a_gpu_is_asked_for_its_capability(monkeypatch):
     (problem,) = platform_problems(monkeypatch, "cuda", host_gb=4)
     assert "7.0" in problem
-
-    def missing():
-        raise ImportError("no _cuda.so; run `make cuda`")
-
-    monkeypatch.setattr(supported_gpu, "cuda_library", missing)
-    capability, library = platform_problems(monkeypatch, "cuda")
-    assert "7.0" in capability
-    assert "make cuda" in library
 
 
 def test_host_gb_is_refused_without_a_gpu(monkeypatch):
@@ -184,14 +221,13 @@ def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):
         (triton_moe, "_prepare_expert_assignment"),
         (marlin_moe, "fused_marlin_moe"),
         (marlin_moe, "moe_align_block_size"),
-        (MoERunner, "_forward_impl"),
         (Worker, "determine_available_memory"),
         (Worker, "compile_or_warm_up_model"),
     )
     for owner, name in owners:  # vLLM's own again afterwards
         monkeypatch.setattr(owner, name, vars(owner)[name])
     before = [
-        (vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, MoERunner, Worker)
+        (vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, Worker)
     ]
     patches.install_cuda_patches()
     patches.install_cuda_patches()  # once, even if called again

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.stores import MIXED, aligned, layout_of
-from tests.streams_double import LockedDouble, StreamsDouble, pool_on_no_device
+from tests.streams_double import LockedDouble, StreamsDouble
 from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE
 from vllm_moe_offload.transfer.torch_copier import CopyError, TorchCopier
@@ -29,7 +29,7 @@ class Copying:
         self.arena = random_arena(layout, num_host_slots)
         self.locked = LockedDouble(self.arena)
         self.device = StreamsDouble(seed)
-        self.pool, self.slots = pool_on_no_device(layout, num_slots)
+        self.pool, self.slots = self.device.pool(layout, num_slots), self.device.slots
         self.copier = TorchCopier(self.pool, self.locked, cuda=self.device)
 
     def assert_copied(self, host_slot, slot):
@@ -188,7 +188,7 @@ def test_a_pool_elsewhere_and_an_arena_of_other_records_are_refused():
     locked = LockedDouble(random_arena(MIXED, 2))
     with pytest.raises(ValueError, match="the pool is on cpu, not on a CUDA device"):
         TorchCopier(in_ram, locked, cuda=StreamsDouble())
-    pool, _ = pool_on_no_device(MIXED, 2)
+    pool = StreamsDouble().pool(MIXED, 2)
     for arena in (locked.arena[:, 1:], locked.arena[:, ::2], locked.arena.reshape(-1)):
         with pytest.raises(ValueError, match=rf"contiguous \[slots, {MIXED.record_bytes}\]"):
             TorchCopier(pool, LockedDouble(arena), cuda=StreamsDouble())
