@@ -15,7 +15,6 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import formats, patches, supported, supported_gpu
 
-
 BREAKABLE, SKIP_PADDING = "VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MOE_SKIP_PADDING"
 
 
@@ -226,9 +225,7 @@ def test_what_is_patched_on_a_gpu_exists_in_this_vllm(monkeypatch):
     )
     for owner, name in owners:  # vLLM's own again afterwards
         monkeypatch.setattr(owner, name, vars(owner)[name])
-    before = [
-        (vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, Worker)
-    ]
+    before = [(vars(owner).copy(), owner) for owner in (triton_moe, marlin_moe, Worker)]
     patches.install_cuda_patches()
     patches.install_cuda_patches()  # once, even if called again
     for owner, name in owners:

@@ -78,7 +78,7 @@ def _remedy() -> str:
             "with VLLM_WSL2_ENABLE_PIN_MEMORY=1"
         )
     return (
-        f"lower host_gb, or raise `ulimit -l` (now {_memlock_limit()}) or the memory limit of "
+        f"lower host_gb, or raise ulimit -l (now {_memlock_limit()}) or the memory limit of "
         "the process's cgroup"
     )
 
@@ -87,4 +87,4 @@ def _memlock_limit() -> str:
     limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit_bytes == resource.RLIM_INFINITY:
         return "unlimited"
-    return f"{limit_bytes / _GIB:.2f} GiB"
+    return f"{limit_bytes // 1024} KiB"  # as the shell says it

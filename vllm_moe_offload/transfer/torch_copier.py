@@ -44,11 +44,7 @@ class TorchCopier:
         record_bytes = pool.layout.record_bytes
         if pool.device.type != "cuda":
             raise ValueError(f"the pool is on {pool.device}, not on a CUDA device")
-        if (
-            arena.ndim != 2
-            or arena.shape[1] != record_bytes
-            or not arena.flags.c_contiguous
-        ):
+        if arena.ndim != 2 or arena.shape[1] != record_bytes or not arena.flags.c_contiguous:
             raise ValueError(
                 f"the arena must be contiguous [slots, {record_bytes}], got {arena.shape}"
             )
@@ -157,9 +153,7 @@ class TorchCopier:
         return self._events[ticket]
 
 
-def _tensors_of(
-    pool: SlotPool, arena: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _tensors_of(pool: SlotPool, arena: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of each tensor of a record: its slots and its part of all records, ``[., nbytes]`` bytes."""
     tensors = []
     begin = 0
