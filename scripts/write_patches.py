@@ -70,10 +70,9 @@ A vLLM that lacks one of these functions is refused by name
 
 TAIL = """
 Some of vLLM's settings are changed as well. On a GPU `moe_backend` becomes `triton` or `marlin`, by
-the checkpoint's format, `cudagraph_mode` becomes `PIECEWISE`, and the MoE operators are added to
-`splitting_ops` ([architecture.md](architecture.md#on-a-gpu)). On a CPU `gpu_memory_utilization` (of
-RAM) is lowered to what there is, unless it or `--kv-cache-memory-bytes` was given. With
-`record_trace`, `shutdown_timeout` becomes 60 s if it was 0.
+the checkpoint's format ([architecture.md](architecture.md#on-a-gpu)). On a CPU
+`gpu_memory_utilization` (of RAM) is lowered to what there is, unless it or
+`--kv-cache-memory-bytes` was given. With `record_trace`, `shutdown_timeout` becomes 60 s if it was 0.
 
 The patches of `vllm bench` ([benchmarks.md](benchmarks.md)) are the only ones that change files, and
 only if you apply them.

@@ -1,8 +1,7 @@
-"""Tests of the CUDA copier on a machine that has torch, numpy and pytest, but not vLLM."""
+"""Tests of the copier on a machine that has torch, numpy and pytest, but not vLLM."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +46,7 @@ def pytest_without_vllm(directory: Path, *arguments: str) -> str:
 def collected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The GPU tests that pytest finds there, and what it says of the others."""
     kernels = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")
-    copier = str(ROOT / "tests" / "gpu" / "test_copier.py")
+    copier = str(ROOT / "tests" / "gpu" / "test_torch_copier.py")
     outside = tmp_path_factory.mktemp("outside")
     return pytest_without_vllm(outside, "--collect-only", copier, kernels).splitlines()
 
@@ -56,8 +55,8 @@ def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
     collected: list[str],
 ) -> None:
     printed = "\n".join(collected)
-    assert "test_copier.py::test_every_byte_arrives_and_no_other_changes" in printed
-    assert "test_copier.py::test_transfer_from_file_to_device" in printed
+    assert "test_torch_copier.py::test_every_byte_arrives_and_no_other_changes" in printed
+    assert "test_torch_copier.py::test_transfer_from_file_to_device" in printed
     (skipped,) = (line for line in collected if line.startswith("SKIPPED"))
     assert "test_triton_kernels.py" in skipped
     assert "could not import 'vllm'" in skipped
@@ -66,12 +65,3 @@ def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
 def test_what_the_sanitizer_watches_exists(collected: list[str]) -> None:
     assert len(SANITIZED) == 3
     assert set(SANITIZED) <= set(collected)
-
-
-@pytest.mark.slow  # compiles; `make gpu-rehearsal` goes the same way, too
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_way_from_file_to_device_runs(tmp_path: Path) -> None:
-    """On the stub of the CUDA runtime, with the modules that the copier's tests import."""
-    stubbed = str(ROOT / "tests" / "transfer" / "test_cuda_copier.py")
-    printed = pytest_without_vllm(tmp_path, stubbed, "-k", "test_the_whole_way")
-    assert " passed" in printed

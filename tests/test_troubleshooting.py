@@ -20,7 +20,6 @@ PACKAGE = ROOT / "vllm_moe_offload"
 PROBLEMS = {
     "supported.py",
     "supported_gpu.py",
-    "graphs.py",
     "lora.py",
     "formats.py",
     "cpu_kernels.py",
@@ -42,6 +41,7 @@ USER_ERRORS = {
     "UsageError",
     "ArgumentTypeError",
     "MemoryError",
+    "PageLockError",
     "ImportError",
     "NotImplementedError",
     "Problem",

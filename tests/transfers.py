@@ -11,15 +11,24 @@ import numpy as np
 
 from tests.device_double import SimulatedDevice
 from tests.stores import layer_tensors, slots_for
+from tests.streams_double import LockedDouble, StreamsDouble
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import DeviceTransfer, Flight, HostTier, TransferEngine
+from vllm_moe_offload.transfer.torch_copier import TorchCopier
 
 ALL = 10_000
 """Host slots: more than any store here has experts."""
 
 NUM_SLOTS = 8
 
-HOST_SLOTS = {"into memory": 0, "over a cache in host memory": 6, "out of host memory": ALL}
+BY_STREAMS = "over a cache in host memory, by torch's streams"
+
+HOST_SLOTS = {
+    "into memory": 0,
+    "over a cache in host memory": 6,
+    BY_STREAMS: 6,
+    "out of host memory": ALL,
+}
 """Every kind of transfer, and how many host slots it has."""
 
 expected_layer = functools.lru_cache(maxsize=8)(layer_tensors)
@@ -83,7 +92,7 @@ class Rig:
     slots: dict[str, np.ndarray]
     files: TransferEngine
     host: HostTier | None = None
-    device: SimulatedDevice | None = None
+    device: SimulatedDevice | StreamsDouble | None = None
 
     def assert_kernels_find(self, *requests: tuple[int, int, int]) -> None:
         """Those that are launched now."""
@@ -115,7 +124,14 @@ class Rig:
         if self.device is not None:
             self.device.synchronize()
             self.transfer.poll()
-            assert self.host.slots.num_held == self.device.num_tickets == 0
+            assert self.host.slots.num_held == self._num_tickets() == 0
+
+    def _num_tickets(self) -> int:
+        """Tickets that were not released."""
+        copier = self.transfer._copier
+        if isinstance(copier, TorchCopier):
+            return len(copier._tickets_in_use)
+        return copier.num_tickets
 
 
 def rig_of(kind: str, store: ExpertStore, num_slots: int = NUM_SLOTS, **options) -> Rig:
@@ -124,5 +140,15 @@ def rig_of(kind: str, store: ExpertStore, num_slots: int = NUM_SLOTS, **options)
         slots = slots_for(store.layout, num_slots)
         engine = TransferEngine(store, slots, **options)
         return Rig(store, engine, slots, engine)
+    if kind == BY_STREAMS:
+        return _rig_by_streams(store, num_slots, **options)
     transfer, device, host = device_parts(store, HOST_SLOTS[kind], num_slots, **options)
     return Rig(store, transfer, device.slots, host.files, host, device)
+
+
+def _rig_by_streams(store: ExpertStore, num_slots: int, **options) -> Rig:
+    host = HostTier(store, HOST_SLOTS[BY_STREAMS], **options)
+    streams = StreamsDouble()
+    pool = streams.pool(store.layout, num_slots)
+    copier = TorchCopier(pool, LockedDouble(host.arena), cuda=streams)
+    return Rig(store, DeviceTransfer(host, copier), streams.slots, host.files, host, streams)

@@ -1,4 +1,4 @@
-"""The copier on a real device: bytes, order against kernels, memory."""
+"""TorchCopier on a real device: bytes, order against kernels, page-locked memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_moe_offload.cache.pool import SlotPool
 from vllm_moe_offload.store.direct_io import aligned_buffer
 from vllm_moe_offload.transfer import TransferError
 from vllm_moe_offload.transfer.copier import DEMAND_LANE, PREFETCH_LANE
-from vllm_moe_offload.transfer.cuda import cuda_transfer
+from vllm_moe_offload.transfer.cuda import cuda_transfer, filled_host_tier
 from vllm_moe_offload.transfer.page_lock import PageLocked, PageLockError
 from vllm_moe_offload.transfer.torch_copier import TorchCopier
 
@@ -41,7 +41,7 @@ def copier_of(layout, num_host_slots, num_slots):
     arena = random_arena(layout, num_host_slots)
     pool = SlotPool(layout, num_slots, device=DEVICE)
     torch.cuda.synchronize()  # its zeros are there
-    copier = TorchCopier(pool, arena, PageLocked(arena))
+    copier = TorchCopier(pool, PageLocked(arena))
     try:
         yield copier, pool, arena
     finally:
@@ -83,7 +83,7 @@ def test_every_byte_arrives_and_no_other_changes(layout):
                 assert not bool(tensor[slot].any())
 
 
-def test_many_slots_at_once():
+def test_many_slots_in_one_call():
     with copier_of(layout_of(48, 100), 600, 600) as (copier, pool, arena):
         ticket = copier.copy(PREFETCH_LANE, [(slot, 599 - slot) for slot in range(600)])
         copier.wait_on_host(ticket)
@@ -117,7 +117,7 @@ def test_copies_wait_for_kernels_that_were_launched_before(lane, own_stream):
         kept = pool.tensors["t0"][0].clone()  # queued behind the sleep
         copier.after_compute()
         second = copier.copy(lane, [(1, 0)])
-        assert not copier.done(second)  # the kernel before it sleeps
+        assert not copier.done(second)  # the kernel before it sleeps, and the host did not wait
         copier.join(second)
         seen = pool.tensors["t0"][0].clone()
         copier.release(second)
@@ -140,21 +140,42 @@ def test_kernels_wait_for_copies_that_were_joined():
             assert torch.equal(seen.cpu(), wanted)
 
 
+def test_copies_into_a_pool_from_within_inference_mode():
+    """Layer calls run in it, and the pool was made outside of it."""
+    with copier_of(MIXED, 2, 2) as (copier, pool, arena), torch.inference_mode():
+        copier.wait_on_host(copier.copy(DEMAND_LANE, [(1, 0)]))
+        assert_copied(pool, arena, 1, 0)
+
+
 def test_memory_is_locked_at_its_exact_size_and_given_back():
     """Also what is no multiple of a huge page; twice, as what is locked cannot be again."""
     layout = layout_of(4096 * 3)
     arena = random_arena(layout, 1001)
     pool = SlotPool(layout, 1, device=DEVICE)
+    assert arena.nbytes % mmap.PAGESIZE == 0
     for _ in range(2):
-        copier = TorchCopier(pool, arena, PageLocked(arena))
+        locked = PageLocked(arena)
         assert torch.from_numpy(arena).is_pinned()
-        with pytest.raises(PageLockError, match="cannot page-lock"):
-            PageLocked(arena)
+        assert torch.from_numpy(arena[1000]).is_pinned()
+        copier = TorchCopier(pool, locked)
         copier.wait_on_host(copier.copy(DEMAND_LANE, [(1000, 0)]))
         assert_copied(pool, arena, 1000, 0)
         copier.close()
         copier.close()
-    assert arena.nbytes % mmap.PAGESIZE == 0
+        assert not torch.from_numpy(arena).is_pinned()
+        torch.cuda.synchronize()
+
+
+def test_what_the_driver_refuses_to_lock_is_one_line():
+    arena = random_arena(MIXED, 2)
+    locked = PageLocked(arena)
+    with pytest.raises(PageLockError, match=r"^cannot .*: cudaHostRegister: .+ \(712\); .+$"):
+        PageLocked(arena)  # what is locked cannot be again
+    with contextlib.suppress(RuntimeError):
+        # The runtime keeps the error until somebody asks, as torch does behind every launch.
+        torch.zeros(1, device=DEVICE)
+    locked.close()
+    assert not torch.from_numpy(arena).is_pinned()
 
 
 # ---- the whole way -------------------------------------------------------------------------
@@ -170,12 +191,7 @@ def assert_slot(store, pool, layer, expert, slot):
 def test_transfer_from_file_to_device(tmp_path, host_slots):
     store = build(tmp_path, num_layers=4, num_experts=8)
     pool = SlotPool(store.layout, 8, device=DEVICE)
-    transfer = cuda_transfer(
-        store,
-        pool,
-        host_slots=host_slots,
-        verify=True,
-    )
+    transfer = cuda_transfer(store, pool, host_slots=host_slots, verify=True)
     try:
         assert transfer.expert_ns > 0
         chance = random.Random(host_slots)
@@ -196,6 +212,5 @@ def test_transfer_from_file_to_device(tmp_path, host_slots):
 def test_a_damaged_record_never_reaches_the_device(tmp_path):
     store = build(tmp_path)
     flip(store, 2, 3)
-    pool = SlotPool(store.layout, 2, device=DEVICE)
     with pytest.raises(TransferError, match=r"expert 3 of layer 2.*checksum"):
-        cuda_transfer(store, pool, host_slots=100)
+        filled_host_tier(store, 100)

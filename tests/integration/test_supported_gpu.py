@@ -1,5 +1,6 @@
 """What a GPU cannot do is refused by name; the rest is set up. No GPU is needed to decide."""
 
+import dataclasses
 import importlib.util
 import logging
 import shutil
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm.model_executor.layers.fused_moe.runner.moe_runner  # noqa: F401  (operators)
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.config.kernel import KernelConfig
 from vllm.model_executor.layers.fused_moe.experts import marlin_moe, triton_moe
@@ -15,11 +17,22 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import formats, patches, supported, supported_gpu
 
+BREAKABLE, SKIP_PADDING = "VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MOE_SKIP_PADDING"
 
-def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None):
-    compilation = CompilationConfig(
-        mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
-    )
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv(BREAKABLE, raising=False)
+    monkeypatch.delenv(SKIP_PADDING, raising=False)
+
+
+def config(dtype=torch.bfloat16, moe_backend="auto", quantization=None, **compilation_fields):
+    """``compilation_fields``: of CompilationConfig; vLLM's defaults on CUDA for the others."""
+    defaults = {
+        "mode": CompilationMode.VLLM_COMPILE,
+        "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
+    }
+    compilation = CompilationConfig(**{**defaults, **compilation_fields})
     compilation.set_splitting_ops_for_v1("allgather_reducescatter", 1)
     return SimpleNamespace(
         model_config=SimpleNamespace(dtype=dtype, quantization=quantization),
@@ -50,6 +63,18 @@ def test_ampere_and_later_are_allowed(capability):
         (
             {"moe_backend": "triton", "quantization": "awq"},
             ["moe_backend='triton'", "quantization='awq'", "allowed: auto, marlin"],
+        ),
+        (
+            {"use_inductor_graph_partition": True},
+            ["use_inductor_graph_partition=True", "allowed: False"],
+        ),
+        (
+            {"splitting_ops": ["vllm::unified_attention", "vllm::moe_forward"]},
+            ["splitting_ops names vllm::moe_forward:", "leave the option out"],
+        ),
+        (
+            {"splitting_ops": ["vllm::moe_forward_shared"]},
+            ["splitting_ops names vllm::moe_forward_shared:"],
         ),
     ],
     ids=str,
@@ -88,12 +113,37 @@ def test_a_kernel_that_the_user_chose_stays():
     assert allowed.kernel_config.moe_backend == "marlin"
 
 
-def test_what_is_allowed_is_set_up():
-    allowed = config()
+@pytest.mark.parametrize("mode", CUDAGraphMode, ids=lambda mode: mode.name)
+@pytest.mark.parametrize("compilation", [CompilationMode.NONE, CompilationMode.VLLM_COMPILE])
+def test_vllms_own_graphs_are_allowed_and_stay(mode, compilation, monkeypatch):
+    monkeypatch.setenv(BREAKABLE, "1")
+    allowed = config(mode=compilation, cudagraph_mode=mode)
+    before = dataclasses.asdict(allowed.compilation_config)
+    assert list(supported_gpu.problems(allowed, (9, 0))) == []
     supported_gpu.prepare(allowed, (9, 0))
-    assert allowed.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
-    assert not set(supported_gpu.MOE_OPS) & set(allowed.compilation_config.splitting_ops)
-    assert problems() == list(supported_gpu.problems(allowed, (9, 0)))
+    assert dataclasses.asdict(allowed.compilation_config) == before
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_inductor_graph_partition": True}, {"splitting_ops": ["vllm::moe_forward"]}]
+)
+def test_what_only_graphs_cannot_do_is_allowed_without_them(fields):
+    assert problems(cudagraph_mode=CUDAGraphMode.NONE, **fields) == []
+
+
+def test_padding_must_be_told(monkeypatch):
+    monkeypatch.setenv(SKIP_PADDING, "0")
+    (problem,) = problems()
+    assert problem.startswith("VLLM_MOE_SKIP_PADDING=0: ")
+    assert "allowed: 1" in problem
+    monkeypatch.setenv(SKIP_PADDING, "1")
+    assert problems() == []
+
+
+def test_the_operators_of_experts_are_vllms():
+    for name in supported_gpu.MOE_OPS:
+        namespace, operator = name.split("::")
+        assert hasattr(getattr(torch.ops, namespace), operator)
 
 
 class Platform(SimpleNamespace):
@@ -121,7 +171,7 @@ def test_platforms(monkeypatch):
     assert "ROCm" in problem
 
 
-def test_a_gpu_without_triton_is_refused_before_loading(monkeypatch):
+def test_a_gpu_is_asked_for_its_capability_and_for_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     capability, triton = platform_problems(monkeypatch, "cuda", host_gb=4)
     assert "7.0" in capability
@@ -142,34 +192,6 @@ def test_triton_needs_a_c_compiler(cc, asked, monkeypatch):
     assert "CC" in problem
     there.append(asked[-1])
     assert not list(supported_gpu.triton_problems())
-
-
-@pytest.mark.parametrize("mode", list(CUDAGraphMode))
-@pytest.mark.parametrize("breakable", ["0", "1"])
-def test_any_graphs_of_vllm_stand(mode, breakable, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", breakable)
-    asked = config()
-    asked.compilation_config.cudagraph_mode = mode
-    assert not list(supported_gpu.problems(asked, (9, 0)))
-    supported_gpu.prepare(asked, (9, 0))
-    assert asked.compilation_config.cudagraph_mode == mode
-
-
-def test_inductors_partition_and_split_experts_are_refused():
-    asked = config()
-    asked.compilation_config.use_inductor_graph_partition = True
-    asked.compilation_config.splitting_ops += ["vllm::moe_forward_shared"]
-    partition, split = supported_gpu.problems(asked, (9, 0))
-    assert partition.startswith("use_inductor_graph_partition=True")
-    assert split.startswith("splitting_ops with vllm::moe_forward_shared")
-    asked.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-    assert not list(supported_gpu.problems(asked, (9, 0)))
-
-
-def test_padding_must_be_told(monkeypatch):
-    monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
-    (problem,) = problems()
-    assert problem.startswith("VLLM_MOE_SKIP_PADDING=0")
 
 
 def test_host_gb_is_refused_without_a_gpu(monkeypatch):

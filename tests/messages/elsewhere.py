@@ -22,9 +22,9 @@ ELSEWHERE = {
     "dtype=...: experts of this type": GPU + "tests/integration/test_supported_gpu.py",
     "Triton is not installed": GPU + "tests/integration/test_supported_gpu.py",
     "no C compiler": GPU + "tests/integration/test_supported_gpu.py",
-    "VLLM_MOE_SKIP_PADDING=0": GPU + "tests/integration/test_supported_gpu.py",
     "use_inductor_graph_partition=True": GPU + "tests/integration/test_supported_gpu.py",
-    "splitting_ops with ...": GPU + "tests/integration/test_supported_gpu.py",
+    "splitting_ops names": GPU + "tests/integration/test_supported_gpu.py",
+    "VLLM_MOE_SKIP_PADDING=0": GPU + "tests/integration/test_supported_gpu.py",
     "enable_lora=True without": GPU + "tests/integration/test_lora.py",
     "lora_target_modules=...": GPU + "tests/integration/test_lora.py",
     "LoRA adapter ... has weights": GPU + "tests/integration/test_lora.py",
@@ -58,11 +58,11 @@ ELSEWHERE = {
     "the GPU has too little memory to pack": GPU + "tests/integration/test_marlin_slots.py",
     "host_gb=... holds": GPU + "tests/cache/test_sizing.py",
     "bytes of host memory for": GPU + "tests/transfer/test_host_tier.py",
-    "cannot page-lock ...": GPU + "tests/transfer/test_page_lock.py",
     "MoE offload: the host plans": "a warning; " + GPU + "tests/integration/test_gpu_memory.py",
     "MoE offload: the cache holds fewer": "a warning; "
     + GPU
     + "tests/integration/test_gpu_memory.py",
+    "cannot page-lock": GPU + "tests/transfer/test_page_lock.py",
     "would run on ...": GPU + "tests/integration/test_supported_gpu.py",
     "instead of RAM": GPU
     + "tests/integration/test_loading_boundary.py::test_kernel_form_must_be_in_ram",

@@ -1,33 +1,41 @@
-"""Page-locking: what is asked of the driver, and what is said when it refuses. Needs no GPU."""
+"""PageLocked over a driver that notes what it is asked: once for all, and once back."""
 
+from __future__ import annotations
+
+import enum
+import gc
 import platform
 import resource
 
-import numpy as np
 import pytest
 import torch
 
-from vllm_moe_offload.transfer.page_lock import PageLocked, PageLockError, refusal
+from tests.stores import aligned
+from vllm_moe_offload.transfer.page_lock import PageLocked, PageLockError
+
+
+class Code(enum.IntEnum):
+    success = 0
+    out_of_memory = 2
 
 
 class Driver:
-    """In place of torch.cuda.cudart()."""
+    """In the place of ``torch.cuda.cudart()``."""
 
-    def __init__(self, error=0):
-        self.error = error
-        self.locked = {}
+    def __init__(self):
+        self.calls = []
+        self.answer = Code.success
 
     def cudaHostRegister(self, address, nbytes, flags):
-        if not self.error:
-            self.locked[address] = (nbytes, flags)
-        return self.error
+        self.calls.append(("register", address, nbytes, flags))
+        return self.answer
 
     def cudaHostUnregister(self, address):
-        del self.locked[address]
-        return 0
+        self.calls.append(("unregister", address))
+        return self.answer
 
-    def cudaGetErrorString(self, error):
-        return "out of memory"
+    def cudaGetErrorString(self, code):
+        return str(Code(code).name).replace("_", " ")
 
 
 @pytest.fixture
@@ -37,36 +45,61 @@ def driver(monkeypatch):
     return driver
 
 
-def test_locks_the_whole_array_for_every_context_until_closed(driver):
-    array = np.zeros(8192, np.uint8)
-    locked = PageLocked(array)
-    assert driver.locked == {array.ctypes.data: (8192, 3)}
+def test_all_is_locked_at_once_portable_and_mapped_and_unlocked_once(driver):
+    arena = aligned(8192).reshape(2, 4096)
+    locked = PageLocked(arena)
+    assert locked.arena is arena
+    address = arena.ctypes.data
+    assert driver.calls == [("register", address, 8192, 1 | 2)]
     locked.close()
     locked.close()
-    assert not driver.locked
+    assert driver.calls[1:] == [("unregister", address)]
 
 
-def test_unlocks_when_nobody_holds_it(driver):
-    locked = PageLocked(np.zeros(8192, np.uint8))
+def test_what_is_forgotten_is_unlocked(driver):
+    locked = PageLocked(aligned(4096))
     del locked
-    assert not driver.locked
+    gc.collect()
+    assert [call for call, *_ in driver.calls] == ["register", "unregister"]
 
 
-def test_a_refusal_says_what_how_much_and_what_to_do(driver, monkeypatch):
-    driver.error = 2
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**30, 2**30))
-    with pytest.raises(PageLockError) as error:
-        PageLocked(np.zeros(2**20, np.uint8))
-    assert str(error.value) == (
-        "cannot page-lock 0.00 GiB of host memory: out of memory; lower host_gb, or raise "
-        "`ulimit -l` (now 1.00 GiB) or the cgroup's memory limit"
+def refused(driver):
+    driver.answer = Code.out_of_memory
+    with pytest.raises(PageLockError) as caught:
+        PageLocked(aligned(3 << 20))
+    assert [call for call, *_ in driver.calls] == ["register"]  # nothing to unlock
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(
+        "cannot page-lock 0.00 GiB of host memory for experts: cudaHostRegister: out of memory "
+        "(2); "
     )
+    return message
 
 
-def test_wsl2_has_a_remedy_of_its_own(monkeypatch):
+@pytest.mark.parametrize(
+    ("limit_bytes", "said"), [(8 << 20, "8192 KiB"), (resource.RLIM_INFINITY, "unlimited")]
+)
+def test_a_limit_that_is_reached_is_named_with_the_remedy(
+    driver, monkeypatch, limit_bytes, said
+):
+    monkeypatch.setattr(platform, "release", lambda: "6.1.0")
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit_bytes, limit_bytes))
+    message = refused(driver)
+    assert f"lower host_gb, or raise ulimit -l (now {said})" in message
+    assert "cgroup" in message
+    assert "WSL" not in message
+
+
+def test_wsl_is_named(driver, monkeypatch):
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
-    monkeypatch.delenv("VLLM_WSL2_ENABLE_PIN_MEMORY", raising=False)
-    said = refusal(40 * 2**30, "out of memory")
-    assert "40.00 GiB" in said
-    assert "VLLM_WSL2_ENABLE_PIN_MEMORY=1 (now not set)" in said
-    assert "\n" not in said
+    message = refused(driver)
+    assert "WSL2 limits page-locked memory: lower host_gb" in message
+    assert "VLLM_WSL2_ENABLE_PIN_MEMORY=1" in message
+
+
+def test_a_driver_that_does_not_unlock_is_told(driver):
+    locked = PageLocked(aligned(4096))
+    driver.answer = Code.out_of_memory
+    with pytest.raises(RuntimeError, match=r"cudaHostUnregister: out of memory \(2\)"):
+        locked.close()

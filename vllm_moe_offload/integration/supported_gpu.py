@@ -19,6 +19,7 @@ logger = logging.getLogger("vllm.moe_offload")
 MIN_CAPABILITY = (8, 0)
 DTYPES = ("torch.bfloat16", "torch.float16")
 MOE_OPS = ("vllm::moe_forward", "vllm::moe_forward_shared")
+"""vLLM's operators, inside which experts are computed."""
 
 
 def problems(config: Any, capability: tuple[int, int] | None) -> Iterator[str]:
@@ -31,7 +32,7 @@ def problems(config: Any, capability: tuple[int, int] | None) -> Iterator[str]:
     if capability is None or tuple(capability) < MIN_CAPABILITY:
         found = "unknown" if capability is None else ".".join(map(str, capability))
         yield (
-            f"compute capability {found}: nothing was compiled for it or run on it; allowed: "
+            f"compute capability {found}: the cache's kernels were never compiled for it; allowed: "
             f"{'.'.join(map(str, MIN_CAPABILITY))} and later"
         )
         return
@@ -51,26 +52,31 @@ def problems(config: Any, capability: tuple[int, int] | None) -> Iterator[str]:
             f"{', '.join(('auto', *backends))}"
         )
     yield from _graph_problems(config.compilation_config)
+    if not envs.VLLM_MOE_SKIP_PADDING:
+        yield (
+            "VLLM_MOE_SKIP_PADDING=0: vLLM would not say which tokens are padding, and experts "
+            "would be fetched for them; allowed: 1 (vLLM's default)"
+        )
 
 
 def _graph_problems(compilation: Any) -> Iterator[str]:
-    if not envs.VLLM_MOE_SKIP_PADDING:
-        yield (
-            "VLLM_MOE_SKIP_PADDING=0: vLLM then does not say which rows of a CUDA graph are padding, "
-            "and experts would be fetched for them; allowed: 1"
-        )
+    """What about CUDA graphs cannot work: any mode can, cut or not where vLLM cuts by itself.
+
+    A piece that begins behind an operator reads its results where they lay at capture, and the
+    MoE operators return new tensors.
+    """
     if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return
     if compilation.use_inductor_graph_partition:
         yield (
-            "use_inductor_graph_partition=True: CUDA graphs of Inductor's parts were never run with "
-            "offload; allowed: False"
+            "use_inductor_graph_partition=True: Inductor's cuts of graphs were never run with "
+            "offload; allowed: False (vLLM's default)"
         )
-    split = [op for op in MOE_OPS if op in (compilation.splitting_ops or ())]
+    split = [op for op in compilation.splitting_ops or () if op in MOE_OPS]
     if split:
         yield (
-            f"splitting_ops with {', '.join(split)}: a graph behind an expert layer would read where "
-            "its results lay when it was captured; leave them out"
+            f"splitting_ops names {', '.join(split)}: a graph that begins behind experts would "
+            "read stale results; leave the option out"
         )
 
 

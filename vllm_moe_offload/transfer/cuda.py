@@ -20,7 +20,7 @@ _MEASURED_COPIES = 5
 
 def filled_host_tier(
     store: ExpertStore,
-    num_slots: int,
+    host_slots: int,
     *,
     num_threads: int = DEFAULT_THREADS,
     cpus: Sequence[int] = (),
@@ -28,20 +28,21 @@ def filled_host_tier(
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[HostTier, PageLocked]:
-    """A host tier with experts in all of its slots, page-locked.
+    """A host tier with experts in all slots, and its arena page-locked.
 
     Args:
         store: what to serve.
-        num_slots: experts in host memory, 2 at least; more than the store has are all of them.
+        host_slots: experts in host memory, 2 at least; more than the store has are all of them.
         num_threads, cpus, direct, verify: as :class:`TransferEngine`.
         progress: called with the number of experts read into host memory and their total.
 
     Raises:
-        MemoryError: the system refuses the host memory, or to lock it.
+        MemoryError: the system refuses the host memory.
+        PageLockError: the driver refuses to lock it.
         TransferError: an expert cannot be read.
     """
     host = HostTier(
-        store, num_slots, num_threads=num_threads, cpus=cpus, direct=direct, verify=verify
+        store, host_slots, num_threads=num_threads, cpus=cpus, direct=direct, verify=verify
     )
     with contextlib.ExitStack() as on_error:
         on_error.callback(host.close)
@@ -64,16 +65,16 @@ def cuda_transfer(
 ) -> DeviceTransfer:
     """Fills the host tier from the store and connects it to the pool.
 
-    Leaves expert 0 of layer 0 in slot 0 of the pool: the copy whose time is taken.
+    Leaves an expert in slot 0 of the pool: the copy whose time is taken.
 
     Args:
         store: what to serve.
         pool: ``SlotPool(store.layout, num_slots, device=torch.device("cuda", index))``.
-        host_slots, num_threads, cpus, direct, verify, progress: see :func:`filled_host_tier`.
+        host_slots, num_threads, cpus, direct, verify, progress: as :func:`filled_host_tier`.
 
     Raises:
-        MemoryError: the system refuses the host memory, or to lock it.
-        TransferError: an expert cannot be read.
+        CopyError: the device or the driver refuses; names call and reason.
+        MemoryError, PageLockError, TransferError: as :func:`filled_host_tier`.
     """
     host, locked = filled_host_tier(
         store,
@@ -87,7 +88,8 @@ def cuda_transfer(
     with contextlib.ExitStack() as on_error:
         on_error.callback(locked.close)
         on_error.callback(host.close)
-        copier = TorchCopier(pool, host.arena, locked)
+        copier = TorchCopier(pool, locked)
+        on_error.callback(copier.close)
         transfer = DeviceTransfer(host, copier, expert_ns=_measure_copy_ns(copier))
         on_error.pop_all()
     return transfer

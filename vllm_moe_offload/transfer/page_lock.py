@@ -1,8 +1,7 @@
-"""Memory that the system leaves where it is, so that a device reads it by itself."""
+"""Host memory that a CUDA device copies from, page-locked where it lies."""
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import weakref
@@ -11,59 +10,81 @@ import torch
 
 from vllm_moe_offload.transfer.record_reader import Bytes
 
-_GIB = 2**30
-_PORTABLE_AND_MAPPED = 1 | 2
-"""cudaHostRegisterPortable and cudaHostRegisterMapped: for every context, at an address of the
-device's."""
+_GIB = 1 << 30
+_PORTABLE, _MAPPED = 1, 2
+"""``cudaHostRegisterPortable`` and ``cudaHostRegisterMapped``."""
 
 
 class PageLockError(MemoryError):
-    """The system or the driver refuses to lock memory; one line with the remedy."""
+    """Host memory cannot be page-locked; the message names size, reason and remedy."""
 
 
 class PageLocked:
-    """An array whose pages stay where they are until :meth:`close`."""
+    """An arena whose pages stay where they are, and have addresses on the device.
 
-    def __init__(self, array: Bytes) -> None:
-        """Locks an array that exists, and keeps it alive.
+    torch finds such memory pinned, whoever allocated it.
+
+    Attributes:
+        arena: as given; kept alive.
+    """
+
+    def __init__(self, arena: Bytes) -> None:
+        """Page-locks all of the arena, in one range that a kernel can read from end to end.
 
         Args:
-            array: uint8, contiguous, page aligned; its pages are best touched before.
+            arena: uint8, contiguous and page aligned. Its pages should be there already: the
+                driver brings in those that are missing with one thread.
 
         Raises:
-            PageLockError: that is refused.
+            PageLockError: the driver refuses.
         """
-        address, nbytes = array.ctypes.data, array.nbytes
-        error = torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE_AND_MAPPED)
-        if int(error) != 0:
-            raise PageLockError(refusal(nbytes, torch.cuda.cudart().cudaGetErrorString(error)))
-        self._finalizer = weakref.finalize(self, _unlock, address, array)
+        self.arena = arena
+        address = arena.ctypes.data
+        code = torch.cuda.cudart().cudaHostRegister(address, arena.nbytes, _PORTABLE | _MAPPED)
+        if int(code):
+            raise PageLockError(
+                f"cannot page-lock {arena.nbytes / _GIB:.2f} GiB of host memory for experts: "
+                f"cudaHostRegister: {_words(code)}; {_remedy()}"
+            )
+        # Memory must not be freed while it is locked: hence the argument.
+        self._finalizer = weakref.finalize(self, _unlock, address, arena)
         self._finalizer.atexit = False  # the driver may be gone by then
 
     def close(self) -> None:
-        """Unlocks the array, which no device reads any more. Safe to repeat."""
+        """Unlocks the arena. Nothing may be copied from it any more. Safe to repeat.
+
+        Raises:
+            RuntimeError: the driver refuses; names the reason.
+        """
         self._finalizer()
 
 
-def _unlock(address: int, array: Bytes) -> None:
-    del array  # alive until here
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _unlock(address: int, kept_alive: Bytes) -> None:
+    del kept_alive
+    code = torch.cuda.cudart().cudaHostUnregister(address)
+    if int(code):
+        raise RuntimeError(f"cudaHostUnregister: {_words(code)}")
 
 
-def refusal(nbytes: int, reason: str) -> str:
-    """What an error says of memory that cannot be page-locked.
+def _words(code: int) -> str:
+    """The driver's, and its number of the error."""
+    return f"{torch.cuda.cudart().cudaGetErrorString(code)} ({int(code)})"
 
-    Args:
-        nbytes: to be locked.
-        reason: in the driver's words.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    allowed = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / _GIB:.2f} GiB"
-    remedy = f"lower host_gb, or raise `ulimit -l` (now {allowed}) or the cgroup's memory limit"
+
+def _remedy() -> str:
     if "microsoft" in platform.release().lower():
-        remedy = (
-            "WSL2 lets little memory be locked: lower host_gb; vLLM itself locks memory there only "
-            "with VLLM_WSL2_ENABLE_PIN_MEMORY=1 "
-            f"(now {os.environ.get('VLLM_WSL2_ENABLE_PIN_MEMORY', 'not set')})"
+        return (
+            "WSL2 limits page-locked memory: lower host_gb; vLLM itself pins memory there only "
+            "with VLLM_WSL2_ENABLE_PIN_MEMORY=1"
         )
-    return f"cannot page-lock {nbytes / _GIB:.2f} GiB of host memory: {reason}; {remedy}"
+    return (
+        f"lower host_gb, or raise ulimit -l (now {_memlock_limit()}) or the memory limit of "
+        "the process's cgroup"
+    )
+
+
+def _memlock_limit() -> str:
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit_bytes == resource.RLIM_INFINITY:
+        return "unlimited"
+    return f"{limit_bytes // 1024} KiB"  # as the shell says it
