@@ -112,7 +112,7 @@ class Contestant:
         )
         executor: Any = self.llm.llm_engine.model_executor
         runtime = find_runtime(executor.driver_worker.worker.model_runner.get_model())
-        if runtime is None:
+        if not isinstance(runtime, OffloadRuntime):
             raise RuntimeError(f"{arguments['name']}: no experts of the model are offloaded")
         self.runtime = runtime
         self.oracle: Oracle | None = None
