@@ -98,6 +98,7 @@ class Contestant:
         from vllm import LLM
 
         from vllm_moe_offload.integration.experts import find_runtime
+        from vllm_moe_offload.runtime import OffloadRuntime
 
         self.arguments = arguments
         self.llm = LLM(
