@@ -29,6 +29,8 @@ from vllm_moe_offload.plan.shapes import (
     shape_of_config,
 )
 from vllm_moe_offload.plan.shapes.kernel_form import GROUP_SIZES
+from vllm_moe_offload.plan.split import Split
+from vllm_moe_offload.plan.ways import Way
 from vllm_moe_offload.policy import make_policy
 
 
@@ -70,6 +72,7 @@ def test_a_plan_that_works_is_within_its_memory_and_is_what_the_server_makes(
     assume(not result.problems)
     expert_bytes = result.layout.expert_bytes
     used = shape.dense_bytes + machine.runtime_bytes + result.kv_bytes + result.cache_bytes
+    used += result.planning_bytes
     assert used <= machine.fast_bytes + (1 << 21)  # cache_gb has three decimals
     # The server, given the options that the plan prints:
     cache_gb = option(result, "--moe-offload-config.cache_gb")
@@ -81,7 +84,11 @@ def test_a_plan_that_works_is_within_its_memory_and_is_what_the_server_makes(
     }
     rows = cache_slots(options.cache_gb, expert_bytes=expert_bytes, auto_bytes=0, **sizes)
     rules = make_policy(options.mode, 1, 1).rules
-    assert result.cache == cache_shape(rows, rules=rules, **sizes)
+    staged = cache_shape(rows, rules=rules, **sizes)
+    assert result.cache.num_pool_slots == staged.num_pool_slots
+    assert result.cache.num_staging_slots == (
+        0 if result.way is Way.DEVICE else staged.num_staging_slots
+    )
     # The KV cache holds what it must, and a request no longer than allowed.
     assert result.kv_tokens >= (kv_tokens or min(2048, shape.max_tokens))
     longest = option(result, "--max-model-len")
@@ -258,3 +265,32 @@ def test_amounts_are_readable():
     assert amount(3 * GIB) == "3.00 GiB"
     assert amount(1536 * 1024) == "1.5 MiB"
     assert amount(5000 * GIB) == "5,000.00 GiB"
+
+
+@pytest.mark.parametrize(
+    ("shape", "machine", "split", "way", "why"),
+    [
+        (MIXTRAL, cpu(64), Split(), None, ""),
+        (MIXTRAL, gpu(24, 128), Split(), Way.DEVICE, ""),
+        (MIXTRAL, gpu(141, 128), Split(), Way.RESIDENT, ""),
+        (MIXTRAL, gpu(24, 64), Split(), Way.HOST, "host memory holds"),
+        (known("gpt-oss-120b"), gpu(24, 96), Split(), Way.HOST, "experts are quantised (mxfp4)"),
+        (
+            MIXTRAL,
+            gpu(24, 256),
+            Split(tensor_parallel=2, has_expert_parallel=True),
+            Way.HOST,
+            "workers divide the experts",
+        ),
+        (MIXTRAL, gpu(24, 256), Split(pipeline_parallel=2), Way.HOST, "divide the layers"),
+    ],
+)
+def test_who_plans_a_gpus_cache(shape, machine, split, way, why):
+    result = fit(shape, machine, split=split)
+    assert not result.problems
+    assert result.way is way
+    assert why in result.why_host
+    assert (way is Way.HOST) is bool(result.why_host)
+    assert (result.planning_bytes > 0) is (way is Way.DEVICE)
+    if way is Way.DEVICE:
+        assert not result.cache.num_staging_slots

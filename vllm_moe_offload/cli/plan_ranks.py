@@ -18,6 +18,7 @@ from vllm_moe_offload.cli.plan_report import (
     model_figures,
     model_lines,
     sayer,
+    way_lines,
 )
 from vllm_moe_offload.plan.cluster import ClusterFit, RankKind
 from vllm_moe_offload.plan.fit import HIT_RATES, Fit
@@ -63,6 +64,8 @@ class RankReport:
             console.print(_ranks_table(cluster))
             say(f"Least room is on rank {cluster.tightest.ranks[0]}:")
             console.print(memory_table(cluster.tightest.fit))
+            for line in way_lines(cluster.tightest.fit):
+                say(line)
             console.print(_nodes_table(cluster))
             if cluster.holds_everything:
                 say("All experts fit: after the start nothing is read.")

@@ -26,6 +26,7 @@ from vllm_moe_offload.plan.shapes.kernel_form import (
     place,
     refusals,
 )
+from vllm_moe_offload.plan.ways import Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Report:
         console.print(experts_table(result))
         if result.cache is not None:
             console.print(memory_table(result))
+            for line in way_lines(result):
+                say(line)
             if result.cache.holds_everything:
                 say("All experts fit: after the start nothing is read.")
             else:
@@ -184,11 +187,12 @@ def memory_table(result: Fit) -> Table:
         f"  KV cache: {result.kv_tokens:,} tokens of {shape.kv.bytes_per_token:,} bytes",
         amount(result.kv_bytes),
     )
-    table.add_row(
-        f"  expert cache: {cache.num_slots:,} slots ({result.cached_share:.0%}) + "
-        f"{cache.num_staging_slots} staging slots",
-        amount(result.cache_bytes),
-    )
+    slots = f"  expert cache: {cache.num_slots:,} slots ({result.cached_share:.0%})"
+    if result.way is None or result.way is Way.HOST:
+        slots += f" + {cache.num_staging_slots} staging slots"
+    table.add_row(slots, amount(result.cache_bytes))
+    if result.way is Way.DEVICE:
+        table.add_row("  what the GPU plans with", amount(result.planning_bytes))
     table.add_row(
         f"minimum cache: one token's {shape.top_k} experts of a layer",
         amount(shape.top_k * result.expert_bytes),
@@ -205,6 +209,16 @@ def memory_table(result: Fit) -> Table:
     table.add_row("host memory while the store is built", amount(result.build_bytes))
     table.add_row("store on disk (store_dir)", amount(result.store_bytes))
     return table
+
+
+def way_lines(result: Fit) -> Iterator[str]:
+    """With a GPU, who decides what lies there, and what that means for CUDA graphs."""
+    if result.way is Way.DEVICE:
+        yield "The GPU plans its cache, inside vLLM's own CUDA graphs."
+    elif result.way is Way.HOST:
+        yield f"The host plans the cache, without CUDA graphs: {result.why_host}."
+    elif result.way is Way.RESIDENT:
+        yield "Layer calls are vLLM's own, in its own CUDA graphs."
 
 
 def _bounds_table(result: Fit) -> Table:
@@ -288,6 +302,9 @@ def _fit_figures(result: Fit, cache: CacheShape) -> dict[str, Any]:
         "cache_bytes": result.cache_bytes,
         "cache_slots": cache.num_slots,
         "staging_rows": cache.num_staging_slots,
+        "way": None if result.way is None else result.way.name.lower(),
+        "why_host": result.why_host,
+        "planning_bytes": result.planning_bytes,
         "cached_share": result.cached_share,
         "holds_everything": cache.holds_everything,
         "exact": result.is_exact,

@@ -140,7 +140,7 @@ def fit_cluster(
     """
     machine = replace(node, ranks=split.ranks_per_node)
     shapes = [rank_shape(shape, split, rank) for rank in range(split.num_ranks)]
-    known = {one: fit(one, machine, kv_tokens) for one in dict.fromkeys(shapes)}
+    known = {one: fit(one, machine, kv_tokens, split) for one in dict.fromkeys(shapes)}
     worst = max(
         known.values(),
         key=lambda own: (len(own.problems), own.least_fast_bytes, own.build_bytes),

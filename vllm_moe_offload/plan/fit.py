@@ -18,6 +18,7 @@ from vllm_moe_offload.cache.sizing import (
     cache_slots,
 )
 from vllm_moe_offload.config import GIB
+from vllm_moe_offload.device.rule import MAX_SLOTS
 from vllm_moe_offload.plan.machine import (
     CPU_RUNTIME_BYTES,
     HOST_RUNTIME_BYTES,
@@ -40,6 +41,8 @@ from vllm_moe_offload.plan.shapes.kernel_form import (
     kernel_form,
     refusals,
 )
+from vllm_moe_offload.plan.split import Split
+from vllm_moe_offload.plan.ways import Way, gpu_way, state_bytes
 from vllm_moe_offload.policy import TracePolicy
 
 __all__ = ["Bound", "Fit", "amount", "fit", "with_shared_options"]
@@ -52,6 +55,8 @@ LEAST_KV_TOKENS = 2048
 """A KV cache for fewer tokens is not worth starting for."""
 MOST_KV_REQUESTS = 32
 """Of full length; memory beyond that is left alone."""
+
+ONE_RANK = Split()
 
 HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 RUN_MODEL_TYPES = frozenset({"mixtral", "qwen3_moe", "deepseek_v2", "olmoe", "gpt_oss"})
@@ -86,12 +91,15 @@ class Fit:
 
     Attributes:
         shape, machine: of what.
+        split: how ranks share the model, of which this is one.
         format: of the experts planned for: the model's; bf16 where that is not served there.
         layout: one of them, as its slot and its record hold it.
         kv_bytes: KV cache.
         kv_tokens: tokens of one request that it holds.
         cache_gb: the option that makes the cache.
         cache: slots and staging slots; None where there is a problem.
+        way: with a GPU, who decides what lies there; None without one, or where there is a problem.
+        why_host: why the host does; empty if it does not.
         host_expert_bytes: with a GPU, experts that host memory holds.
         build_bytes: memory that the first start takes while it builds the store.
         least_fast_bytes: fast memory with which it starts at all.
@@ -101,12 +109,15 @@ class Fit:
 
     shape: ModelShape
     machine: Machine
+    split: Split
     format: ExpertFormat
     layout: ExpertLayout
     kv_bytes: int
     kv_tokens: int
     cache_gb: str
     cache: CacheShape | None
+    way: Way | None
+    why_host: str
     host_expert_bytes: int
     build_bytes: int
     least_fast_bytes: int
@@ -127,6 +138,13 @@ class Fit:
     def cache_bytes(self) -> int:
         """Of all slots, staging included."""
         return 0 if self.cache is None else self.cache.num_pool_slots * self.expert_bytes
+
+    @property
+    def planning_bytes(self) -> int:
+        """On a GPU that plans by itself, what that takes beside the slots."""
+        if self.way is not Way.DEVICE or self.cache is None:
+            return 0
+        return _planning_bytes(self.shape, self.cache.num_slots)
 
     @property
     def cached_share(self) -> float:
@@ -194,29 +212,40 @@ def with_shared_options(result: Fit, cache_gb: str, kv_tokens: int) -> Fit:
         kv_tokens: no more than its own.
     """
     shape = result.shape
-    sizes = _sizes(shape)
-    slots = cache_slots(cache_gb, expert_bytes=result.expert_bytes, auto_bytes=0, **sizes)
+    cached = _cached(shape, result.layout, result.machine, result.split, cache_gb)
     return replace(
         result,
         cache_gb=cache_gb,
-        cache=cache_shape(slots, rules=TracePolicy.rules, **sizes),
+        cache=cached.cache,
+        way=cached.way,
+        why_host=cached.why_host,
         kv_bytes=_kv_bytes(shape, kv_tokens),
         kv_tokens=kv_tokens,
     )
 
 
-def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fit:
+def fit(
+    shape: ModelShape,
+    machine: Machine,
+    kv_tokens: int | None = None,
+    split: Split = ONE_RANK,
+) -> Fit:
     """How a model fits on a machine.
 
     Args:
-        shape: the model.
+        shape: the model, or what a rank has of it.
         machine: the machine.
         kv_tokens: tokens that the KV cache must hold; by default it gets a quarter of what
             experts and KV cache share, and all that the experts leave.
+        split: how ranks share the model.
     """
     known = _format_served(shape, machine)
     layout = kernel_form(known, machine.platform, shape.expert)
-    available = machine.fast_bytes - shape.dense_bytes - machine.runtime_bytes
+    planning_bytes = 0
+    if machine.has_gpu and _way(shape, layout, machine, split, shape.top_k)[0] is Way.DEVICE:
+        planning_bytes = _planning_bytes(shape, min(shape.total_experts, MAX_SLOTS))
+    runtime_bytes = machine.runtime_bytes + planning_bytes
+    available = machine.fast_bytes - shape.dense_bytes - runtime_bytes
     layer_bytes = shape.num_experts * layout.expert_bytes
     all_bytes = shape.total_experts * layout.expert_bytes
     least_kv_tokens = kv_tokens or min(LEAST_KV_TOKENS, shape.max_tokens)
@@ -227,7 +256,7 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
         quarter = min(available // 4, available - layer_bytes, _most_kv_bytes(shape))
         kv_bytes = max(least_kv_bytes, quarter)
     room = auto_cache_bytes(all_bytes, available, kv_bytes)
-    fixed = shape.dense_bytes + machine.runtime_bytes + least_kv_bytes
+    fixed = shape.dense_bytes + runtime_bytes + least_kv_bytes
     least = fixed + shape.top_k * layout.expert_bytes
     exact = fixed + layer_bytes
     build = build_peak_bytes(layer_bytes)
@@ -235,22 +264,27 @@ def fit(shape: ModelShape, machine: Machine, kv_tokens: int | None = None) -> Fi
     problems = [*model_problems(shape), *platform_problems(shape, machine)]
     if not problems:
         problems += memory_problems(machine, least, exact, build)
-    cache, cache_gb = None, ""
+    cached: Cached | None = None
+    cache_gb = ""
     if not problems:
-        cache_gb, cache = _cache(shape, layout.expert_bytes, room, all_bytes)
-        used = cache.num_pool_slots * layout.expert_bytes
+        cache_gb = _cache_gb(shape, layout.expert_bytes, room, all_bytes)
+        cached = _cached(shape, layout, machine, split, cache_gb)
+        used = cached.cache.num_pool_slots * layout.expert_bytes
         if kv_tokens is None:
             spare = min(available - used, _most_kv_bytes(shape))
             kv_bytes = max(least_kv_bytes, spare - spare % (1 << 20))
     return Fit(
         shape=shape,
         machine=machine,
+        split=split,
         format=known,
         layout=layout,
         kv_bytes=kv_bytes,
         kv_tokens=_kv_tokens(shape, kv_bytes),
         cache_gb=cache_gb,
-        cache=cache,
+        cache=None if cached is None else cached.cache,
+        way=None if cached is None else cached.way,
+        why_host="" if cached is None else cached.why_host,
         host_expert_bytes=min(
             shape.total_experts * layout.record_bytes, machine.host_expert_bytes
         ),
@@ -268,21 +302,59 @@ def _format_served(shape: ModelShape, machine: Machine) -> ExpertFormat:
     return shape.format
 
 
-def _cache(
-    shape: ModelShape, expert_bytes: int, room_bytes: int, all_bytes: int
-) -> tuple[str, CacheShape]:
-    """The ``cache_gb`` that fills ``room_bytes``, and what the server makes of it."""
-    sizes = _sizes(shape)
+def _cache_gb(shape: ModelShape, expert_bytes: int, room_bytes: int, all_bytes: int) -> str:
+    """The ``cache_gb`` that fills ``room_bytes``."""
     if room_bytes >= all_bytes:
-        cache_gb = "100%"
-    else:
-        slots = max(room_bytes // expert_bytes, shape.top_k)
-        # Up, or the last slot would be lost; by less than one expert.
-        digits = 3 if expert_bytes > GIB / 10**3 else 6
-        gib = math.ceil(slots * expert_bytes / GIB * 10**digits) / 10**digits
-        cache_gb = f"{gib:.{digits}f}"
-    slots = cache_slots(cache_gb, expert_bytes=expert_bytes, auto_bytes=0, **sizes)
-    return cache_gb, cache_shape(slots, rules=TracePolicy.rules, **sizes)
+        return "100%"
+    slots = max(room_bytes // expert_bytes, shape.top_k)
+    # Up, or the last slot would be lost; by less than one expert.
+    digits = 3 if expert_bytes > GIB / 10**3 else 6
+    gib = math.ceil(slots * expert_bytes / GIB * 10**digits) / 10**digits
+    return f"{gib:.{digits}f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """What a server makes of its options: see :class:`Fit`."""
+
+    cache: CacheShape
+    way: Way | None
+    why_host: str
+
+
+def _cached(
+    shape: ModelShape, layout: ExpertLayout, machine: Machine, split: Split, cache_gb: str
+) -> Cached:
+    sizes = _sizes(shape)
+    slots = cache_slots(cache_gb, expert_bytes=layout.expert_bytes, auto_bytes=0, **sizes)
+    staged = cache_shape(slots, rules=TracePolicy.rules, **sizes)
+    if not machine.has_gpu:
+        return Cached(staged, None, "")
+    way, why_host = _way(shape, layout, machine, split, slots)
+    if way is Way.DEVICE:
+        staged = CacheShape(sizes["num_layers"], sizes["num_experts"], slots)
+    return Cached(staged, way, why_host)
+
+
+def _way(
+    shape: ModelShape, layout: ExpertLayout, machine: Machine, split: Split, num_slots: int
+) -> tuple[Way, str]:
+    kind = _format_served(shape, machine).kind
+    return gpu_way(
+        holds_everything=num_slots >= shape.total_experts,
+        quantization=None if kind == "bf16" else kind,
+        expert_parallel=split.has_expert_parallel,
+        pipeline_parallel=split.pipeline_parallel > 1,
+        drafter_has_experts=False,
+        num_slots=num_slots,
+        num_host_slots=machine.host_expert_bytes // layout.record_bytes,
+        num_total=shape.total_experts,
+    )
+
+
+def _planning_bytes(shape: ModelShape, num_slots: int) -> int:
+    sizes = _sizes(shape)
+    return state_bytes(num_slots=num_slots, max_tokens=BATCH_TOKENS, **sizes)
 
 
 def _sizes(shape: ModelShape) -> dict[str, int]:
