@@ -98,6 +98,7 @@ class Contestant:
         from vllm import LLM
 
         from vllm_moe_offload.integration.experts import find_runtime
+        from vllm_moe_offload.runtime import OffloadRuntime
 
         self.arguments = arguments
         self.llm = LLM(
@@ -112,7 +113,7 @@ class Contestant:
         )
         executor: Any = self.llm.llm_engine.model_executor
         runtime = find_runtime(executor.driver_worker.worker.model_runner.get_model())
-        if runtime is None:
+        if not isinstance(runtime, OffloadRuntime):
             raise RuntimeError(f"{arguments['name']}: no experts of the model are offloaded")
         self.runtime = runtime
         self.oracle: Oracle | None = None

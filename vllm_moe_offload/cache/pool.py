@@ -77,10 +77,6 @@ class SlotPool:
             raise ValueError(f"the slots are on {self.device}: only a copier can write to them")
         return dict(self._bytes)
 
-    def addresses(self) -> dict[str, int]:
-        """Where each parameter's slots begin, on the pool's device: the targets of a copier."""
-        return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-
 
 def _slots_in_ram(spec: TensorSpec, num_slots: int, touch: bool) -> npt.NDArray[np.uint8]:
     nbytes = num_slots * spec.nbytes

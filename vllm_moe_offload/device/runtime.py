@@ -161,9 +161,12 @@ class DeviceRuntime:
             return
         counters = self._on_host(self._cache.counters)
         counters.copy_(self._cache.counters, non_blocking=True)
-        self.arrivals.after(
-            self._record_event(), lambda: self._publish(*counters.tolist(), num_steps)
-        )
+
+        def arrived() -> None:
+            hits, misses = counters.tolist()
+            self._publish(hits, misses, num_steps)
+
+        self.arrivals.after(self._record_event(), arrived)
 
     def verify(self, ends: Mapping[str, int]) -> None:
         """Says which drafted tokens of the steps so far are their requests'; before the next step,

@@ -43,8 +43,7 @@ def options_of(vllm_config: VllmConfig) -> OffloadConfig:
 #   remove when: a plugin can register arguments.
 # EngineArgs.create_engine_config (engine/arg_utils.py)
 #   why: what cannot work with offload is refused, by name, before a process starts or a model
-#     loads; on a GPU the MoE kernel and the splitting of CUDA graphs are set, on a CPU the share
-#     of RAM that vLLM asks for.
+#     loads; on a GPU the MoE kernel is set, on a CPU the share of RAM that vLLM asks for.
 #   upstream: no plugin hook receives the VllmConfig before it is used.
 #   remove when: one does.
 def install() -> None:

@@ -60,9 +60,9 @@ def problems(config: Any, capability: tuple[int, int] | None) -> Iterator[str]:
 
 
 def _graph_problems(compilation: Any) -> Iterator[str]:
-    """What about CUDA graphs cannot work: any mode can, cut or not where vLLM cuts by itself.
+    """What about CUDA graphs cannot work; every ``cudagraph_mode`` of vLLM's does.
 
-    A piece that begins behind an operator reads its results where they lay at capture, and the
+    A graph that begins behind an operator reads its results where they lay at capture, and the
     MoE operators return new tensors.
     """
     if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):

@@ -53,9 +53,9 @@ class TorchCopier:
         self._device = pool.device
         self._cuda = cuda
         self._tensors = _tensors_of(pool, torch.from_numpy(arena))
-        with _reported("creating streams and events"):
+        with _reported("creating streams"):
             self._lanes = [cuda.Stream(pool.device) for _ in (DEMAND_LANE, PREFETCH_LANE)]
-            self._computed = cuda.Event()
+        self._computed = cuda.Event()
         self._events: list[Any] = []  # by ticket
         self._free_tickets: list[int] = []
         self._tickets_in_use: set[int] = set()
@@ -140,8 +140,7 @@ class TorchCopier:
     def _take_ticket(self) -> int:
         if not self._free_tickets:
             self._free_tickets.append(len(self._events))
-            with _reported("creating an event"):
-                self._events.append(self._cuda.Event())
+            self._events.append(self._cuda.Event())  # the device has it once it is recorded
         ticket = self._free_tickets.pop()
         self._tickets_in_use.add(ticket)
         return ticket

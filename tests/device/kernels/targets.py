@@ -43,7 +43,12 @@ class Compiled:
     """
 
     def __init__(self, capability: int, kernels: Any) -> None:
-        self.kernels: list[Any] = [kernels.count, kernels.plan, kernels.gather]
+        self.kernels: list[Any] = [
+            kernels.count,
+            kernels.plan,
+            kernels.gather,
+            kernels.rename,
+        ]
         self.capability = capability
 
     def __enter__(self) -> Compiled:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.device.in_a_graph import InAGraph
 from tests.device.kernels.harness import LAYOUT
 from tests.device.kernels.targets import CAPABILITIES, Compiled, resources
 from vllm_moe_offload.device import cache, kernels
@@ -169,3 +170,15 @@ def test_nothing_compiles_while_serving() -> None:
             call(device_cache, layer, tokens)
             device_cache.rename(tokens.ids)
             assert len(compiled.variants()) == num_warm, f"{num_tokens} tokens, layer {layer}"
+
+
+@pytest.mark.parametrize("num_slots", [1536, 100], ids=["at once", "waves"])
+@pytest.mark.parametrize("num_tokens", [1, 200], ids=["few tokens", "many"])
+def test_launches_wait_for_nothing_and_make_no_tensor(num_tokens: int, num_slots: int) -> None:
+    device_cache = made(NUM_EXPERTS, num_slots)
+    buffers = Buffers(MAX_TOKENS, 8, torch.int32)
+    tokens = buffers.tokens(num_tokens)
+    with Compiled(90, kernels), InAGraph():
+        call(device_cache, 0, tokens)
+        device_cache.rename(tokens.ids)
+        device_cache.note(0, tokens)
