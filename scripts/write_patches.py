@@ -70,7 +70,9 @@ A vLLM that lacks one of these functions is refused by name
 
 TAIL = """
 Some of vLLM's settings are changed as well. On a GPU `moe_backend` becomes `triton` or `marlin`, by
-the checkpoint's format ([architecture.md](architecture.md#on-a-gpu)). On a CPU
+the checkpoint's format ([architecture.md](architecture.md#on-a-gpu)). Where the host plans,
+`cudagraph_mode` becomes `NONE`; where the GPU plans with fewer slots than a layer has experts,
+graphs are captured for small batches only. On a CPU
 `gpu_memory_utilization` (of RAM) is lowered to what there is, unless it or
 `--kv-cache-memory-bytes` was given. With `record_trace`, `shutdown_timeout` becomes 60 s if it was 0.
 

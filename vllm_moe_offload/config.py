@@ -48,15 +48,17 @@ class OffloadConfig(BaseModel):
         Mode,
         Field(
             description="Who stays in the cache. trace: request-level traces decide; lru, "
-            "lru-layer, lfu, lrfu: plain policies; off: vLLM untouched."
+            "lru-layer, lfu, lrfu: plain policies; off: vLLM untouched. Where a GPU plans by "
+            "itself (cuda.md), all modes but off have one rule, that of lrfu."
         ),
     ] = "off"
     cache_gb: Annotated[
         float | str,
         Field(
-            description="Fast memory for experts, staging slots included: a number of GiB, a "
-            'share of all experts such as "25%", or "auto" (all experts if they fit beside '
-            "the KV cache, else what is left after it).",
+            description="Fast memory for experts, RAM of a CPU server or a GPU's own, with the "
+            "staging slots that the host needs where it plans: a number of GiB, a share of all "
+            'experts such as "25%", or "auto" (all experts if they fit beside the KV cache, '
+            "else what is left after it).",
             json_schema_extra={"unit": "GiB"},
         ),
     ] = "auto"
@@ -65,7 +67,8 @@ class OffloadConfig(BaseModel):
         Field(
             description="With a GPU: page-locked host memory for experts: a number of GiB, a "
             'share of all experts such as "50%", or "auto" (all experts if they fit, else what '
-            "the system can spare). What does not fit is read from the store when it is used."
+            "the system can spare). The GPU plans by itself only if it holds all of them; what "
+            "does not fit is read from the store when it is used."
         ),
     ] = "auto"
     store_dir: Annotated[
@@ -88,7 +91,8 @@ class OffloadConfig(BaseModel):
     prefetch: Annotated[
         bool,
         Field(
-            description="Whether trace mode reads ahead what the next layers will probably use."
+            description="Whether trace mode reads ahead what the next layers will probably use. "
+            "Without effect where a GPU plans by itself."
         ),
     ] = True
     trace_path: Annotated[

@@ -201,8 +201,8 @@ def install_model_patches() -> None:
 #   remove when: FusedMoE takes a map from block experts to rows of the weights.
 # Worker.determine_available_memory, .compile_or_warm_up_model (v1/worker/gpu_worker.py)
 #   why: the V2 runner's captures call the model beside _dummy_run, and its warm-up goes
-#     through execute_model with made-up requests: experts would be read for them, and traced. And
-#     when the last of it is over, a cache that the device plans begins to be one.
+#     through execute_model with made-up requests: experts would be read for them, and traced. Where
+#     the device plans, calls begin to move its cache when the second of them has returned.
 #   upstream: v1/worker/gpu/cudagraph_utils.py, v1/worker/gpu/warmup.py.
 #   remove when: warm-up steps are marked as such.
 def install_cuda_patches() -> None:
@@ -229,8 +229,8 @@ def install_cuda_patches() -> None:
 #   remove when: ForwardContext carries the request of every row.
 # GPUModelRunner.execute_model (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)
 #   why: the scheduler's output names the requests that ended; what they used is learned from
-#     and their own history is dropped. Behind the forward pass the routing of a device's log is
-#     copied, before the next one writes over it.
+#     and their own history is dropped. Where the device plans, the step's routing is copied behind
+#     the forward pass, before the next one writes over it.
 #   upstream: no hook for the end of a request in a worker.
 #   remove when: workers are told of the end of a request.
 # GPUModelRunner.sample_tokens (v1/worker/gpu_model_runner.py, v1/worker/gpu/model_runner.py)

@@ -53,8 +53,8 @@ def prepare(config: Any) -> None:
     """Sets a VllmConfig without :func:`problems` up for its drafter.
 
     With asynchronous scheduling a step begins before it is known which of the last one's guesses
-    were right, so that where its tokens lie is a guess, too. It brings nothing here: the host
-    waits for the routing of every layer.
+    were right, so that where its tokens lie is a guess, too. It would bring nothing where the host
+    plans, which waits for the routing of every layer.
     """
     if config.speculative_config is not None and config.scheduler_config.async_scheduling:
         config.scheduler_config.async_scheduling = False
