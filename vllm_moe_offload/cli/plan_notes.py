@@ -9,6 +9,7 @@ from vllm_moe_offload.cli.plan_model import Model
 from vllm_moe_offload.plan.cluster import ClusterFit
 from vllm_moe_offload.plan.fit import RUN_MODEL_TYPES, Fit
 from vllm_moe_offload.plan.shapes.kernel_form import place
+from vllm_moe_offload.plan.ways import Way
 
 
 def notes(model: Model, result: Fit, *, has_link: bool, has_kv_tokens: bool) -> list[str]:
@@ -109,6 +110,11 @@ def _what_has_not_run(model: Model, result: Fit) -> Iterator[str]:
     shape = model.shape
     if shape.model_type not in RUN_MODEL_TYPES:
         yield f"The plugin has not been run with {shape.model_type} models yet."
+    if result.way is Way.DEVICE:
+        yield (
+            "A cache that the GPU plans has not run on one yet; its rule and its kernels have, on "
+            "CPUs."
+        )
     if not result.has_run:
         where = place(result.machine.platform)
         yield f"{result.format.name} experts: not run on a {where} yet; bf16 ones were."
