@@ -90,7 +90,7 @@ def test_mixtral_has_256_experts_of_352_321_536_bytes(capsys):
         ),
         (
             "Qwen3-30B-A3B",
-            ["--device-memory=80", "--host-memory=64"],
+            ["--device-memory=141", "--host-memory=64"],
             "Layer calls are vLLM's own, in its own CUDA graphs.",
             "resident",
         ),
