@@ -98,6 +98,7 @@ def scrape(server: Server) -> dict[str, dict[str, float]]:
             if name == "policy_info":
                 expected |= {"policy": "trace", "prefetch": "on", "version": __version__}
                 assert labels.pop("part")
+                assert labels.pop("way") == "host"
             assert labels == expected
     return found
 
