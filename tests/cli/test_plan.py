@@ -117,6 +117,64 @@ def test_gpt_oss_120b_is_served_from_slots_of_a_24_gib_gpu(capsys):
     assert document["fit"]["has_run"] is False
 
 
+GPU = ["--device-memory=24GiB", "--host-memory=96GiB"]
+BY_GPU = "The GPU plans its cache, inside vLLM's own CUDA graphs."
+BY_HOST = "The host plans the cache, without CUDA graphs: experts are quantised (mxfp4)."
+BY_NOBODY = "Layer calls are vLLM's own, in its own CUDA graphs."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "way", "line", "rows"),
+    [
+        (["Qwen3-30B-A3B", *GPU], "device", BY_GPU, {"plans with", "in host memory"}),
+        (["gpt-oss-120b", *GPU], "host", BY_HOST, {"staging", "in host memory"}),
+        (["OLMoE-1B-7B", *GPU], "resident", BY_NOBODY, set()),
+        (["Qwen3-30B-A3B", *GPU, "-tp=2"], "device", BY_GPU, {"plans with", "in host memory"}),
+        (["Qwen3-30B-A3B", "--host-memory=32GiB"], None, None, {"staging"}),
+    ],
+)
+def test_a_plan_for_a_gpu_says_who_plans(arguments, way, line, rows, capsys):
+    status, text = plan(capsys, *arguments)
+    assert status == 0
+    lines = {BY_GPU, BY_HOST, BY_NOBODY} & set(text.splitlines())
+    assert lines == ({line} if line else set())
+    table = [row for row in text.splitlines() if row.startswith("│ ")]
+    for words in ("plans with", "staging", "in host memory"):
+        assert any(words in row for row in table) is (words in rows)
+    _, document = figures(capsys, *arguments)
+    fitted = document["fit"] if "fit" in document else document["ranks"][0]["fit"]
+    assert fitted["way"] == way
+    assert bool(fitted["why_host"]) is (way == "host")
+    assert (fitted["planning_bytes"] > 0) is (way == "device")
+    assert (fitted["host_expert_bytes"] > 0) is ("in host memory" in rows)
+    assert (fitted["staging_rows"] > 0) is ("staging" in rows)
+
+
+def test_the_documents_have_the_lines_that_say_who_plans():
+    text = DOCUMENT.read_text()
+    for line in (BY_GPU, BY_HOST, BY_NOBODY):
+        assert f"| `{line}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("memory", "slots", "tokens"),
+    [("6.7GiB", "2 slots", "1 token"), ("8GiB", "6 slots", "3 tokens")],
+)
+def test_a_gpu_with_less_than_a_layer_has_graphs_of_few_tokens(memory, slots, tokens, capsys):
+    arguments = ["Mixtral-8x7B", "--host-memory=128GiB"]
+    _, text = plan(capsys, *arguments, f"--device-memory={memory}")
+    assert slots in text
+    assert f"CUDA graphs have {tokens} at most, whose experts always fit" in text
+    _, text = plan(capsys, *arguments, "--device-memory=24GiB")
+    assert "CUDA graphs have" not in text
+
+
+def test_what_is_read_from_disk_is_not_told_where_nothing_is_read(capsys):
+    _, text = plan(capsys, "OLMoE-1B-7B", "--device-memory=24GiB", "--host-memory=12GiB")
+    assert BY_NOBODY in text
+    assert "read from the store on disk" not in text
+
+
 def test_a_cpu_plan_of_quantised_experts_says_how_to_do_without_amx(capsys):
     status, text = plan(capsys, "Qwen3-30B-A3B-FP8", "--host-memory=32")
     assert status == 0
