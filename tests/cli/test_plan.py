@@ -68,6 +68,49 @@ def test_mixtral_has_256_experts_of_352_321_536_bytes(capsys):
 
 
 @pytest.mark.parametrize(
+    ("model", "machine", "line", "way"),
+    [
+        (
+            "Qwen3-30B-A3B",
+            ["--device-memory=24", "--host-memory=64"],
+            "The GPU plans its cache, inside vLLM's own CUDA graphs.",
+            "device",
+        ),
+        (
+            "Qwen3-30B-A3B",
+            ["--device-memory=24", "--host-memory=32"],
+            "The host plans the cache, without CUDA graphs: host memory holds ",
+            "host",
+        ),
+        (
+            "gpt-oss-120b",
+            ["--device-memory=24", "--host-memory=96"],
+            "The host plans the cache, without CUDA graphs: experts are quantised (mxfp4).",
+            "host",
+        ),
+        (
+            "Qwen3-30B-A3B",
+            ["--device-memory=141", "--host-memory=64"],
+            "Layer calls are vLLM's own, in its own CUDA graphs.",
+            "resident",
+        ),
+        ("Qwen3-30B-A3B", ["--host-memory=64"], None, None),
+    ],
+)
+def test_who_plans_is_said_and_why(capsys, model, machine, line, way):
+    _, text = plan(capsys, model, *machine)
+    said = [
+        one for one in text.splitlines() if "plans" in one.split(" ")[:3] or "own CUDA" in one
+    ]
+    assert [one.startswith(line or "") for one in said] == [True] * (line is not None)
+    assert ("what the GPU plans with" in text) is (way == "device")
+    assert ("staging slots" in text) is (way in ("host", None))
+    assert ("has not run on one yet" in text) is (way == "device")
+    _, document = figures(capsys, model, *machine)
+    assert document["fit"]["way"] == way
+
+
+@pytest.mark.parametrize(
     ("model", "copies"), [("gpt-oss-20b", "*/*"), ("Mixtral-8x7B", "*.pt")], ids=str
 )
 def test_copies_of_the_weights_are_not_downloaded(model, copies, capsys):

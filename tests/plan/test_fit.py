@@ -284,7 +284,13 @@ def test_amounts_are_readable():
         (MIXTRAL, gpu(24, 128), Split(), Way.DEVICE, ""),
         (MIXTRAL, gpu(141, 128), Split(), Way.RESIDENT, ""),
         (MIXTRAL, gpu(24, 64), Split(), Way.HOST, "host memory holds"),
-        (known("gpt-oss-120b"), gpu(24, 96), Split(), Way.HOST, "experts are quantised (mxfp4)"),
+        (
+            known("gpt-oss-120b"),
+            gpu(24, 96),
+            Split(),
+            Way.HOST,
+            "experts are quantised (mxfp4)",
+        ),
         (
             MIXTRAL,
             gpu(24, 256),

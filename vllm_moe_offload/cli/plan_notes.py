@@ -116,6 +116,11 @@ def _what_has_not_run(model: Model, result: Fit) -> Iterator[str]:
     shape = model.shape
     if shape.model_type not in RUN_MODEL_TYPES:
         yield f"The plugin has not been run with {shape.model_type} models yet."
+    if result.way is Way.DEVICE:
+        yield (
+            "A cache that the GPU plans has not run on one yet; its rule and its kernels have, on "
+            "CPUs."
+        )
     if not result.has_run:
         where = place(result.machine.platform)
         yield f"{result.format.name} experts: not run on a {where} yet; bf16 ones were."

@@ -33,7 +33,7 @@ EXPORTED_COUNTERS = {
     "draft_hits": "Of the hits, those of a drafter's own experts.",
     "draft_misses": "Of the misses, those of a drafter's own experts.",
     "bypasses": "Misses that were used once and not kept: nobody was evicted for them.",
-    "read_bytes": "Bytes of experts read from the store.",
+    "read_bytes": "Bytes of experts brought into the cache: from the store, or to a GPU.",
     "prefetch_issued": "Experts read ahead of their layer.",
     "prefetch_useful": "Experts read ahead that were there when their layer needed them.",
     "prefetch_late": "Experts read ahead that were under way when their layer needed them.",

@@ -15,6 +15,7 @@ from tests.device.in_a_graph import InAGraph
 from tests.device.kernels.harness import LAYOUT
 from tests.device.kernels.targets import CAPABILITIES, Compiled, resources
 from vllm_moe_offload.device import cache, kernels
+from vllm_moe_offload.plan.ways import state_bytes
 
 NUM_LAYERS = 61
 EXPERTS = (8, 60, 128, 256, 384, 1024)
@@ -182,3 +183,20 @@ def test_launches_wait_for_nothing_and_make_no_tensor(num_tokens: int, num_slots
         call(device_cache, 0, tokens)
         device_cache.rename(tokens.ids)
         device_cache.note(0, tokens)
+
+
+@pytest.mark.parametrize(("num_experts", "num_slots"), [(8, 20), (128, 1536), (384, 16384)])
+def test_memory_is_what_a_plan_says(num_experts: int, num_slots: int) -> None:
+    device_cache = made(num_experts, num_slots)
+    tensors = [part for part in vars(device_cache).values() if isinstance(part, torch.Tensor)]
+    taken = sum(tensor.nbytes for tensor in tensors)
+    max_tokens = len(device_cache.log)
+    taken += 5 * max_tokens  # votes, and that nobody pads
+    said = state_bytes(
+        num_layers=NUM_LAYERS,
+        num_experts=num_experts,
+        num_slots=num_slots,
+        max_tokens=max_tokens,
+        top_k=device_cache.top_k,
+    )
+    assert taken <= said <= 1.02 * taken + 1024
