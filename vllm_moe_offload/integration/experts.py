@@ -35,6 +35,10 @@ _library = Library("vllm_moe_offload", "FRAGMENT")
 _offloaded_classes: dict[type, type] = {}
 
 
+Runtime = OffloadRuntime | DeviceRuntime
+"""Of a worker: the host plans, layer call by layer call, or looks on between steps."""
+
+
 class LayerCalls(Protocol):
     """Whoever serves layer calls on a GPU."""
 
@@ -58,7 +62,7 @@ class OffloadedExperts:
         calls: serves the layer on a GPU; None: the operator of this module does.
     """
 
-    runtime: OffloadRuntime | DeviceRuntime | None = None
+    runtime: Runtime | None = None
     moe_layer: int = -1
     share: ExpertShare | None = None
     calls: LayerCalls | None = None
@@ -205,7 +209,7 @@ def offloaded_layers(model: torch.nn.Module) -> list[Any]:
     return layers
 
 
-def find_runtime(model: torch.nn.Module) -> OffloadRuntime | DeviceRuntime | None:
+def find_runtime(model: torch.nn.Module) -> Runtime | None:
     """The runtime of a model's offloaded layers, None if it has none."""
     for module in model.modules():
         if isinstance(module, OffloadedExperts):

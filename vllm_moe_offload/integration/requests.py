@@ -13,10 +13,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from vllm_moe_offload.device.runtime import DeviceRuntime
 from vllm_moe_offload.integration import failures, verified
-from vllm_moe_offload.integration.experts import find_runtime
-from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.integration.experts import Runtime, find_runtime
 from vllm_moe_offload.step import StepTokens
 
 logger = logging.getLogger("vllm.moe_offload")
@@ -24,7 +22,7 @@ logger = logging.getLogger("vllm.moe_offload")
 _UNKNOWN = object()
 
 
-def runtime_of(runner: Any) -> OffloadRuntime | DeviceRuntime | None:
+def runtime_of(runner: Any) -> Runtime | None:
     """The runtime behind a model runner's model, remembered on the runner."""
     runtime = getattr(runner, "_moe_offload_runtime", _UNKNOWN)
     if runtime is _UNKNOWN:
@@ -32,7 +30,7 @@ def runtime_of(runner: Any) -> OffloadRuntime | DeviceRuntime | None:
             return None  # not loaded yet
         runtime = find_runtime(runner.get_model())
         runner._moe_offload_runtime = runtime
-    return cast(OffloadRuntime | DeviceRuntime | None, runtime)
+    return cast(Runtime | None, runtime)
 
 
 def v1_prepare_inputs(

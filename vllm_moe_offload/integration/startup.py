@@ -14,11 +14,11 @@ from vllm_moe_offload.cache.planner import CacheShape, ExpertCache
 from vllm_moe_offload.cache.sizing import auto_cache_bytes, cache_shape, cache_slots
 from vllm_moe_offload.config import GIB, KEEP_NOTHING, OffloadConfig, parse_cache_size
 from vllm_moe_offload.device.followers import Followers
-from vllm_moe_offload.device.runtime import DeviceRuntime
 from vllm_moe_offload.forecast.lookahead import RouterLookahead, Routers
 from vllm_moe_offload.forecast.predictor import Predictor
 from vllm_moe_offload.integration import recording
 from vllm_moe_offload.integration.counters_dir import counters_dir
+from vllm_moe_offload.integration.experts import Runtime
 from vllm_moe_offload.integration.fast_memory import FastMemory, fast_memory
 from vllm_moe_offload.integration.placement import (
     decoder_layers,
@@ -55,7 +55,7 @@ def start_runtime(
     *,
     routers: Routers | None,
     draft_layers: list[Any],
-) -> OffloadRuntime | DeviceRuntime:
+) -> Runtime:
     """Builds pool, cache, transfer and runtime, and points the layers' parameters at the pool.
 
     Args:
