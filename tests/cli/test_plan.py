@@ -105,6 +105,7 @@ def test_who_plans_is_said_and_why(capsys, model, machine, line, way):
     assert [one.startswith(line or "") for one in said] == [True] * (line is not None)
     assert ("what the GPU plans with" in text) is (way == "device")
     assert ("staging slots" in text) is (way in ("host", None))
+    assert ("experts in host memory" in text) is (way in ("device", "host"))
     assert ("has not run on one yet" in text) is (way == "device")
     _, document = figures(capsys, model, *machine)
     assert document["fit"]["way"] == way
@@ -158,6 +159,49 @@ def test_gpt_oss_120b_is_served_from_slots_of_a_24_gib_gpu(capsys):
     _, document = figures(capsys, *arguments)
     assert document["model"]["record_bytes"] == 14_434_304
     assert document["fit"]["has_run"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "way", "said"),
+    [
+        (["-tp=2"], "device", "The GPU plans its cache"),
+        (["-tp=2", "--expert-parallel"], "host", "workers divide the experts of a layer."),
+        (["-pp=2"], "host", "workers divide the layers."),
+    ],
+)
+def test_who_plans_on_several_ranks(arguments, way, said, capsys):
+    machine = ["Qwen3-30B-A3B", "--device-memory=16GiB", "--host-memory=96GiB"]
+    _, text = plan(capsys, *machine, *arguments)
+    assert said in text
+    _, document = figures(capsys, *machine, *arguments)
+    assert {kind["fit"]["way"] for kind in document["ranks"]} == {way}
+
+
+def test_the_documents_have_the_lines_that_say_who_plans(capsys):
+    said = re.findall(r"^\| `(.* CUDA graphs.*)` \|", DOCUMENT.read_text(), re.MULTILINE)
+    assert len(said) == 3
+    for line, model in zip(said, ("OLMoE-1B-7B", "Qwen3-30B-A3B", "gpt-oss-120b"), strict=True):
+        _, text = plan(capsys, model, "--device-memory=24GiB", "--host-memory=96GiB")
+        assert line in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("memory", "slots", "tokens"),
+    [("6.7GiB", "2 slots", "1 token"), ("8GiB", "6 slots", "3 tokens")],
+)
+def test_a_gpu_with_less_than_a_layer_has_graphs_of_few_tokens(memory, slots, tokens, capsys):
+    arguments = ["Mixtral-8x7B", "--host-memory=128GiB"]
+    _, text = plan(capsys, *arguments, f"--device-memory={memory}")
+    assert slots in text
+    assert f"CUDA graphs have {tokens} at most, whose experts always fit" in text
+    _, text = plan(capsys, *arguments, "--device-memory=24GiB")
+    assert "CUDA graphs have" not in text
+
+
+def test_what_is_read_from_disk_is_not_told_where_nothing_is_read(capsys):
+    _, text = plan(capsys, "OLMoE-1B-7B", "--device-memory=24GiB", "--host-memory=12GiB")
+    assert "Layer calls are vLLM's own" in text
+    assert "read from the store on disk" not in text
 
 
 def test_a_cpu_plan_of_quantised_experts_says_how_to_do_without_amx(capsys):

@@ -256,6 +256,16 @@ def test_what_host_memory_does_not_hold_comes_from_disk():
     assert scarce.bound(0.5).tokens_per_s == pytest.approx(1 / seconds)
 
 
+def test_experts_that_are_all_on_the_gpu_take_no_host_memory():
+    resident, planned = fit(MIXTRAL, gpu(141, 40)), fit(MIXTRAL, gpu(24, 128))
+    assert resident.way is Way.RESIDENT
+    assert (resident.host_expert_bytes, planned.host_expert_bytes) == (0, 84 * GIB)
+
+
+def test_expert_parallelism_of_one_rank_divides_nothing():
+    assert fit(MIXTRAL, gpu(24, 128), split=Split(has_expert_parallel=True)).way is Way.DEVICE
+
+
 def test_building_takes_two_or_three_layers():
     assert build_peak_bytes(1 << 30) == 3 << 30
     assert build_peak_bytes((1 << 30) + 1) == 2 * ((1 << 30) + 1)

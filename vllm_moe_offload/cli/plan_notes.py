@@ -57,7 +57,7 @@ def _link(result: Fit, cache: CacheShape, has_link: bool) -> Iterator[str]:
     if not has_link and not cache.holds_everything:
         kind = "PCIe 4 x16" if machine.has_gpu else "an NVMe drive"
         yield f"The link is assumed to be {kind}, {machine.link_gbps:g} GB/s."
-    if result.host_share < 1 and machine.has_gpu:
+    if machine.has_gpu and result.host_share < 1 and not cache.holds_everything:
         yield (
             f"Host memory holds {result.host_share:.0%} of the experts; the others are read from "
             f"the store on disk, at {machine.disk_gbps:g} GB/s."
@@ -82,6 +82,12 @@ def _assumptions(
             f"Less than one layer's {shape.num_experts} experts fit: layers run in waves, and "
             "output equals plain vLLM's up to the rounding of a split sum."
         )
+        if result.way is Way.DEVICE:
+            tokens = cache.num_pool_slots // shape.top_k
+            yield (
+                f"CUDA graphs have {tokens} token{'s' if tokens > 1 else ''} at most, whose experts "
+                "always fit; longer steps run without."
+            )
     if not model.has_weights and model.download is None:
         yield f"The weights must be in {model.path}, as safetensors files."
 

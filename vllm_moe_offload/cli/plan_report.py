@@ -201,7 +201,7 @@ def memory_table(result: Fit) -> Table:
         f"for exact output: all {shape.num_experts} of a layer",
         amount(shape.num_experts * result.expert_bytes),
     )
-    if machine.has_gpu:
+    if machine.has_gpu and result.way is not Way.RESIDENT:
         table.add_row(
             f"experts in host memory ({result.host_share:.0%})",
             amount(result.host_expert_bytes),

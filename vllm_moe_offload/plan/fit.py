@@ -100,7 +100,6 @@ class Fit:
         cache: slots and staging slots; None where there is a problem.
         way: with a GPU, who decides what lies there; None without one, or where there is a problem.
         why_host: why the host does; empty if it does not.
-        host_expert_bytes: with a GPU, experts that host memory holds.
         build_bytes: memory that the first start takes while it builds the store.
         least_fast_bytes: fast memory with which it starts at all.
         exact_fast_bytes: fast memory with which a whole layer's experts fit: exact output.
@@ -118,7 +117,6 @@ class Fit:
     cache: CacheShape | None
     way: Way | None
     why_host: str
-    host_expert_bytes: int
     build_bytes: int
     least_fast_bytes: int
     exact_fast_bytes: int
@@ -131,8 +129,15 @@ class Fit:
 
     @property
     def store_bytes(self) -> int:
-        """Records of all experts: on disk, and in host memory below a GPU."""
+        """Records of all experts: on disk, and in host memory below a GPU that does not hold all."""
         return self.shape.total_experts * self.layout.record_bytes
+
+    @property
+    def host_expert_bytes(self) -> int:
+        """With a GPU, experts that host memory holds: none of them if the GPU holds all."""
+        if self.way is Way.RESIDENT:
+            return 0
+        return min(self.store_bytes, self.machine.host_expert_bytes)
 
     @property
     def cache_bytes(self) -> int:
@@ -285,9 +290,6 @@ def fit(
         cache=None if cached is None else cached.cache,
         way=None if cached is None else cached.way,
         why_host="" if cached is None else cached.why_host,
-        host_expert_bytes=min(
-            shape.total_experts * layout.record_bytes, machine.host_expert_bytes
-        ),
         build_bytes=build,
         least_fast_bytes=round_up_memory(least * machine.fast_ranks),
         exact_fast_bytes=round_up_memory(exact * machine.fast_ranks),
@@ -343,7 +345,7 @@ def _way(
     return gpu_way(
         holds_everything=num_slots >= shape.total_experts,
         quantization=None if kind == "bf16" else kind,
-        expert_parallel=split.has_expert_parallel,
+        expert_parallel=split.expert_ranks > 1,
         pipeline_parallel=split.pipeline_parallel > 1,
         drafter_has_experts=False,
         num_slots=num_slots,
