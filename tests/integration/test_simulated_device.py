@@ -60,15 +60,22 @@ def test_half_a_quarter_and_one_layer(deep_model, store_dir, share_engines):
         assert result["metrics"]["slots"] == result["facts"]["shape"][0]
 
 
-def test_compiled(demo_model, store_dir, share_engines):
-    """Features: a GPU that plans, inside vLLM's operator in a compiled model. The plain engine has
-    that operator too, which a CPU otherwise does without."""
-    model = demo_model("mixtral")
+def test_compiled(demo_model, store_dir, share_engines, tmp_path):
+    """Features: a GPU that plans, in vLLM's operator of a compiled model; a warm-up that computes.
+
+    The plain engine has that operator too, which a CPU otherwise does without. A replay begins with
+    an empty pool, as serving does only if warm-up has left nothing in it.
+    """
+    model, trace = demo_model("mixtral"), tmp_path / "routing.npz"
+    recorded = offload(store_dir, one_layer("mixtral"), "lrfu", record_trace=str(trace))
     jobs = [
         on_device(model, eager=False),
-        on_device(model, eager=False, offload=offload(store_dir, one_layer("mixtral"))),
+        on_device(model, eager=False, offload=recorded),
     ]
-    assert_identical(share_engines(jobs), [EXPERTS])
+    results = share_engines(jobs)
+    assert_identical(results, [EXPERTS])
+    assert results[1]["facts"]["calls_in_vain"] > 0
+    assert_counted(results[1]["facts"], load_trace(trace))
 
 
 def test_all_experts_are_vllms_own_affair(demo_model, store_dir, share_engines, tmp_path):
@@ -91,9 +98,9 @@ def test_all_experts_are_vllms_own_affair(demo_model, store_dir, share_engines, 
 
 def test_figures_matrices_and_trace_are_exact(mtp_model, store_dir, share_engines, tmp_path):
     """Features: what a GPU that plans counts and records, and the way planned on the host does; a
-    router that chooses from groups; preemption; mode trace; nothing is live before warm-up ends."""
+    router that chooses from groups; preemption; mode trace."""
     model = mtp_model("deepseek_v3")
-    crowded = {"num_gpu_blocks_override": 24}
+    crowded = {"num_gpu_blocks_override": 8}
     kept = {name: str(tmp_path / f"{name}.msgpack") for name in ("device", "host")}
     traces = {name: str(tmp_path / f"{name}.npz") for name in ("device", "host")}
 
@@ -106,20 +113,22 @@ def test_figures_matrices_and_trace_are_exact(mtp_model, store_dir, share_engine
         engine(model, eager=True, offload=kept_as("host"), **crowded),
     ]
     for job in jobs:
-        job["max_tokens"] = 40  # more than there is room for: requests push each other out
+        job["max_tokens"] = 40  # more than the blocks hold: requests push each other out
     results = share_engines(jobs)
     assert_identical(results, [num_experts("deepseek_v2") // 2] * 2)
     assert_recorded(traces["device"], prompts_of(jobs[1]), jobs[1]["max_tokens"])
     device, host = (load_trace(traces[name]) for name in ("device", "host"))
     assert device.schedule.recomputed_ids.size > 0, "no request was preempted"
     assert routing_of(device) == routing_of(host)
-    # A replay begins with an empty pool, as serving does only if warm-up left nothing in it.
-    assert results[1]["facts"]["calls_in_vain"] > 0
-    replayed = replay_one_pool_recorded(device, "lrfu")
-    facts = results[1]["facts"]
-    assert (facts["hits"], facts["misses"]) == (replayed.hits, replayed.misses)
+    assert_counted(results[1]["facts"], device)
     assert matrices_of(kept["device"]) == matrices_of(kept["host"])
     assert len(matrices_of(kept["device"])) > 1
+
+
+def assert_counted(facts, trace):
+    """What a worker counted is what a replay of its recorded trace counts."""
+    replayed = replay_one_pool_recorded(trace, "lrfu")
+    assert (facts["hits"], facts["misses"]) == (replayed.hits, replayed.misses)
 
 
 def routing_of(trace):
