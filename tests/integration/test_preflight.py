@@ -22,6 +22,7 @@ from vllm_moe_offload.config import GIB, OffloadConfig, OptionError
 from vllm_moe_offload.integration import patching, preflight
 from vllm_moe_offload.integration.startup import sizing_line
 from vllm_moe_offload.plan.shapes import ExpertFormat, ExpertShape, kernel_form
+from vllm_moe_offload.plan.ways import Way
 from vllm_moe_offload.rank import Rank
 from vllm_moe_offload.store import checkpoint_fingerprint, room
 
@@ -283,10 +284,24 @@ def test_what_a_killed_build_left_is_room(model, tmp_path, fill_disk):
 
 def test_the_sizing_line_says_what_fits_or_what_to_change():
     size = GIB // 10
-    assert sizing_line("auto", CacheShape(2, 8, 16), size) == (
+    everything, some = CacheShape(2, 8, 16), CacheShape(2, 8, 6, 2)
+    assert sizing_line("auto", everything, size, Way.HOST) == (
         "all experts fit: cache_gb=auto -> 1.60 GiB, a slot for each of 16"
     )
-    assert sizing_line("50%", CacheShape(2, 8, 6, 2), size) == (
+    assert sizing_line("auto", everything, size, Way.RESIDENT) == (
+        "all experts fit: cache_gb=auto -> 1.60 GiB, a slot for each of 16; layer calls are "
+        "vLLM's own"
+    )
+    staged = (
         "cache_gb=50% -> 0.80 GiB: 6 cache slots (38% of all experts) + 2 staging slots; all of "
         "them: --moe-offload-config.cache_gb 1.6"
+    )
+    assert sizing_line("50%", some, size, Way.HOST) == staged
+    assert sizing_line("50%", some, size, Way.HOST, "experts are quantised (fp8)") == (
+        f"{staged}; the host plans, without CUDA graphs: experts are quantised (fp8)"
+    )
+    assert sizing_line("50%", CacheShape(2, 8, 8), size, Way.DEVICE) == (
+        "cache_gb=50% -> 0.80 GiB: 8 cache slots (50% of all experts); all of them: "
+        "--moe-offload-config.cache_gb 1.6; the GPU plans, by the rule of lrfu, inside vLLM's own "
+        "CUDA graphs"
     )
