@@ -13,7 +13,11 @@ from vllm_moe_offload.device.tokens import LayerTokens
 
 
 class RuleCache:
-    """A ``device.cache.DeviceCache`` on a CPU; the kernels' tests compare both, call by call."""
+    """A ``device.cache.DeviceCache`` on a CPU; the kernels' tests compare both, call by call.
+
+    Attributes:
+        num_calls_in_vain: layer calls so far that were for shapes only.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class RuleCache:
         self.live = torch.zeros(1, dtype=torch.int32)
         self.log = torch.full((max_tokens, num_layers, top_k), -1, dtype=torch.int16)
         self.counters = torch.zeros(2, dtype=torch.int64)
+        self.num_calls_in_vain = 0
         self._call_map = torch.zeros(num_experts + 1, dtype=torch.int32)
         self._in_wave = torch.zeros(num_experts + 1, dtype=torch.bool)
 
@@ -79,6 +84,7 @@ class RuleCache:
     def _observe(self, layer: int, tokens: LayerTokens) -> None:
         self.note(layer, tokens)
         if not self.is_live:
+            self.num_calls_in_vain += 1
             return
         real = ~tokens.is_padding
         ids = tokens.ids[real].numpy()

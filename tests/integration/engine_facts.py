@@ -35,5 +35,8 @@ def _of_device(runtime: Any) -> dict[str, Any]:
     where there is nothing to compute: an engine in this process takes no step behind its last."""
     runtime.after_forward()
     figures = dict(zip(VALUES, runtime.published.values, strict=True))
-    counted = {name: int(figures[name]) for name in ("hits", "misses", "read_bytes", "tokens")}
-    return {**counted, "shape": [int(figures["slots"]), 0], "calls": int(figures["calls"])}
+    names = ("hits", "misses", "read_bytes", "tokens", "calls")
+    counted = {name: int(figures[name]) for name in names}
+    cache = runtime._cache
+    in_vain = 0 if cache is None else cache.num_calls_in_vain
+    return {**counted, "shape": [int(figures["slots"]), 0], "calls_in_vain": in_vain}

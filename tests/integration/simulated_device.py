@@ -112,7 +112,8 @@ def kernel_on_slots(
 
 
 class PaddedCalls(planned_on_device.PlannedOnDevice):
-    """Layer calls of a captured graph: rows beyond the step's are there, and mean nothing."""
+    """Layer calls of a captured graph: rows beyond the step's are there, and mean nothing. The router
+    gave them experts that no token of the call asked for, as far as there are any."""
 
     def forward(
         self,
@@ -123,7 +124,8 @@ class PaddedCalls(planned_on_device.PlannedOnDevice):
     ) -> torch.Tensor:
         num_tokens, num_rows = len(x), -(-len(x) // GRAPH_ROWS) * GRAPH_ROWS
         num_padded = num_rows - num_tokens
-        foreign = (topk_ids[:1] + 1 + layer.moe_layer) % layer.global_num_experts
+        asked = torch.bincount(topk_ids.flatten().long(), minlength=layer.global_num_experts)
+        foreign = asked.argsort(stable=True)[: topk_ids.shape[1]].to(topk_ids.dtype)
         context = get_forward_context()
         before = context.is_padding
         context.is_padding = torch.arange(num_rows) >= num_tokens
@@ -141,15 +143,24 @@ class PaddedCalls(planned_on_device.PlannedOnDevice):
         return out[:num_tokens]
 
 
+def opaque(runner: Any) -> Callable[..., Any]:
+    """The operator that vLLM's compiled graphs call on a GPU; on a CPU they look into it."""
+    if runner._shared_experts is None:
+        return torch.ops.vllm.moe_forward
+    return torch.ops.vllm.moe_forward_shared
+
+
 @contextlib.contextmanager
 def simulated_device(late: int) -> Iterator[None]:
     """While open, engines that start in this process serve as on a GPU that plans."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     before = (
         startup.fast_memory,
         start_on_device.PlannedOnDevice,
         CPUWorker.compile_or_warm_up_model,
+        MoERunner._select_forward,
     )
     startup.fast_memory = lambda vllm_config: SimulatedDevice(vllm_config, late)
     start_on_device.PlannedOnDevice = PaddedCalls
@@ -158,6 +169,7 @@ def simulated_device(late: int) -> Iterator[None]:
         return requests.last_warm_up(before[2], self, *args, **kwargs)
 
     CPUWorker.compile_or_warm_up_model = warm_up
+    MoERunner._select_forward = opaque
     try:
         yield
     finally:
@@ -165,4 +177,5 @@ def simulated_device(late: int) -> Iterator[None]:
             startup.fast_memory,
             start_on_device.PlannedOnDevice,
             CPUWorker.compile_or_warm_up_model,
+            MoERunner._select_forward,
         ) = before

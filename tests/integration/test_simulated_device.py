@@ -1,11 +1,23 @@
 """A GPU that plans its cache, on a CPU by its rule: plain vLLM's output, and figures that fit."""
 
-import numpy as np
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from scripts.demo_model import write_demo_model
-from tests.integration.conftest import EXPERTS, SHAPE, assert_recorded, engine
+from tests.integration import simulated_device
+from tests.integration.conftest import (
+    EXPERTS,
+    SHAPE,
+    assert_begins_alike,
+    assert_recorded,
+    engine,
+)
 from tests.integration.test_identity import assert_identical, num_experts, offload, one_layer
+from vllm_moe_offload.integration.block_slots import SlotMap
+from vllm_moe_offload.integration.layers import planned_on_device
 from vllm_moe_offload.replay.one_pool import replay_one_pool_recorded
 from vllm_moe_offload.trace.collection import ActivationCollection
 from vllm_moe_offload.trace.routing import load_trace
@@ -13,8 +25,9 @@ from vllm_moe_offload.trace.routing import load_trace
 pytestmark = pytest.mark.vllm
 
 
-def on_device(model, late=1, **options):
-    return {**engine(model, eager=True, **options), "simulated_device": late}
+def on_device(model, late=1, eager=True, **options):
+    """A job of ``engine`` where routing and counters arrive so many events late."""
+    return {**engine(model, eager=eager, **options), "simulated_device": late}
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +39,43 @@ def deep_model(tmp_path_factory):
 
 
 def test_half_a_quarter_and_one_layer(deep_model, store_dir, share_engines):
-    """Features: a GPU that plans, at three capacities; qwen3_moe; logs late by none, one and two."""
+    """Features: a GPU that plans, at three capacities; qwen3_moe; prompts in chunks; logs late by
+    none, one and two; metrics."""
     model, total = deep_model, 6 * EXPERTS
     sizes = {"50%": total // 2, "25%": total // 4, f"{100 / 6:.12f}%": EXPERTS}
     jobs = [engine(model, eager=True)]
     for late, size in enumerate(sizes):
-        jobs.append(on_device(model, late, offload=offload(store_dir, size)))
+        jobs.append(
+            on_device(model, late, offload=offload(store_dir, size), disable_log_stats=False)
+        )
     results = share_engines(jobs)
     assert_identical(results, list(sizes.values()))
     misses = [result["facts"]["misses"] for result in results[1:]]
     assert 0 < misses[0] < misses[1] < misses[2]
+    for before, result in pairwise(results[1:]):
+        # Counters of a process go on where the engine before has ended.
+        for name in ("hits", "misses", "read_bytes"):
+            grown = result["metrics"][name] - before["metrics"][name]
+            assert grown == result["facts"][name] > 0, name
+        assert result["metrics"]["slots"] == result["facts"]["shape"][0]
+
+
+def test_compiled(demo_model, store_dir, share_engines, tmp_path):
+    """Features: a GPU that plans, in vLLM's operator of a compiled model; a warm-up that computes.
+
+    The plain engine has that operator too, which a CPU otherwise does without. A replay begins with
+    an empty pool, as serving does only if warm-up has left nothing in it.
+    """
+    model, trace = demo_model("mixtral"), tmp_path / "routing.npz"
+    recorded = offload(store_dir, one_layer("mixtral"), "lrfu", record_trace=str(trace))
+    jobs = [
+        on_device(model, eager=False),
+        on_device(model, eager=False, offload=recorded),
+    ]
+    results = share_engines(jobs)
+    assert_identical(results, [EXPERTS])
+    assert results[1]["facts"]["calls_in_vain"] > 0
+    assert_counted(results[1]["facts"], load_trace(trace))
 
 
 def test_all_experts_are_vllms_own_affair(demo_model, store_dir, share_engines, tmp_path):
@@ -56,57 +96,72 @@ def test_all_experts_are_vllms_own_affair(demo_model, store_dir, share_engines, 
     assert_recorded(trace, prompts_of(jobs[2]), jobs[2]["max_tokens"])
 
 
-def test_figures_matrices_and_trace_are_exact(demo_model, store_dir, share_engines, tmp_path):
-    """Features: what a GPU that plans counts and records; grouped routers; preemption; mode trace."""
-    model = demo_model("deepseek_v2")
-    crowded = {"num_gpu_blocks_override": 24, "kv_cache_memory_bytes": None}
+def test_figures_matrices_and_trace_are_exact(mtp_model, store_dir, share_engines, tmp_path):
+    """Features: what a GPU that plans counts and records, and the way planned on the host does; a
+    router that chooses from groups; preemption; mode trace."""
+    model = mtp_model("deepseek_v3")
+    crowded = {"num_gpu_blocks_override": 8}
     kept = {name: str(tmp_path / f"{name}.msgpack") for name in ("device", "host")}
     traces = {name: str(tmp_path / f"{name}.npz") for name in ("device", "host")}
+
+    def kept_as(name):
+        return offload(store_dir, "50%", trace_path=kept[name], record_trace=traces[name])
+
     jobs = [
         engine(model, eager=True, **crowded),
-        on_device(
-            model,
-            2,
-            offload=offload(
-                store_dir, "50%", trace_path=kept["device"], record_trace=traces["device"]
-            ),
-            **crowded,
-        ),
-        engine(
-            model,
-            eager=True,
-            offload=offload(
-                store_dir, "50%", trace_path=kept["host"], record_trace=traces["host"]
-            ),
-            **crowded,
-        ),
+        on_device(model, 2, offload=kept_as("device"), **crowded),
+        engine(model, eager=True, offload=kept_as("host"), **crowded),
     ]
+    for job in jobs:
+        job["max_tokens"] = 40  # more than the blocks hold: requests push each other out
     results = share_engines(jobs)
     assert_identical(results, [num_experts("deepseek_v2") // 2] * 2)
     assert_recorded(traces["device"], prompts_of(jobs[1]), jobs[1]["max_tokens"])
     device, host = (load_trace(traces[name]) for name in ("device", "host"))
-    assert np.array_equal(device.ids, host.ids)
-    replayed = replay_one_pool_recorded(device, "lrfu")
-    facts = results[1]["facts"]
+    assert device.schedule.recomputed_ids.size > 0, "no request was preempted"
+    assert routing_of(device) == routing_of(host)
+    assert_counted(results[1]["facts"], device)
+    assert matrices_of(kept["device"]) == matrices_of(kept["host"])
+    assert len(matrices_of(kept["device"])) > 1
+
+
+def assert_counted(facts, trace):
+    """What a worker counted is what a replay of its recorded trace counts."""
+    replayed = replay_one_pool_recorded(trace, "lrfu")
     assert (facts["hits"], facts["misses"]) == (replayed.hits, replayed.misses)
-    means = [np.sort(ActivationCollection.load(kept[name]).mean().reshape(-1)) for name in kept]
-    assert np.array_equal(*means)
-    assert means[0].any()
+
+
+def routing_of(trace):
+    """All of a recorded trace but the sizes of the cache."""
+    arrays = [trace.ids, trace.starts, trace.lens, trace.prefill_lens]
+    names = (
+        *("row_step", "row_request", "row_position", "row_token", "recomputed_ids"),
+        *("first_positions", "end_steps", "layer_ids"),
+    )
+    arrays += [getattr(trace.schedule, name) for name in names]
+    return [array.tolist() for array in arrays]
+
+
+def matrices_of(path):
+    collection = ActivationCollection.load(path)
+    entries = map(collection.entry, range(len(collection)))
+    return sorted((entry.keys.tolist(), entry.counts.tolist()) for entry in entries)
 
 
 def test_waves(demo_model, store_dir, share_engines):
     """Features: a GPU that plans and has fewer slots than a layer has experts."""
     model = demo_model("mixtral")
     share = f"{100 * 3 / num_experts('mixtral'):.12f}%"
-    on_cpu, simulated = share_engines(
+    plain, waves = share_engines(
         [
-            engine(model, eager=True, offload=offload(store_dir, share, "lru")),
-            on_device(model, offload=offload(store_dir, share, "lru")),
+            engine(model, eager=True, dtype="float32"),
+            on_device(model, offload=offload(store_dir, share, "lru"), dtype="float32"),
         ]
     )
-    for result in (on_cpu, simulated):
-        assert "error" not in result, result
-    assert ids_of(simulated) == ids_of(on_cpu)
+    assert "error" not in waves, waves
+    assert waves["facts"]["shape"] == [3, 0]
+    for mine, theirs in zip(waves["batches"], plain["batches"], strict=True):
+        assert_begins_alike(mine, theirs)
 
 
 @pytest.mark.slow
@@ -119,9 +174,54 @@ def test_every_architecture(arch, demo_model, store_dir, share_engines):
     assert_identical(share_engines(jobs), list(sizes.values()))
 
 
-def ids_of(result):
-    return [request["ids"] for batch in result["batches"] for request in batch]
-
-
 def prompts_of(job):
     return [prompt for batch in job["batches"] for prompt in batch]
+
+
+# What the simulation itself would not let pass.
+
+
+def test_an_expert_without_a_slot_stops_the_kernel(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        simulated_device.block_slots, "apply", lambda *args: seen.append(args[2:])
+    )
+    weights, ids = torch.ones(1, 2), torch.tensor([[0, 1]], dtype=torch.int32)
+    slot_of = torch.tensor([2, -1, 0], dtype=torch.int32)
+    with pytest.raises(AssertionError, match="an expert without a slot"):
+        simulated_device.kernel_on_slots(None, None, weights, ids, SlotMap(2, slot_of))
+    assert not seen
+    wave = SlotMap(2, slot_of, is_wave=True)
+    simulated_device.kernel_on_slots(None, None, weights, ids, wave)
+    ((of_wave, slots),) = seen
+    assert (of_wave.tolist(), slots.tolist()) == ([[1, 0]], [[2, 0]])
+
+
+def test_padded_rows_have_experts_that_nobody_asked_for(monkeypatch):
+    context = SimpleNamespace(is_padding=None)
+    for module in (simulated_device, planned_on_device):
+        monkeypatch.setattr(module, "get_forward_context", lambda: context)
+    calls = []
+
+    class Cache:
+        num_experts = num_slots = EXPERTS
+
+        def bring(self, layer, tokens):
+            calls.append(tokens)
+
+        def rename(self, ids):
+            return ids
+
+    padded = simulated_device.PaddedCalls(
+        Cache(),
+        planned_on_device.RowsOfStep(torch.zeros(16, dtype=torch.int32)),
+        lambda layer, x, *_: x,
+    )
+    x, ids = torch.ones(3, 4), torch.tensor([[0, 2], [2, 1], [4, 3]], dtype=torch.int32)
+    layer = SimpleNamespace(moe_layer=0, global_num_experts=EXPERTS)
+    assert torch.equal(padded.forward(layer, x, torch.ones(3, 2), ids), x)
+    (tokens,) = calls
+    assert tokens.is_padding.tolist() == [False] * 3 + [True] * 5
+    assert tokens.ids[:3].tolist() == ids.tolist()
+    assert not set(tokens.ids[3:].flatten().tolist()) & set(ids.flatten().tolist())
+    assert context.is_padding is None
