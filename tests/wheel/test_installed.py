@@ -47,6 +47,22 @@ def test_vllm_finds_the_plugin_and_takes_its_options(monkeypatch: pytest.MonkeyP
     assert "--moe-offload-config" in parser.format_help()
 
 
+def test_what_is_patched_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installing a patch fails where vLLM has lost the place."""
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    from vllm_moe_offload.integration import draft_passes, patches, remote_counters, verified
+
+    monkeypatch.setattr(vllm.platforms, "_current_platform", CpuPlatform())
+    patches.install_model_patches()
+    patches.install_cuda_patches()
+    patches.install_runner_patches()
+    draft_passes.install()
+    verified.install()
+    remote_counters.install_in_worker()
+
+
 @pytest.mark.parametrize("num_slots", [100, 1536], ids=["waves", "at once"])
 def test_kernels_compile(num_slots: int, tmp_path: Path) -> None:
     num_experts, top_k = 128, 8

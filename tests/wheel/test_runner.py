@@ -1,7 +1,8 @@
-"""Our hooks in the model runner V2 of each supported vLLM: whose rows are whose, and which nobody's."""
+"""Our hooks in each supported vLLM's model runner V2: whose rows are whose, and which nobody's."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import vllm.v1.worker.gpu.model_runner as v2
+import vllm.v1.worker.gpu_model_runner as v1
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
@@ -30,13 +32,12 @@ from tests.wheel.v2_runner import (
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.device.followers import Followers
 from vllm_moe_offload.device.runtime import DeviceRuntime
-from vllm_moe_offload.integration import requests
+from vllm_moe_offload.integration import patches, requests
 from vllm_moe_offload.integration.layers.planned_on_device import PlannedOnDevice, RowsOfStep
-from vllm_moe_offload.integration.patching import wrap
 from vllm_moe_offload.policy.trace import TracePolicy
 from vllm_moe_offload.step import StepTokens
 from vllm_moe_offload.trace.recorder import TraceRecorder
-from vllm_moe_offload.trace.routing import load_trace
+from vllm_moe_offload.trace.routing import RecordedSchedule, load_trace
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 3, 8, 2, 10
 MODES = (
@@ -50,16 +51,13 @@ MODES = (
 
 @pytest.fixture(autouse=True)
 def _hooked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's runner with our hooks in it; afterwards vLLM's own again."""
+    """vLLM's runners with our hooks in them; afterwards vLLM's own again."""
     install_doubles(monkeypatch)
-    hooks = {
-        "prepare_inputs": requests.v2_prepare_inputs,
-        "execute_model": requests.execute_model,
-        "_dummy_run": requests.dummy_run,
-    }
-    for name, hook in hooks.items():
-        monkeypatch.setattr(v2.GPUModelRunner, name, vars(v2.GPUModelRunner)[name])
-        wrap(v2.GPUModelRunner, name, hook)
+    for runner in (v1.GPUModelRunner, v2.GPUModelRunner):
+        for name, method in list(vars(runner).items()):
+            if callable(method):
+                monkeypatch.setattr(runner, name, method)
+    patches.install_runner_patches()
 
 
 class Told:
@@ -226,9 +224,7 @@ class Experts:
         for layer in range(LAYERS):
             ids = torch.from_numpy(routed(token_ids.numpy(), layer))
             x = torch.zeros(len(ids), 1)
-            self._calls.forward(
-                SimpleNamespace(moe_layer=layer), x, torch.ones(ids.shape), ids
-            )
+            self._calls.forward(SimpleNamespace(moe_layer=layer), x, torch.ones(ids.shape), ids)
 
     def _check_slots(
         self, layer: Any, x: torch.Tensor, _: Any, ids: torch.Tensor, slot_map: Any
@@ -249,7 +245,9 @@ class Experts:
 def routed(token_ids: np.ndarray, layer: int) -> np.ndarray:
     """Experts of tokens, ``[tokens, TOP_K]``; padded rows get some as well."""
     first = (token_ids * 5 + layer * 3) % EXPERTS
-    return np.stack([first, (first + 1 + token_ids % (EXPERTS - 1)) % EXPERTS], 1).astype(np.int32)
+    return np.stack([first, (first + 1 + token_ids % (EXPERTS - 1)) % EXPERTS], 1).astype(
+        np.int32
+    )
 
 
 def served(mode: CUDAGraphMode, late: int, trace: Path) -> Experts:
@@ -269,14 +267,20 @@ def served(mode: CUDAGraphMode, late: int, trace: Path) -> Experts:
 def test_matrices_and_trace_are_those_of_a_device_that_is_never_late(
     mode: CUDAGraphMode, late: int, tmp_path: Path
 ) -> None:
-    experts = served(mode, late, tmp_path / "late.npz")
+    late_one = served(mode, late, tmp_path / "late.npz")
     prompt = served(CUDAGraphMode.NONE, 0, tmp_path / "prompt.npz")
     expected = prompt.policy.forecast.collection.mean()
     assert expected.any()
-    assert np.array_equal(experts.policy.forecast.collection.mean(), expected)
+    assert np.array_equal(late_one.policy.forecast.collection.mean(), expected)
+    assert late_one.cache.pool.hits == prompt.cache.pool.hits > 0
+    assert late_one.cache.pool.misses == prompt.cache.pool.misses > 0
     trace, as_expected = load_trace(tmp_path / "late.npz"), load_trace(tmp_path / "prompt.npz")
-    assert np.array_equal(trace.ids, as_expected.ids)
-    assert (experts.cache.pool.hits, experts.cache.pool.misses) == (
-        prompt.cache.pool.hits,
-        prompt.cache.pool.misses,
-    )
+    for field in dataclasses.fields(RecordedSchedule):
+        assert np.array_equal(
+            getattr(trace.schedule, field.name), getattr(as_expected.schedule, field.name)
+        ), field.name
+    assert len(trace.lens) == 5
+    for number, (start, length) in enumerate(zip(trace.starts, trace.lens, strict=True), 1):
+        tokens = np.array([Request(number, 1).token(it) for it in range(length)])
+        by_layer = np.stack([routed(tokens, layer) for layer in range(LAYERS)], 1)
+        assert np.array_equal(trace.ids[start : start + length], by_layer), number

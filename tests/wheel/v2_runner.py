@@ -18,6 +18,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
@@ -74,7 +75,9 @@ class Model(torch.nn.Module):
         self._pieces: dict[int, Graph] = {}
         self.padding: list[list[bool]] = []
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, **_: Any) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
         context = get_forward_context()
 
         def run() -> None:
@@ -105,6 +108,7 @@ def install_doubles(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cudagraph_utils, "capture_pool", lambda *_: contextlib.nullcontext())
     patch.setattr(cudagraph_utils, "current_stream", lambda: None)
     patch.setattr(cudagraph_utils, "has_compiled_submodule", lambda _: True)
+    patch.setattr(type(current_platform), "_global_graph_pool", object())
     patch.setattr(torch.cuda, "CUDAGraph", Graph)
     patch.setattr(torch.cuda, "graph", Graph.capture)
 
@@ -114,6 +118,7 @@ def configuration(mode: CUDAGraphMode) -> SimpleNamespace:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
             data_parallel_size=1,
+            data_parallel_rank=0,
             tensor_parallel_size=1,
             use_sequence_parallel_moe=False,
             is_moe_model=True,
