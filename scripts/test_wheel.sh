@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tests of our wheel beside vLLM's own wheels for CUDA, with every vLLM of requirements/wheel.txt; needs
-# no GPU. vLLM comes without what it depends on, and torch is the CPUs': nothing is served there. Two
-# processes a version, because Triton chooses between interpreting and compiling when it is imported.
+# Tests of our wheel beside vLLM's wheels for CUDA, with every vLLM of requirements/wheel.txt; needs no GPU.
+# vLLM comes without what it depends on, and torch is the CPUs': nothing is served there. Two processes
+# for each vLLM, because Triton chooses between interpreting and compiling when it is imported.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,18 +28,19 @@ for version in $versions; do
   fi
 done
 
-# From a copy, as an earlier build's files in build/ would be packed too; and tests from one where
-# they find the installed package, and not its sources.
-git ls-files -z --cached --others --exclude-standard --deduplicate |
-  xargs -0 cp --parents --target-directory "$(mkdir "$scratch/source" && echo "$scratch/source")"
-"$at/bin/python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$scratch" "$scratch/source"
-export VMO_WHEEL
+# Built from a copy, because an earlier build's files in build/ would be packed, too. The tests run in
+# it once the package is gone from there, so that what they import is what is installed.
+mkdir "$scratch/source"
+cp -r vllm_moe_offload csrc tests setup.py pyproject.toml README.md LICENSE "$scratch/source"
+"$at/bin/python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$scratch" \
+  "$scratch/source"
 VMO_WHEEL=$(echo "$scratch"/vllm_moe_offload-*.whl)
+export VMO_WHEEL
 "$at/bin/python" -m pip install --quiet --no-deps --force-reinstall "$VMO_WHEEL"
 rm -rf "$scratch/source/vllm_moe_offload"
 
 cd "$scratch/source"
-# An empty list of devices is what lets vLLM declare its Triton kernels where no driver is.
+# Without a driver vLLM declares its Triton kernels only where devices are hidden by this.
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$scratch/cache
 for version in $versions; do
   echo "vLLM $version"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -45,6 +47,35 @@ def test_vllm_finds_the_plugin_and_takes_its_options(monkeypatch: pytest.MonkeyP
     parsed = parser.parse_args(["--moe-offload", "trace"])
     assert parsed.moe_offload == "trace"
     assert "--moe-offload-config" in parser.format_help()
+
+
+def names_of_vllm() -> list[tuple[str, str]]:
+    """Module and name of all that the package imports from vLLM, and variables that it reads."""
+    found = set()
+    for path in Path(vllm_moe_offload.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                found |= {(str(node.module), alias.name) for alias in node.names}
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "envs":
+                found.add(("vllm.envs", node.attr))
+    return sorted(found)
+
+
+def test_names_that_are_imported_are_there() -> None:
+    """Many are imported where they are used: one that is gone would show while serving."""
+    names = names_of_vllm()
+    assert len(names) > 50
+    assert not [f"{module}.{name}" for module, name in names if not is_there(module, name)]
+
+
+def is_there(module: str, name: str) -> bool:
+    """Raises ImportError where the module itself is not."""
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        return importlib.util.find_spec(f"{module}.{name}") is not None
+    except ModuleNotFoundError:  # the module is no package
+        return False
 
 
 def test_what_is_patched_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
