@@ -45,6 +45,11 @@ export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$scratch/cache
 for version in $versions; do
   echo "vLLM $version"
   export PYTHONPATH=$at/vllm/$version
-  "$at/bin/python" -m pytest -q tests/wheel
-  TRITON_INTERPRET=1 "$at/bin/python" -m pytest -q tests/wheel
+  TRITON_INTERPRET=1 "$at/bin/python" -m pytest -q tests/wheel >"$scratch/interpreted" 2>&1 &
+  interpreted=$!
+  status=0
+  "$at/bin/python" -m pytest -q tests/wheel || status=$?
+  wait "$interpreted" || status=$?
+  cat "$scratch/interpreted"
+  [ "$status" = 0 ] || exit "$status"
 done

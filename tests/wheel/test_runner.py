@@ -262,6 +262,20 @@ def served(mode: CUDAGraphMode, late: int, trace: Path) -> Experts:
     return experts
 
 
+def test_requests_that_warm_up_makes_up_move_nothing(tmp_path: Path) -> None:
+    """``v1/worker/gpu/warmup.py`` has them served as if somebody had sent them."""
+    experts = Experts(0, tmp_path / "trace.npz")
+    model = Model(experts.run)
+    scheduler = serving(CUDAGraphMode.NONE, experts.runtime, model)
+    worker = SimpleNamespace(model_runner=scheduler.runner)
+    requests.warm_up(lambda _: scheduler.step((Request(1, 3), 3)), worker)
+    assert model.padding == [[False] * 3]
+    assert (experts.cache.pool.hits, experts.cache.pool.misses) == (0, 0)
+    experts.runtime.close()
+    assert experts.runtime.num_tokens == 0
+    assert not (experts.cache.log >= 0).any()
+
+
 @pytest.mark.parametrize("late", [0, 1, 2])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_matrices_and_trace_are_those_of_a_device_that_is_never_late(
