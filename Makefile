@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 CXX_TESTS := $(wildcard tests/*/*.cpp)
 TEST_REPORT := benchmarks/results/test_all.json
 
-.PHONY: help setup gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-triton test-all \
+.PHONY: help setup gpu-kit gpu-rehearsal demo demo-chat check unit unit-scripts engines slow-sample test test-triton test-wheel test-all \
   lint format sanitize bench docs clean
 
 help: ## what each target does
@@ -62,6 +62,9 @@ test: check ## what a change must pass: check, and an engine for each feature (1
 
 test-triton: setup ## the Triton kernels, interpreted and compiled, with each supported Triton; no GPU (5 minutes)
 	scripts/test_triton.sh
+
+test-wheel: setup ## our wheel beside vLLM's for CUDA, and our hooks in its model runner V2; no GPU (4 minutes, then 2)
+	scripts/test_wheel.sh
 
 test-all: setup ## all architectures, capacities and modes (over an hour); writes $(TEST_REPORT)
 	VMO_THOROUGH_TESTS=1 $(BIN)/python -m pytest -m "not gpu" --durations=20 --results $(TEST_REPORT)

@@ -10,6 +10,7 @@ import operator
 from types import SimpleNamespace
 
 import pytest
+from vllm import envs
 from vllm.config import CompilationMode
 from vllm.config.lora import LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -175,3 +176,11 @@ def test_everything_in_the_way_is_named_at_once(changed):
 )
 def test_allowed(fields, changed):
     supported.check(changed(fields), OPTIONS)
+
+
+def test_a_vllm_without_the_older_executor_on_ray_has_no_variable_to_ask(changed, monkeypatch):
+    monkeypatch.delitem(envs.environment_variables, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND")
+    config = changed({"parallel_config.distributed_executor_backend": "ray"})
+    with pytest.raises(OptionError) as caught:
+        supported.check(config, OPTIONS)
+    assert "distributed_executor_backend='ray' on a CPU" in str(caught.value)

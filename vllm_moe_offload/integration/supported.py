@@ -81,7 +81,7 @@ def _ray_problems(parallel: Any) -> Iterator[str]:
             "distributed_executor_backend='ray': Ray is not installed; "
             "pip install 'vllm-moe-offload[ray]'"
         )
-    if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+    if not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True):  # 0.33 has no other
         yield (
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0: vLLM's older executor on Ray was never run with "
             "offload; allowed: 1"
