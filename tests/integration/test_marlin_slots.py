@@ -312,8 +312,12 @@ def test_packed_stored_and_served(name, model_in, store_dir, share_engines):
             offload=offload(store_dir, share, **ours()),
         )
         | simulated
-        | {"simulated_gpu": 0.75}
-        for share in ("50%", "25%", "100%")
+        | machine
+        for share, machine in (
+            ("50%", {"simulated_gpu": 0.75}),
+            ("25%", {"simulated_gpu": 0.75}),
+            ("100%", {"simulated_device": 0}),  # where all are resident, the formats are alike
+        )
     ]
     results = share_engines([plain, *offloaded])
     assert_identical(results[:3], [ALL_EXPERTS // 2, EXPERTS])
