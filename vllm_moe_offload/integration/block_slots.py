@@ -26,8 +26,9 @@ class SlotMap:
     Attributes:
         num_experts: E, of the layer as this worker has it.
         slot_of: int32 ``[E + 1]`` on the device, slot of each expert, -1 for one that is absent.
-            The last entry is always -1: it is what the index -1 finds, the expert of padding
-            (``VLLM_MOE_SKIP_PADDING``) and of blocks that no token is in.
+            The last entry is what the index -1 finds, the expert of padding
+            (``VLLM_MOE_SKIP_PADDING``) and of blocks that no token is in: -1, or where a device
+            plans a valid slot.
         is_wave: absent experts are another call's; tokens get nothing from them. Otherwise only
             tokens that are thrown away (padding of a CUDA graph) have absent experts.
         rename: see :meth:`of_blocks`; None: a gather by torch. Whoever gives one has no absent
