@@ -181,8 +181,8 @@ class DeviceCache:
         return slots.view(ids.shape)
 
     def note(self, layer: int, tokens: LayerTokens) -> None:
-        """Writes a call to the log: for layers that lack no expert. What it leaves beside that, a call
-        of :meth:`bring` would take for its own."""
+        """Writes a call to the log: for layers that lack no expert. What it leaves beside that, a
+        call of :meth:`bring` would take for its own."""
         self._count(layer, tokens)
 
     def _need_of(self, layer: int, tokens: LayerTokens) -> int:
