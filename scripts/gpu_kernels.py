@@ -1,11 +1,11 @@
-"""The kernels of a cache that the GPU plans, alone: do they follow the rule, and how long do they plan?
+"""The kernels of a cache that the GPU plans, alone: do they follow the rule, how long do they plan?
 
     python scripts/gpu_kernels.py [--device cuda] [--least-calls 1000]
 
 Needs torch and Triton, and no vLLM. Random calls go to the kernels and to the rule in numpy
-(tests/device/kernels/harness.py); after each, state, log and the bytes in all slots are compared, bit
-by bit. Then the planner alone is timed in a captured graph, by misses and slots. Each finding is a line
-of JSON (scripts/gpu_findings.py).
+(tests/device/kernels/harness.py); after each, state, log and the bytes in all slots are compared,
+bit by bit. Then the planner alone is timed in a captured graph, by misses and slots. Each finding is
+a line of JSON (scripts/gpu_findings.py).
 
 With ``--device cpu`` Triton's interpreter runs the kernels in tiny sizes: that tries the script. It
 says so and does nothing where Triton is missing.
@@ -120,9 +120,7 @@ def filled_cache(num_slots: int, num_hits: int, device: str) -> DeviceCache:
         device=torch.device(device),
     )
     layout = ExpertLayout((TensorSpec("w", (8,), "bfloat16", 16),))
-    records = torch.zeros(
-        cache.num_layers * EXPERTS, layout.record_bytes, dtype=torch.uint8
-    )
+    records = torch.zeros(cache.num_layers * EXPERTS, layout.record_bytes, dtype=torch.uint8)
     slots = {"w": torch.zeros(num_slots, 16, dtype=torch.uint8, device=device)}
     cache.attach(layout, slots, records.pin_memory() if device == "cuda" else records)
     cache.live.fill_(1)
@@ -210,10 +208,11 @@ def main() -> int:
             return 0
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     equal = compare(args.device, args.least_calls)
-    all_slots, misses, repeats = SLOTS, MISSES, REPEATS
+    cells = list(itertools.product(SLOTS, MISSES))
+    repeats = REPEATS
     if args.device == "cpu":
-        all_slots, misses, repeats = (256,), (1, 24), 1
-    for num_slots, num_misses in itertools.product(all_slots, misses):
+        cells, repeats = [(256, 1), (256, 24)], 1
+    for num_slots, num_misses in cells:
         note("plan", **plan_times_s(num_slots, num_misses, args.device, repeats))
     return int(not equal)
 

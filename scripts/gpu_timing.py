@@ -1,9 +1,9 @@
-"""Device time of what is launched: in a captured CUDA graph. Without a GPU, the time of plain calls."""
+"""Device time of what is launched, in a captured CUDA graph; without a GPU, of plain calls."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ Launch = Callable[[], object]
 WARM_UPS = 2
 
 
-def call_times_s(launches: list[Launch], device: str, repeats: int) -> list[float]:
+def call_times_s(launches: Sequence[Launch], device: str, repeats: int) -> list[float]:
     """Seconds of one of ``launches``, on average over all of them; a value per repeat.
 
     On a GPU all are captured in one graph, one after the other, and a repeat replays it: the host is
@@ -30,7 +30,7 @@ def call_times_s(launches: list[Launch], device: str, repeats: int) -> list[floa
     return [seconds / len(launches) for seconds in _replays_s(graph, repeats)]
 
 
-def _plain_s(launches: list[Launch], repeats: int) -> list[float]:
+def _plain_s(launches: Sequence[Launch], repeats: int) -> list[float]:
     found = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -54,8 +54,8 @@ def _replays_s(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
     return found
 
 
-def side_by_side_s(works: list[Callable[[], None]]) -> list[float]:
-    """Seconds of each of ``works`` on a stream of its own, all begun at the same moment. A GPU only."""
+def side_by_side_s(works: Sequence[Launch]) -> list[float]:
+    """Seconds of each of ``works`` on a stream of its own, all begun at once. A GPU only."""
     streams = [torch.cuda.Stream() for _ in works]
     begin = torch.cuda.Event(enable_timing=True)
     ends = [torch.cuda.Event(enable_timing=True) for _ in works]
