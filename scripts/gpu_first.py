@@ -17,10 +17,10 @@
 
 Needs no network, no git, no nvcc and no clone: only what `make gpu-kit` packs, torch with its Triton
 and the C compiler that Triton asks for, and, from tokens on, vLLM on PYTHONPATH. While tokens runs,
-the model of the steps behind it is written. DIR/<step>.json is written when a step begins, whenever it
-found something, and when it ends; the same files under --work-dir tell later calls how earlier steps
-went. A step that hangs is killed at its limit. One that failed ends the steps that need it, and no
-others. With --limit-total the last steps fall away; bench and misses do last what is worth least.
+the model of the steps behind it is written. DIR/<step>.json is written when a step begins, whenever
+it found something, and when it ends; the same files under --work-dir tell later calls how earlier
+steps went. A step that hangs is killed at its limit. One that failed ends the steps that need it, and
+no others. With --limit-total the last steps fall away; within bench and misses what is worth least.
 
 --rehearse unpacks the packed kit into an empty folder and runs the sequence there on a CPU, with a
 simulated device, tiny sizes, and a PATH of python and coreutils alone. It fails if a step failed, or

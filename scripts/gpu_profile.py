@@ -4,9 +4,9 @@
 
 Requests come one at a time on the benchmark's model (scripts/gpu_models.py writes it), one for each
 workload of one request: --steps decode steps with a clock around what the plugin does between layer
-calls, then as many under torch.profiler. Each finding is a line of JSON (scripts/gpu_findings.py): the
-steps' times, what the clock found, and the longest kernels, of graphs that are replayed, too. Kernels
-are serial unless a graph branches, so what they sum to says how long the device was busy.
+calls, then as many under torch.profiler. Each finding is a line of JSON (scripts/gpu_findings.py):
+the steps' times, what the clock found, and the longest kernels, of graphs that are replayed, too.
+Kernels are serial unless a graph branches, so what they sum to says how long the device was busy.
 """
 
 from __future__ import annotations

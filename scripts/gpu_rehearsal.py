@@ -73,13 +73,14 @@ def environment(folder: Path, kit: Path, log: Path) -> dict[str, str]:
         "VMO_REHEARSAL_CLONE": str(ROOT),
         # The environment that holds Python and vLLM may lie below the clone.
         "VMO_REHEARSAL_ALLOWED": os.pathsep.join({sys.prefix, sys.base_prefix}),
-        **({TRITON_VARIABLE: str(triton[-1])} if (triton := tritons()) else {}),
+        **({TRITON_VARIABLE: str(brought[-1])} if (brought := tritons()) else {}),
     }
 
 
 def tritons() -> list[Path]:
     """Folders with a Triton each, the newest last, if ``make test-triton`` has brought them."""
-    return sorted((Path(sys.prefix) / "triton").glob("[0-9]*"))
+    given = os.environ.get(TRITON_VARIABLE)
+    return [Path(given)] if given else sorted((Path(sys.prefix) / "triton").glob("[0-9]*"))
 
 
 def problems(results: Path, log: Path) -> list[str]:

@@ -34,6 +34,9 @@ BENCH_MARGIN_S = 12.0
 """Between the benchmark's own limit and the step's."""
 EVERYTHING_FITS_SHARE = 0.36
 """Of the bench step's time: two of its five contestants."""
+BENCH_WORKLOADS = ("decode-1", "prefill-4096", "decode-8")
+"""Short of time, the last one is the first to go."""
+REHEARSED_WORKLOADS = ("decode-1", "prefill-512")
 PROFILED = ("decode-1", "decode-1-any-topic")
 HOST_PLANNED_TESTS = (
     "tests/gpu/test_torch_copier.py",
@@ -242,9 +245,7 @@ def engine_arguments(run: Run) -> tuple[str, ...]:
 def _bench(run: Run, limit_s: float) -> list[Command]:
     left_s = limit_s - BENCH_MARGIN_S
     fits_s = EVERYTHING_FITS_SHARE * left_s
-    workloads = ("decode-1", "prefill-4096", "decode-8")  # the last one is the first to go
-    if run.device == "cpu":
-        workloads = ("decode-1", "prefill-512")
+    workloads = BENCH_WORKLOADS if run.device == "cuda" else REHEARSED_WORKLOADS
     common = ("--workloads", *workloads, "--results", run.results, *engine_arguments(run))
     contestants = ("--contestants", "resident", "trace", "cpu-offload-gb")
     return [

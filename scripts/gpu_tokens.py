@@ -150,7 +150,10 @@ def moe_backend(quantization: str | None) -> str:
 
     from vllm_moe_offload.integration import formats
 
-    return formats.moe_backends(quantization, torch.cuda.get_device_capability())[0]
+    backends: tuple[str, ...] = formats.moe_backends(
+        quantization, torch.cuda.get_device_capability()
+    )
+    return backends[0]
 
 
 def cpu_kernels() -> str:
