@@ -275,7 +275,6 @@ def beside(command: Command | None, run: Run) -> Iterator[None]:
             cwd=ROOT,
             start_new_session=True,
         )
-        began = time.monotonic()
         try:
             yield
             with contextlib.suppress(subprocess.TimeoutExpired):  # killed below
@@ -283,8 +282,7 @@ def beside(command: Command | None, run: Run) -> Iterator[None]:
         finally:
             _signal_group(process.pid, signal.SIGKILL)
             status = process.wait()
-    told = f"status {status}, {time.monotonic() - began:.0f} s; {log.name}"
-    print(f"=== {command.name}, meanwhile: {told}", flush=True)
+    print(f"=== {command.name}, meanwhile: status {status}; {log.name}", flush=True)
 
 
 # ---- the command line ------------------------------------------------------------------

@@ -35,6 +35,7 @@ import torch  # noqa: E402
 
 from scripts.gpu_findings import note  # noqa: E402
 from scripts.gpu_timing import Launch, call_times_s, side_by_side_s  # noqa: E402
+from vllm_moe_offload.cache.layout import ALIGNMENT  # noqa: E402
 
 GIB = 1 << 30
 DEFAULT_LOCK_GB = 2.0
@@ -149,10 +150,6 @@ class Gather:
         layout = ExpertLayout(
             tuple(TensorSpec(name, (size,), "uint8", size) for name, size in sizes.items())
         )
-        if layout.record_bytes != record_bytes:
-            raise ValueError(
-                f"--record-bytes {record_bytes}: allowed are multiples of 4096, as in a store"
-            )
         self.slots = {
             name: torch.zeros(most_records, size, dtype=torch.uint8, device=device)
             for name, size in sizes.items()
@@ -375,16 +372,16 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true", help="all numbers, and the product")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
+    if args.record_bytes < 1 or args.record_bytes % ALIGNMENT:
+        parser.error(
+            f"--record-bytes {args.record_bytes}: allowed are multiples of {ALIGNMENT}, as in a store"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 1
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-    try:
-        result = measure(args, ON_CPU if args.device == "cpu" else Sizes())
-    except ValueError as error:
-        parser.error(str(error))
-    note("link", **result)
+    note("link", **measure(args, ON_CPU if args.device == "cpu" else Sizes()))
     return 0
 
 
