@@ -3,7 +3,7 @@
     python scripts/gpu_tokens.py --device cuda --work-dir DIR [--cases CASE ...]
 
 For each case two engines, one after the other: plain and offloaded, half of the experts with slots.
-A Qwen3-MoE and a DeepSeek-V2, whose grouped router gives padding experts like any other, in bf16:
+A Qwen3-MoE and a DeepSeek-V3, whose grouped router gives padding experts like any other, in bf16:
 without graphs (``eager``) and with each of vLLM's kinds of CUDA graphs, planned by the GPU. ``int4``,
 ``fp8``: quantised, planned by the host, on vLLM's Marlin and Triton kernels. One, three and five
 prompts come at once, so that graphs are padded; long ones are cut into chunks. After each engine a
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -74,12 +75,12 @@ CASES = {
     for case in (
         Case("qwen3_moe, eager"),
         Case("qwen3_moe, FULL_AND_PIECEWISE", graphs="FULL_AND_PIECEWISE"),
-        Case("deepseek_v2, eager", "deepseek_v2"),
-        Case("deepseek_v2, FULL_AND_PIECEWISE", "deepseek_v2", "FULL_AND_PIECEWISE"),
+        Case("deepseek_v3, eager", "deepseek_v3"),
+        Case("deepseek_v3, FULL_AND_PIECEWISE", "deepseek_v3", "FULL_AND_PIECEWISE"),
         Case("qwen3_moe, PIECEWISE", graphs="PIECEWISE"),
         Case("qwen3_moe, FULL", graphs="FULL"),
-        Case("deepseek_v2, PIECEWISE", "deepseek_v2", "PIECEWISE"),
-        Case("deepseek_v2, FULL", "deepseek_v2", "FULL"),
+        Case("deepseek_v3, PIECEWISE", "deepseek_v3", "PIECEWISE"),
+        Case("deepseek_v3, FULL", "deepseek_v3", "FULL"),
         Case("int4", format="int4", quantization="compressed-tensors"),
         Case("fp8", format="fp8", quantization="fp8"),
     )
@@ -91,9 +92,13 @@ UNQUANTISED = [case.name for case in CASES.values() if case.format is None]
 def write_model(case: Case, work_dir: Path) -> Path:
     """The case's model, new."""
     from scripts.demo_model import write_demo_model
+    from scripts.demo_model.mtp import MTP_ARCHS, write_mtp_model
     from scripts.quantize import quantize
 
     plain = work_dir / f"model-{case.arch}"
+    if case.arch in MTP_ARCHS:
+        shutil.rmtree(plain, ignore_errors=True)
+        return write_mtp_model(plain, case.arch, **case.shape)
     write_demo_model(plain, case.arch, force=True, **case.shape)
     if case.format is None:
         return plain

@@ -25,7 +25,7 @@ def any_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_routers_run_in_every_kind_of_graph() -> None:
     asked = {(CASES[name].arch, CASES[name].graphs) for name in UNQUANTISED}
     kinds = (None, "PIECEWISE", "FULL", "FULL_AND_PIECEWISE")
-    assert asked == {(arch, kind) for arch in ("qwen3_moe", "deepseek_v2") for kind in kinds}
+    assert asked == {(arch, kind) for arch in ("qwen3_moe", "deepseek_v3") for kind in kinds}
 
 
 @pytest.mark.parametrize("name", UNQUANTISED)
@@ -48,10 +48,10 @@ def test_graphs_are_padded() -> None:
 
 def test_a_cpu_has_doubles_of_a_gpu_and_no_graphs() -> None:
     assert gpu_tokens.obstacle(CASES["qwen3_moe, FULL"], "cpu") == "a CPU has no CUDA graphs"
-    assert gpu_tokens.obstacle(CASES["deepseek_v2, eager"], "cpu") is None
-    assert "simulated_device" in job_of("deepseek_v2, eager", "cpu")
+    assert gpu_tokens.obstacle(CASES["deepseek_v3, eager"], "cpu") is None
+    assert "simulated_device" in job_of("deepseek_v3, eager", "cpu")
     assert "simulated_gpu" in job_of("int4", "cpu")
-    assert "simulated_device" not in job_of("deepseek_v2, eager", "cpu", None)
+    assert "simulated_device" not in job_of("deepseek_v3, eager", "cpu", None)
 
 
 def result(ids: list[int], logprob: str, misses: int = 3) -> dict[str, Any]:
