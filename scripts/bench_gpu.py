@@ -15,6 +15,10 @@ Its contestants, each in a process of its own, one after the other, with the sam
     cpu-offload-gb   vLLM's UVA offloader: experts beyond the share are read over the link
     vllm-prefetch    vLLM's prefetch offloader: whole layers are copied ahead
 
+Parts named ...-misses ask what misses cost: resident and trace alone, with words of any topic, so
+that what is needed changes at every step. --resident-once measures the link and resident in the first
+part of a model and takes that for its other parts.
+
 Models have the layers of Qwen3-30B-A3B and Mixtral-8x7B (hidden size, experts, widths, top-k),
 fewer of them where disk and memory ask for it, and generated weights: routers are planted so
 that requests keep to topics (scripts/demo_model), experts are random. Hit rates are
@@ -34,7 +38,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,7 @@ from scripts.engine_environment import (  # noqa: E402
 from scripts.gpu_figures import crossing_bytes  # noqa: E402
 from scripts.gpu_models import ensure_model, store_of  # noqa: E402
 from scripts.gpu_options import (  # noqa: E402
+    Planned,
     add_plan_options,
     check_device,
     choices_of,
@@ -131,6 +136,7 @@ def run_contestant(
         "offload": offload,
         "workloads": workloads,
         "limit_s": limit_s,
+        "device": args.device,
     }
     spec_path.write_text(json.dumps(spec))
     environment = {
@@ -189,6 +195,7 @@ def collect(findings: Sequence[Mapping[str, Any]], record_bytes: int) -> dict[st
         if kind == "ready":
             result["start_s"], result["memory_at_start"] = finding["start_s"], finding["memory"]
             result["counts_compilations"] = finding["counts_compilations"]
+            result["way"] = finding.get("way")
         elif kind == "sample":
             sample = {**finding["sample"]}
             sample["crossing_bytes"] = crossing_bytes(sample, record_bytes)
@@ -226,7 +233,7 @@ def measure_link(part: Part, args: argparse.Namespace) -> dict[str, Any] | None:
     if not findings or "bytes_per_s" not in findings[-1]:
         print(f"The link could not be measured:\n{done.stderr[-2000:]}", file=sys.stderr)
         return {"error": done.stderr[-2000:]}
-    found: dict[str, Any] = findings[-1]  # without the plugin's copier, if that failed
+    found: dict[str, Any] = findings[-1]
     return found
 
 
@@ -242,6 +249,7 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
             "kv_cache_bytes": sizes.kv_cache_bytes,
             "chunk_tokens": sizes.chunk_tokens,
             "time_limit_s": args.time_limit_s,
+            "total_limit_s": args.total_limit_s,
             **asdict(choices_of(args)),
             "environment": (
                 OFFLINE | LOOPBACK | NO_COMPILER | compiler_environment(args.backend)
@@ -254,13 +262,28 @@ def new_part(part: Part, sizes: Sizes, args: argparse.Namespace) -> dict[str, An
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Time of a part.
+
+    Attributes:
+        limit_s: of all of it.
+        num_later: contestants of later parts for which some of it has to be left.
+    """
+
+    limit_s: float
+    num_later: int = 0
+
+
 def run_part(
     part: Part,
     sizes: Sizes,
     args: argparse.Namespace,
     measured: dict[str, Any],
     *,
+    allowed: Allowed,
     max_positions: int,
+    first: Mapping[str, Any] | None,
     keep: Callable[[], object],
 ) -> None:
     """Measures all contestants of a part, as far as the time allows, into ``measured``.
@@ -270,20 +293,30 @@ def run_part(
         sizes: with the workloads to run.
         args: of the command line.
         measured: see :func:`new_part`.
+        allowed: time.
         max_positions: of the model's config, whatever the workloads.
+        first: another part, whose link and resident contestant are this one's, too; None: they are
+            measured here.
         keep: called after each contestant: what is in ``measured`` by then has to last.
     """
     began = time.perf_counter()
-    chosen = [name for name in part.contestants if name in args.contestants]
+    chosen = chosen_of(part, args)
     contestants = measured["contestants"]
     for name in chosen:  # what is cut short says so
         contestants[name] = {"status": "not run", "reason": "the part ended before its turn"}
     model_dir = ensure_model(args.work_dir, part.model, max_positions)
-    measured["link"] = measure_link(part, args)
+    if first is None:
+        measured["link"] = measure_link(part, args)
+    else:
+        measured["link"] = first["link"]
+        if "resident" in chosen:
+            chosen.remove("resident")
+            measured_in = {"measured_in": first["name"]}
+            contestants["resident"] = first["contestants"]["resident"] | measured_in
     for number, name in enumerate(chosen):
-        left = args.time_limit_s - (time.perf_counter() - began)
+        left = allowed.limit_s - (time.perf_counter() - began)
         # What the first ones do not need is there for the others.
-        limit = min(left - GRACE_S, 1.6 * left / (len(chosen) - number))
+        limit = min(left - GRACE_S, 1.6 * left / (len(chosen) - number + allowed.num_later))
         if limit < args.least_s:
             contestants[name]["reason"] = "the part's time was over"
             continue
@@ -293,10 +326,15 @@ def run_part(
         )
         print(
             f"{part.name}: {name}: {result['status']} {result['reason']}"
-            f" ({time.perf_counter() - began:.0f} s of {args.time_limit_s:.0f} s)",
+            f" ({time.perf_counter() - began:.0f} s of {allowed.limit_s:.0f} s)",
             flush=True,
         )
         keep()
+
+
+def chosen_of(part: Part, args: argparse.Namespace) -> list[str]:
+    """The part's contestants that were asked for, in order of importance."""
+    return [name for name in part.contestants if name in args.contestants]
 
 
 def is_complete(part: Mapping[str, Any]) -> bool:
@@ -306,6 +344,45 @@ def is_complete(part: Mapping[str, Any]) -> bool:
         or contestant["reason"].startswith(("not on this platform", "not possible"))
         for contestant in part["contestants"].values()
     )
+
+
+def run_parts(plan: Planned, args: argparse.Namespace, results: Path) -> bool:
+    """All parts, one after the other; whether all that can run here was measured."""
+    began = time.perf_counter()
+    complete = True
+    first_of: dict[str, dict[str, Any]] = {}
+    for number, part in enumerate(plan.parts):
+        sizes = plan.sizes_of(part)
+        measured = new_part(part, sizes, args)
+        keep = functools.partial(
+            save, {"parts": {part.name: measured}}, results=results, work_dir=args.work_dir
+        )
+        try:
+            run_part(
+                part,
+                sizes,
+                args,
+                measured,
+                allowed=allowed_for(plan.parts[number + 1 :], args, began),
+                max_positions=plan.max_positions,
+                first=first_of.get(part.model.name),
+                keep=functools.partial(keep, quiet=True),
+            )
+        finally:  # what was measured before an error or a signal is kept
+            keep()
+        if args.resident_once:
+            first_of.setdefault(part.model.name, measured)
+        complete = complete and is_complete(measured)
+    return complete
+
+
+def allowed_for(later: Sequence[Part], args: argparse.Namespace, began: float) -> Allowed:
+    """Time of the next part, with ``later`` ones behind it; the first one began at ``began``."""
+    if args.total_limit_s is None:
+        return Allowed(args.time_limit_s)
+    spared = {"resident"} if args.resident_once else set()
+    num_later = sum(len(set(chosen_of(part, args)) - spared) for part in later)
+    return Allowed(args.total_limit_s - (time.perf_counter() - began), num_later)
 
 
 def main() -> int:
@@ -325,6 +402,14 @@ def main() -> int:
     )
     parser.add_argument(
         "--time-limit-s", type=float, default=450, help="per part (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--total-limit-s", type=float, help="of all parts together: the last ones are cut short"
+    )
+    parser.add_argument(
+        "--resident-once",
+        action="store_true",
+        help="measure link and resident in a model's first part, for its other parts as well",
     )
     parser.add_argument(
         "--least-s",
@@ -356,24 +441,7 @@ def main() -> int:
     results = results_of(args)
     if args.device == "cpu" and args.results is None:
         results = results_of(argparse.Namespace(results=None, quick=True))
-    complete = True
-    for part in plan.parts:
-        measured = new_part(part, plan.sizes, args)
-        keep = functools.partial(
-            save, {"parts": {part.name: measured}}, results=results, work_dir=args.work_dir
-        )
-        try:
-            run_part(
-                part,
-                plan.sizes,
-                args,
-                measured,
-                max_positions=plan.max_positions,
-                keep=functools.partial(keep, quiet=True),
-            )
-        finally:  # what was measured before an error or a signal is kept
-            keep()
-        complete = complete and is_complete(measured)
+    complete = run_parts(plan, args, results)
     show(load(results))
     return int(not complete)
 

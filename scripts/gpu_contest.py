@@ -16,21 +16,28 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_moe_offload.device.runtime import DeviceRuntime
+    from vllm_moe_offload.runtime import OffloadRuntime
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.demo_model import TOPICS  # noqa: E402
+from scripts.gpu_machine import machine  # noqa: E402
 from scripts.gpu_plan import Workload  # noqa: E402
 
 WORDS_PER_TOPIC = 64
 """A long prompt goes through all topics, as a long document does; a short one keeps to one."""
 WARM_UPS = 1
 """Repeats of each workload before those that count."""
+ANY_TOPIC_TEMPERATURE = 10.0
+"""Words of all topics are nearly as likely as the request's own; what is no word stays unlikely."""
 MOST_EXTRA_WARM_UPS = 3
 """Repeats that are done again because something compiled; then they count, and say so."""
 
@@ -59,6 +66,9 @@ def prompt_ids(tokenizer: Any, workload: Workload, repeat: int) -> list[list[int
     return prompts
 
 
+Counts = dict[str, float]
+
+
 class Counters:
     """The plugin's counters, in this process; nothing for other contestants."""
 
@@ -68,19 +78,61 @@ class Counters:
         executor = llm.llm_engine.model_executor
         self.runtime: Any = find_runtime(executor.driver_worker.worker.model_runner.get_model())
 
-    def read(self) -> dict[str, float] | None:
-        """Counters now; None without offload."""
-        from vllm_moe_offload.cache.planner import COUNTER_NAMES
+    @property
+    def way(self) -> str | None:
+        """Who plans (``plan.ways.Way``); None without offload."""
+        from vllm_moe_offload.device.runtime import DeviceRuntime
+
+        if self.runtime is None:
+            return None
+        if not isinstance(self.runtime, DeviceRuntime):
+            return "host"
+        return "resident" if self.runtime._is_resident else "device"
+
+    def read(self) -> Callable[[], Counts | None]:
+        """What gives the counters as they are now, once time does not matter; None without offload.
+
+        What a device counts is copied there, behind the steps that were launched: waiting for it
+        would be in the time that is measured.
+        """
+        from vllm_moe_offload.device.runtime import DeviceRuntime
 
         runtime = self.runtime
         if runtime is None:
-            return None
-        counts = dict(zip(COUNTER_NAMES, runtime.cache.counters.tolist(), strict=True))
-        return counts | {
-            "read_bytes": runtime.read_bytes,
-            "stall_s": runtime.stall_ns / 1e9,
-            "policy_s": runtime.policy_ns / 1e9,
+            return lambda: None
+        if isinstance(runtime, DeviceRuntime):
+            return _on_device(runtime)
+        counts = _of_host(runtime)
+        return lambda: counts
+
+
+def _on_device(runtime: DeviceRuntime) -> Callable[[], Counts]:
+    num_steps, follow_s = runtime._num_steps, runtime._follow_ns / 1e9
+    cache = runtime._cache  # None: all experts are resident, nobody counts
+    counters = None if cache is None else cache.counters.clone()
+
+    def read() -> Counts:
+        hits, misses = (0, 0) if counters is None else counters.tolist()
+        return {
+            "hits": hits,
+            "misses": misses,
+            "prefetch_useful": 0,
+            "policy_s": follow_s,
+            "steps": num_steps,
         }
+
+    return read
+
+
+def _of_host(runtime: OffloadRuntime) -> Counts:
+    from vllm_moe_offload.cache.planner import COUNTER_NAMES
+
+    counts = dict(zip(COUNTER_NAMES, runtime.cache.counters.tolist(), strict=True))
+    return counts | {
+        "read_bytes": runtime.read_bytes,
+        "stall_s": runtime.stall_ns / 1e9,
+        "policy_s": runtime.policy_ns / 1e9,
+    }
 
 
 class Compilations:
@@ -119,18 +171,14 @@ def measure(llm: Any, workload: Workload, repeat: int, counters: Counters) -> di
         the first token on; ``counters``: what the plugin counted in the phase that the
         workload is about; ``tokens``: what was generated, per request.
     """
-    from vllm import SamplingParams
-
     engine = llm.llm_engine
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True, detokenize=False
-    )
     names = [f"{workload.name}-{repeat}-{index}" for index in range(workload.batch)]
     tokens: dict[str, list[int]] = {name: [] for name in names}
     prompts = prompt_ids(llm.get_tokenizer(), workload, repeat)
     before = counters.read()
     began = time.perf_counter()
-    for name, ids in zip(names, prompts, strict=True):
+    for index, (name, ids) in enumerate(zip(names, prompts, strict=True)):
+        sampling = sampling_of(workload, repeat, index)
         engine.add_request(name, {"prompt_token_ids": ids}, sampling)
     first: float | None = None
     behind, at_first, step_times = 0, before, []
@@ -153,6 +201,7 @@ def measure(llm: Any, workload: Workload, repeat: int, counters: Counters) -> di
     steps = workload.new_tokens - behind
     decode_s = step_times[-1] if step_times else 0.0
     phase = (at_first, after) if workload.is_decode else (before, at_first)
+    began_with, ended_with = (reading() for reading in phase)
     return {
         "repeat": repeat,
         "prefill_s": first - began,
@@ -160,9 +209,22 @@ def measure(llm: Any, workload: Workload, repeat: int, counters: Counters) -> di
         "steps": steps,
         "step_s": decode_s / steps if steps else None,
         "step_times_s": step_times,
-        "counters": difference(*phase),
+        "counters": difference(began_with, ended_with),
         "tokens": list(tokens.values()),
     }
+
+
+def sampling_of(workload: Workload, repeat: int, index: int) -> Any:
+    """Of one request: greedy, or words of any topic, the same ones for every contestant."""
+    from vllm import SamplingParams
+
+    chosen = {"temperature": 0.0}
+    if workload.any_topic:
+        seed = repeat * workload.batch + index
+        chosen = {"temperature": ANY_TOPIC_TEMPERATURE, "seed": seed}
+    return SamplingParams(
+        **chosen, max_tokens=workload.new_tokens, ignore_eos=True, detokenize=False
+    )
 
 
 def difference(
@@ -209,17 +271,6 @@ def memory() -> dict[str, int | None]:
     return found
 
 
-def host_tier(counters: Counters) -> dict[str, int] | None:
-    """Bytes of the pinned host tier as the plugin states them; None if it has none."""
-    from vllm_moe_offload.transfer.host_tier import HostTier
-
-    if counters.runtime is None:
-        return None
-    parts = vars(counters.runtime._transfer).values()
-    tiers = [part for part in parts if isinstance(part, HostTier)]
-    return {"host_tier_bytes": tiers[0].arena.nbytes} if tiers else None
-
-
 def contest(spec: Mapping[str, Any], out: Path) -> None:
     """Runs all workloads until the time is over."""
     began = time.perf_counter()
@@ -238,7 +289,8 @@ def contest(spec: Mapping[str, Any], out: Path) -> None:
     if spec["offload"] is not None:
         engine["additional_config"] = {"moe_offload": spec["offload"]}
     compilations = Compilations()
-    llm = LLM(spec["model"], **engine)
+    with machine(spec["device"]):
+        llm = LLM(spec["model"], **engine)
     counters = Counters(llm)
     if (counters.runtime is not None) != (spec["offload"] is not None):
         raise RuntimeError("the plugin runs where it should not, or does not where it should")
@@ -247,12 +299,13 @@ def contest(spec: Mapping[str, Any], out: Path) -> None:
         start_s=time.perf_counter() - began,
         memory=memory(),
         counts_compilations=compilations.is_counted,
+        way=counters.way,
     )
     for fields in spec["workloads"]:
         run_workload(
             llm, Workload(**fields), counters, compilations, deadline=deadline, note=note
         )
-    note("memory", memory=memory() | (host_tier(counters) or {}))
+    note("memory", memory=memory())
     note("end", seconds=time.perf_counter() - began)
 
 

@@ -18,6 +18,13 @@ def decode_bound_s(
     return max(resident_step_s, miss_bytes_per_step / bandwidth_bytes_per_s)
 
 
+def serial_s(
+    resident_step_s: float, miss_bytes_per_step: float, gather_bytes_per_s: float
+) -> float:
+    """A step that computes like the resident one, and copies while it does not."""
+    return resident_step_s + miss_bytes_per_step / gather_bytes_per_s
+
+
 def stream_bound_s(
     resident_s: float,
     *,
@@ -101,6 +108,7 @@ def summary_rows(part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             seconds = median_of(contestant, workload, figure)
             base = median_of(resident, workload, figure)
             bound = bound_s(part, contestant, resident, workload)
+            serial = serial_step_s(part, contestant, resident, workload)
             counters = [
                 sample["counters"]
                 for sample in contestant["workloads"][workload]
@@ -116,6 +124,9 @@ def summary_rows(part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "of_resident": base / seconds if base and seconds else None,
                 "bound_s": bound,
                 "of_bound": bound / seconds if bound and seconds else None,
+                "serial_s": serial,
+                "of_serial": serial / seconds if serial and seconds else None,
+                "misses_per_step": misses_per_step(contestant, workload),
                 "hit_rate": hits / needs if needs else None,
                 "crossing_bytes": median_of(contestant, workload, "crossing_bytes"),
                 "device_bytes": contestant.get("memory", {}).get("device_used_bytes"),
@@ -123,6 +134,35 @@ def summary_rows(part: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     {"workloads": {workload: contestant["workloads"][workload]}}, resident
                 ),
             }
+
+
+def misses_per_step(contestant: Mapping[str, Any], workload: str) -> float | None:
+    """What had to cross in a decode step, in experts: the median; None where it is not known."""
+    if not workload.startswith("decode"):
+        return None
+    found = []
+    for sample in contestant["workloads"][workload]:
+        counters = sample.get("counters")
+        # Between two looks at a device's counters other steps lie than between two outputs.
+        steps = (counters or {}).get("steps") or sample["steps"]
+        if counters is not None and steps:
+            found.append((counters["misses"] + counters.get("prefetch_useful", 0)) / steps)
+    return statistics.median(found) if found else None
+
+
+def serial_step_s(
+    part: Mapping[str, Any],
+    contestant: Mapping[str, Any],
+    resident: Mapping[str, Any] | None,
+    workload: str,
+) -> float | None:
+    """See :func:`serial_s`; None where a figure of it is missing."""
+    rate = (part.get("link") or {}).get("gather_bytes_per_s")
+    misses = misses_per_step(contestant, workload)
+    resident_step_s = median_of(resident, workload, "step_s")
+    if rate is None or misses is None or resident_step_s is None:
+        return None
+    return serial_s(resident_step_s, misses * part["model"]["record_bytes"], rate)
 
 
 def bound_s(
@@ -139,8 +179,10 @@ def bound_s(
     if bandwidth is None or crossing is None or seconds is None:
         return None
     if is_decode:
-        steps = median_of(contestant, workload, "steps")
-        return None if steps is None else decode_bound_s(seconds, crossing / steps, bandwidth)
+        misses = misses_per_step(contestant, workload)
+        if misses is None:
+            return None
+        return decode_bound_s(seconds, misses * part["model"]["record_bytes"], bandwidth)
     return stream_bound_s(
         seconds,
         expert_bytes=part["model"]["expert_bytes"],

@@ -1,22 +1,26 @@
-"""A quarter of an hour on a CUDA machine: seven steps, in order of worth, each with its limit.
+"""Half an hour on a CUDA machine: seven steps, in order of worth, each with its limit.
 
     python scripts/gpu_first.py --results DIR                        all steps
-    python scripts/gpu_first.py --results DIR --only probe copies    some of them
+    python scripts/gpu_first.py --results DIR --only probe kernels   some of them
     python scripts/gpu_first.py --results DIR --from tokens          this one and those after it
+    python scripts/gpu_first.py --results DIR --limit-total 900      as far as 900 seconds reach
     python scripts/gpu_first.py --rehearse                           all of it, on a CPU
 
     probe    driver, memory, compilers, disks
-    copies   the copier's tests; three of them under compute-sanitizer
-    link     bandwidth to the device in copies of one expert; time to page-lock host memory
-    tokens   a tiny model: is what the plugin says what plain vLLM says, without graphs and with
-    kernels  vLLM's Triton experts on slots
-    bench    a quarter of the experts on the device, beside vLLM's own ways
-    profile  where a decode step of `trace` spends its time, layer by layer
+    kernels  our kernels alone, without vLLM: do they follow the rule, how long do they plan, how
+             fast do they copy; how long does page-locking take
+    tokens   tiny models: is what the plugin says what plain vLLM says, without graphs and with
+    bench    a quarter of the experts on the device, and all of them, beside vLLM's own ways
+    misses   from an eighth of the experts to all but one, where every step needs others
+    profile  what runs on the device in a decode step of `trace`, and our part of the host's time
+    formats  what the host plans: copies by torch's streams, quantised experts
 
-Needs no network, no git, no compiler and no clone: only what `make gpu-kit` packs, torch, and vLLM
-on PYTHONPATH. DIR/<step>.json is written when a step begins, whenever it found something, and when
-it ends; the same files under --work-dir tell later calls how earlier steps went. A step that hangs
-is killed at its limit. One that failed ends the steps that need it, and no others.
+Needs no network, no git, no nvcc and no clone: only what `make gpu-kit` packs, torch with its Triton
+and the C compiler that Triton asks for, and, from tokens on, vLLM on PYTHONPATH. While tokens runs,
+the model of the steps behind it is written. DIR/<step>.json is written when a step begins, whenever
+it found something, and when it ends; the same files under --work-dir tell later calls how earlier
+steps went. A step that hangs is killed at its limit. One that failed ends the steps that need it, and
+no others. With --limit-total the last steps fall away; within bench and misses what is worth least.
 
 --rehearse unpacks the packed kit into an empty folder and runs the sequence there on a CPU, with a
 simulated device, tiny sizes, and a PATH of python and coreutils alone. It fails if a step failed, or
@@ -30,6 +34,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,7 +43,8 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +52,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts import gpu_findings  # noqa: E402
-from scripts.gpu_sequence import KIT_FILE, STEPS, Command, Run, Step, environment  # noqa: E402
+from scripts.gpu_probe import memory  # noqa: E402
+from scripts.gpu_sequence import (  # noqa: E402
+    KIT_FILE,
+    NEED_MODEL,
+    STEPS,
+    Command,
+    Run,
+    Step,
+    environment,
+)
 from scripts.harness.machine import commit, hardware, versions  # noqa: E402
 
 LOG_TAIL_CHARACTERS = 6000
 KILL_GRACE_S = 2.0
 """Of a step's limit: between the request to end and the kill."""
 POLL_S = 0.2
+LEAST_STEP_S = 8.0
+"""No step is begun with less time than this."""
+BESIDE_LIMIT_S = 180.0
+"""Of what is prepared beside a step, once that has ended."""
 
 
 # ---- one command -----------------------------------------------------------------------
@@ -210,18 +229,60 @@ def run_step(step: Step, run: Run, results: Path) -> dict[str, Any]:
     return record.data
 
 
-def run_steps(steps: Sequence[Step], run: Run, results: Path) -> bool:
-    """All steps, one after the other; whether all passed."""
+def run_steps(
+    steps: Sequence[Step], run: Run, results: Path, total_s: float = math.inf
+) -> bool:
+    """All steps, one after the other, in ``total_s`` seconds; whether all passed."""
     passed = True
-    for step in steps:
+    deadline = time.monotonic() + total_s
+    for number, whole in enumerate(steps):
+        step = within(whole, deadline - time.monotonic())
         print(f"=== {step.name}: at most {step.limit_s:g} s", flush=True)
-        record = run_step(step, run, results)
+        is_needed = any(later.name in NEED_MODEL for later in steps[number + 1 :])
+        with beside(step.prepared(run) if step.prepared and is_needed else None, run):
+            record = run_step(step, run, results)
         told = f" ({record['reason']})" if record["reason"] else ""
         print(f"=== {step.name}: {record['status']}{told}, {record['seconds']} s", flush=True)
         if record["status"] != "passed":
             print(record["log_tail"][-1500:], flush=True)
         passed = passed and record["status"] == "passed"
     return passed
+
+
+def within(step: Step, left_s: float) -> Step:
+    """The step in the time that is left for it and those after it."""
+    if left_s < LEAST_STEP_S:
+        return replace(step, obstacle=lambda _: "the time of all steps was over")
+    return step.with_limit(min(step.limit_s, round(left_s, 1)))
+
+
+@contextlib.contextmanager
+def beside(command: Command | None, run: Run) -> Iterator[None]:
+    """Runs a command meanwhile, to its end or its limit.
+
+    If it fails, whoever needs what it was to make does that again and says why it cannot.
+    """
+    if command is None:
+        yield
+        return
+    with (run.work_dir / f"{command.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            command.argv,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(run),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        try:
+            yield
+            with contextlib.suppress(subprocess.TimeoutExpired):  # killed below
+                process.wait(BESIDE_LIMIT_S)
+        finally:
+            _signal_group(process.pid, signal.SIGKILL)
+            status = process.wait()
+    print(f"=== {command.name}, meanwhile: status {status}; {log.name}", flush=True)
 
 
 # ---- the command line ------------------------------------------------------------------
@@ -246,8 +307,10 @@ def chosen_steps(args: argparse.Namespace, parser: argparse.ArgumentParser) -> l
 
 CPU_LIMIT_FACTOR = 6.0
 """Two busy cores are slower than what the limits are for."""
-BENCH_DISK_BYTES = 30 << 30
-"""The benchmark's checkpoint and store, and as much again for whatever else is there."""
+BENCH_DISK_BYTES = 41_000_000_000
+"""The benchmark's checkpoint and store."""
+BENCH_MEMORY_BYTES = 62_000_000_000
+"""With both in memory: these, as many experts page-locked, and engines."""
 
 
 def main() -> int:
@@ -259,6 +322,9 @@ def main() -> int:
     parser.add_argument("--from", dest="begin", choices=STEPS, metavar="STEP")
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP")
     parser.add_argument("--limit", action="append", default=[], metavar="STEP=SECONDS")
+    parser.add_argument(
+        "--limit-total", type=float, default=math.inf, metavar="SECONDS", help="of all steps"
+    )
     parser.add_argument(
         "--work-dir",
         type=Path,
@@ -287,7 +353,7 @@ def main() -> int:
     if KIT_FILE.exists():
         os.environ.setdefault("VMO_COMMIT", json.loads(KIT_FILE.read_text())["commit"])
     run = Run(args.device, work_dir, bench_dir.absolute(), results)
-    return int(not run_steps(steps, run, results))
+    return int(not run_steps(steps, run, results, args.limit_total))
 
 
 def roomiest(device: str, work_dir: Path) -> Path:
@@ -295,9 +361,9 @@ def roomiest(device: str, work_dir: Path) -> Path:
     shared = Path("/dev/shm")
     if device == "cpu" or not shared.exists():
         return work_dir
-    if shutil.disk_usage(shared).free < BENCH_DISK_BYTES:
-        return work_dir
-    return shared / work_dir.name
+    has_room = shutil.disk_usage(shared).free >= BENCH_DISK_BYTES
+    has_memory = memory()["MemAvailable"] >= BENCH_MEMORY_BYTES
+    return shared / work_dir.name if has_room and has_memory else work_dir
 
 
 if __name__ == "__main__":

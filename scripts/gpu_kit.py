@@ -3,9 +3,9 @@
     make gpu-kit                      build/gpu-kit/ and build/gpu-kit.tar.xz
     python scripts/gpu_kit.py --pieces DIR
 
-In the kit: the package with its native libraries (``_cuda.so`` for one GPU architecture alone) and
-``*.egg-info`` (vLLM finds the plugin by it), tests, scripts, and kit.json, which names the commit.
-Nothing of ours is compiled against a Python or a torch. ``site`` has what the package needs and a
+In the kit: the package with its native library and ``*.egg-info`` (vLLM finds the plugin by it),
+tests, scripts, and kit.json, which names the commit. Nothing of ours is compiled for a GPU, or
+against a Python or a torch. ``site`` has what the package needs and a
 machine with torch may lack, for one version of Python. What is needed beside the kit there: torch,
 and stock vLLM with its requirements, whose packed pieces lie in --pieces.
 
@@ -36,7 +36,7 @@ CARRIED = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection")
 """Packages in ``site``, of the versions in the lock."""
 LOCK = ROOT / "requirements" / "cpu.lock"
 PLATFORMS = ("manylinux_2_17_x86_64", "manylinux2014_x86_64")
-LIBRARIES = ("_core.so", "_cuda.so")
+LIBRARY = "_core.so"
 MOST_KIT_BYTES = 8_000_000
 MOST_TRANSFER_BYTES = 64 << 20
 """Of one transfer: kit, one piece, and the tracked tree."""
@@ -71,7 +71,7 @@ def tracked(*paths: str) -> list[Path]:
 
 
 def collect(kit: Path) -> None:
-    """Copies sources and makes the egg-info; native libraries are built into the kit before."""
+    """Copies sources and makes the egg-info; the native library is in the kit before."""
     for file in tracked(*FOLDERS, *FILES):
         target = kit / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,17 +89,14 @@ def collect(kit: Path) -> None:
     )
 
 
-def build_libraries(kit: Path, arch: str) -> None:
-    """The native libraries, stripped, straight into the kit's package."""
+def strip_library(kit: Path) -> None:
+    """The native library, stripped, into the kit's package."""
     package = kit / "vllm_moe_offload"
     package.mkdir(parents=True)
-    core = ROOT / "vllm_moe_offload" / "_core.so"
-    if not core.exists():
-        raise KitError(f"{core.relative_to(ROOT)} is missing: run `make setup`")
-    subprocess.run(["strip", "-o", str(package / core.name), str(core)], check=True)
-    subprocess.run(
-        [str(ROOT / "scripts" / "build_cuda.sh"), str(package / "_cuda.so"), arch], check=True
-    )
+    library = ROOT / "vllm_moe_offload" / LIBRARY
+    if not library.exists():
+        raise KitError(f"{library.relative_to(ROOT)} is missing: run `make setup`")
+    subprocess.run(["strip", "-o", str(package / LIBRARY), str(library)], check=True)
 
 
 def carry(site: Path, python_version: str) -> None:
@@ -168,13 +165,12 @@ def main() -> int:
         default=ROOT / ".bundle",
         help="folder with packed pieces of vLLM (*.tar.xz; default: .bundle)",
     )
-    parser.add_argument("--arch", default="90", help="of the GPU, as in sm_90 (default: 90)")
     parser.add_argument("--python-version", default="3.12", help="there (default: 3.12)")
     args = parser.parse_args()
     began = time.monotonic()
     shutil.rmtree(KIT, ignore_errors=True)
     try:
-        build_libraries(KIT, args.arch)
+        strip_library(KIT)
         collect(KIT)
         carry(KIT / "site", args.python_version)
         packed = pack(KIT)
@@ -188,9 +184,8 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"gpu-kit: {error}\n{error.stderr or ''}", file=sys.stderr)
         return 1
-    for library in LIBRARIES:
-        size = (KIT / "vllm_moe_offload" / library).stat().st_size
-        print(f"{library}: {size / 1e6:.2f} MB")
+    size = (KIT / "vllm_moe_offload" / LIBRARY).stat().st_size
+    print(f"{LIBRARY}: {size / 1e6:.2f} MB")
     files = [path for path in KIT.rglob("*") if path.is_file()]
     print(f"{KIT.relative_to(ROOT)}: {len(files)} files")
     print(f"{packed.relative_to(ROOT)}: made in {time.monotonic() - began:.0f} s")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from scripts.gpu_plan import (  # noqa: E402
     Sizes,
     parts_of,
     select_parts,
+    sweep_of,
     with_layers,
     with_workloads,
 )
@@ -32,7 +33,9 @@ from vllm_moe_offload.config import parse_cache_size  # noqa: E402
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Adds what says which engines run on which model."""
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all")
+    parser.add_argument(
+        "--parts", nargs="+", metavar="PART", help="default: all but those of misses"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--layers", type=int, help="layers of the models (default: see --list)")
     parser.add_argument(
@@ -53,8 +56,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--workloads",
         nargs="+",
         metavar="NAME",
-        help=f"default: all of {', '.join(w.name for w in FULL.workloads)}; with --quick, of "
-        f"{', '.join(w.name for w in QUICK.workloads)}",
+        help=f"of {', '.join(w.name for w in FULL.workloads)}; with --quick, of "
+        f"{', '.join(w.name for w in QUICK.workloads)} (default: those of any topic for parts that "
+        "ask what misses cost, else all others)",
     )
     parser.add_argument(
         "--host-gb",
@@ -68,12 +72,22 @@ class Planned:
     """What the command line asks for.
 
     Attributes:
+        all_sizes: with the workloads that were asked for, or all.
+        are_chosen: whether workloads were asked for.
         max_positions: of the models' configs: a model serves any choice of workloads.
     """
 
     parts: list[Part]
-    sizes: Sizes
+    all_sizes: Sizes
+    are_chosen: bool
     max_positions: int
+
+    def sizes_of(self, part: Part) -> Sizes:
+        """With the workloads to run in a part: if none were asked for, its own."""
+        if self.are_chosen:
+            return self.all_sizes
+        workloads = (w for w in self.all_sizes.workloads if w.any_topic == part.is_sweep)
+        return replace(self.all_sizes, workloads=tuple(workloads))
 
 
 def planned(args: argparse.Namespace) -> Planned:
@@ -84,13 +98,14 @@ def planned(args: argparse.Namespace) -> Planned:
     """
     args.work_dir = args.work_dir.absolute()
     is_tiny = args.quick or args.device == "cpu"
-    models, all_sizes = (TINY_MODELS, QUICK) if is_tiny else (MODELS, FULL)
-    parts = select_parts(
-        args.parts, parts_of([with_layers(model, args.layers) for model in models])
-    )
+    of_size, all_sizes = (TINY_MODELS, QUICK) if is_tiny else (MODELS, FULL)
+    models = [with_layers(model, args.layers) for model in of_size]
+    parts = parts_of(models)
+    if args.parts:
+        parts = select_parts(args.parts, [*parts, *sweep_of(models)])
     check_choices(args)
     sizes = with_workloads(all_sizes, args.workloads)
-    return Planned(parts, sizes, positions_of(all_sizes))
+    return Planned(parts, sizes, bool(args.workloads), positions_of(all_sizes))
 
 
 def check_device(device: str) -> None:

@@ -17,6 +17,8 @@ PLUGIN = ("trace", "lru")
 VLLM_OFFLOADERS = ("cpu-offload-gb", "vllm-prefetch")
 CONTESTANTS = ("resident", "trace", "cpu-offload-gb", "lru", "vllm-prefetch")
 """In order of importance: the time limit of a part takes the last ones first."""
+ALL_BUT_ONE = "all-but-one"
+"""A share: one expert has no slot, so everything of offloading runs, and nearly nothing is copied."""
 RESIDENT_AUTO = "resident-auto"
 """Plain vLLM with the kernels that it chooses itself, where everything fits."""
 
@@ -26,11 +28,13 @@ class Workload:
     """Requests that are sent at once, and how often.
 
     Attributes:
-        name: ``decode-<batch>`` or ``prefill-<tokens>``.
+        name: ``decode-<batch>``, ``decode-<batch>-any-topic`` or ``prefill-<tokens>``.
         batch: requests at once.
         prompt_tokens: of each of them.
         new_tokens: generated for each of them.
         repeats: times that count; those before them that warm up do not.
+        any_topic: whether every word is chosen from all topics, as if at random. What a request
+            needs then changes at every step; left to itself it keeps to a topic.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Workload:
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    any_topic: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -84,23 +89,36 @@ TINY_MODELS = (
 )
 PART_SHARES = (25.0, 100.0, 12.5, 50.0)
 """Per cent, in order of importance."""
+SWEEP_SHARES = ("25", ALL_BUT_ONE, "50", "12.5")
+"""Of the parts that ask what misses cost, in order of importance."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What runs together and is compared."""
+    """What runs together and is compared.
+
+    Attributes:
+        share: per cent of the experts on the device.
+        is_sweep: one of the parts that ask what misses cost.
+        share_name: of the share, where it is no round number.
+    """
 
     model: Model
     share: float
+    is_sweep: bool = False
+    share_name: str = ""
 
     @property
     def name(self) -> str:
-        """``<model>-<per cent>``."""
-        return f"{self.model.name}-{self.share:g}"
+        """``<model>-<per cent>``, of a sweep ``<model>-<per cent>-misses``."""
+        share = self.share_name or f"{self.share:g}"
+        return f"{self.model.name}-{share}{'-misses' if self.is_sweep else ''}"
 
     @property
     def contestants(self) -> tuple[str, ...]:
         """With everything on the device there is nothing to offload."""
+        if self.is_sweep:
+            return ("resident", "trace")
         return ("resident", "trace", RESIDENT_AUTO) if self.share == 100 else CONTESTANTS
 
 
@@ -110,6 +128,17 @@ def parts_of(models: Sequence[Model]) -> list[Part]:
     By model, because a disk may not hold two of them with their stores.
     """
     return [Part(model, share) for model in models for share in PART_SHARES]
+
+
+def sweep_of(models: Sequence[Model]) -> list[Part]:
+    """Parts that ask what misses cost, by model, the most important ones first."""
+    parts = []
+    for model in models:
+        total = model.shape.layers * model.shape.experts
+        for name in SWEEP_SHARES:
+            share = 100 * (total - 1) / total if name == ALL_BUT_ONE else float(name)
+            parts.append(Part(model, share, is_sweep=True, share_name=name))
+    return parts
 
 
 def select_parts(names: Sequence[str] | None, parts: Sequence[Part]) -> list[Part]:
@@ -162,6 +191,8 @@ FULL = Sizes(
         Workload("decode-8", 8, 64, 33, 3),
         Workload("decode-32", 32, 64, 17, 3),
         Workload("prefill-4096", 1, 4096, 2, 3),
+        Workload("decode-1-any-topic", 1, 64, 65, 3, any_topic=True),
+        Workload("decode-8-any-topic", 8, 64, 33, 3, any_topic=True),
     ),
     kv_cache_bytes=4 * GIB,
     chunk_tokens=8192,
@@ -171,6 +202,7 @@ QUICK = Sizes(
         Workload("decode-1", 1, 32, 9, 2),
         Workload("prefill-512", 1, 512, 2, 1),
         Workload("decode-4", 4, 32, 9, 1),
+        Workload("decode-1-any-topic", 1, 32, 9, 1, any_topic=True),
     ),
     kv_cache_bytes=GIB // 4,
     chunk_tokens=256,
@@ -300,7 +332,7 @@ def offload_options(
     """
     options = {
         "mode": mode,
-        "cache_gb": f"{part.share:g}%",
+        "cache_gb": f"{part.share:.12g}%",
         "store_dir": str(store),
         "trace_path": str(trace),
     }

@@ -57,9 +57,6 @@ MODULES = (
 )
 """What plugin, tests and benchmarks import."""
 TOOLS = (
-    "nvcc",
-    "ptxas",
-    "compute-sanitizer",
     "ncu",
     "nvidia-smi",
     "gcc",

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.gpu_sequence import STEPS  # noqa: E402
+from scripts.gpu_sequence import STEPS, TRITON_VARIABLE  # noqa: E402
 
 PACKED_KIT = ROOT / "build" / "gpu-kit.tar.xz"
 RESULTS = ROOT / "build" / "gpu-rehearsal"
@@ -73,7 +73,14 @@ def environment(folder: Path, kit: Path, log: Path) -> dict[str, str]:
         "VMO_REHEARSAL_CLONE": str(ROOT),
         # The environment that holds Python and vLLM may lie below the clone.
         "VMO_REHEARSAL_ALLOWED": os.pathsep.join({sys.prefix, sys.base_prefix}),
+        **({TRITON_VARIABLE: str(brought[-1])} if (brought := tritons()) else {}),
     }
+
+
+def tritons() -> list[Path]:
+    """Folders with a Triton each, the newest last, if ``make test-triton`` has brought them."""
+    given = os.environ.get(TRITON_VARIABLE)
+    return [Path(given)] if given else sorted((Path(sys.prefix) / "triton").glob("[0-9]*"))
 
 
 def problems(results: Path, log: Path) -> list[str]:

@@ -93,6 +93,7 @@ def show(report: Mapping[str, Any]) -> None:
             "ms",
             "of resident",
             "of bound",
+            "of serial",
             "hits",
             "same",
         ):
@@ -107,7 +108,7 @@ def show(report: Mapping[str, Any]) -> None:
                 "-" if seconds is None else f"{1e3 * seconds:.2f}",
                 *(
                     "-" if row[key] is None else f"{row[key]:.3f}"
-                    for key in ("of_resident", "of_bound", "hit_rate")
+                    for key in ("of_resident", "of_bound", "of_serial", "hit_rate")
                 ),
                 f"{same}/{total}",
             )

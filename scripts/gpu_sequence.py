@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,29 +12,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scripts.engine_environment import engine_environment
+from scripts.gpu_plan import SWEEP_SHARES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 KIT_FILE = ROOT / "kit.json"
 """In a kit only (scripts/gpu_kit.py): names the commit that it was made from."""
 
+TRITON_VARIABLE = "VMO_REHEARSAL_TRITON"
+"""Environment variable with the folder of a Triton for the rehearsal; unset: there is none."""
+
 Device = Literal["cuda", "cpu"]
 
 RECORD_BYTES = 9_437_184
 """One expert of Qwen3-30B-A3B."""
-BENCH_LAYERS = 8
-BENCH_PART = "qwen3-30b-a3b-25"
-REHEARSAL_PART = "tiny-qwen3-25"
+HOST_TIER_GB = 20
+"""Of the benchmark's model, in whole gigabytes: what is page-locked for it."""
+BENCH_LAYERS = 16
+MODEL, REHEARSED_MODEL = "qwen3-30b-a3b", "tiny-qwen3"
 BENCH_MARGIN_S = 12.0
 """Between the benchmark's own limit and the step's."""
-COPIER_TESTS = "tests/gpu/test_copier.py"
-KERNEL_TESTS = ("tests/gpu/test_triton_kernels.py", "tests/gpu/test_marlin_kernels.py")
-SANITIZED = (
-    f"{COPIER_TESTS}::test_every_byte_arrives_and_no_other_changes[23909-memcpy]",
-    f"{COPIER_TESTS}::test_more_slots_than_one_launch_takes[gather]",
-    f"{COPIER_TESTS}::test_kernels_wait_for_copies_that_were_joined[gather]",
+EVERYTHING_FITS_SHARE = 0.36
+"""Of the bench step's time: two of its five contestants."""
+BENCH_WORKLOADS = ("decode-1", "prefill-4096", "decode-8")
+"""Short of time, the last one is the first to go."""
+REHEARSED_WORKLOADS = ("decode-1", "prefill-512")
+PROFILED = ("decode-1", "decode-1-any-topic")
+HOST_PLANNED_TESTS = (
+    "tests/gpu/test_torch_copier.py",
+    "tests/gpu/test_triton_kernels.py",
+    "tests/gpu/test_marlin_kernels.py",
 )
-"""Which copier tests run under compute-sanitizer: a copy engine, the kernel, order of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +109,14 @@ class Step:
     Attributes:
         commands: what it runs, one after the other, given the run and the seconds it has.
         obstacle: why it would be of no use after what happened so far; None: it is of use.
+        prepared: what steps after this one may need, done beside it; before it the GPU is timed.
     """
 
     name: str
     limit_s: float
     commands: Callable[[Run, float], list[Command]]
     obstacle: Callable[[Run], str | None] = lambda run: None
+    prepared: Callable[[Run], Command] | None = None
 
     def with_limit(self, limit_s: float | None, scale: float = 1.0) -> Step:
         """The step with another limit, or its own times ``scale``."""
@@ -153,31 +162,29 @@ def _probe(run: Run, _: float) -> list[Command]:
     return [Command("probe", _script("gpu_probe.py", *touch))]
 
 
-def _copies(run: Run, _: float) -> list[Command]:
-    least = 1 if run.device == "cuda" else 0  # on a CPU they are collected and skipped
-    argv, junit = _pytest(run, "copies", COPIER_TESTS)
-    commands = [Command("tests", argv, junit, least)]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(sanitizer).exists():
-        return commands
-    argv, junit = _pytest(run, "sanitized", *SANITIZED)
-    # torch's caching allocator would hide accesses beyond a tensor.
-    uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
-    memcheck = (sanitizer, "--tool", "memcheck", "--error-exitcode", "86")
-    commands.append(Command("memcheck", (*uncached, *memcheck, *argv), junit, len(SANITIZED)))
-    return commands
-
-
-def _link(run: Run, _: float) -> list[Command]:
-    sizes: tuple[object, ...] = ("--record-bytes", RECORD_BYTES, "--lock-gb", 20)
+def _kernels(run: Run, _: float) -> list[Command]:
+    on_device = ("--device", run.device)
+    sizes: tuple[object, ...] = ("--record-bytes", RECORD_BYTES, "--lock-gb", HOST_TIER_GB)
+    calls: tuple[object, ...] = ()
     if run.device == "cpu":
-        sizes = ("--record-bytes", 1 << 16, "--lock-gb", 0.25, "--round-bytes", 1 << 22)
+        sizes = ("--record-bytes", 1 << 16, "--lock-gb", 0.25)
+        calls = ("--least-calls", 8)
     return [
+        Command("rule", _interpreted(run, _script("gpu_kernels.py", *on_device, *calls))),
         Command(
-            "link",
-            _script("gpu_link.py", "--device", run.device, *sizes),
-        )
+            "link", _interpreted(run, _script("gpu_link.py", *on_device, "--sweep", *sizes))
+        ),
     ]
+
+
+def _interpreted(run: Run, argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Without a GPU, with the Triton that the rehearsal lends to kernels alone: vLLM for CPUs would
+    take it for a GPU's."""
+    triton = os.environ.get(TRITON_VARIABLE)
+    if run.device == "cuda" or not triton:
+        return argv
+    path = os.pathsep.join(filter(None, (*_module_folders(), triton)))
+    return ("env", f"PYTHONPATH={path}", "TRITON_INTERPRET=1", *argv)
 
 
 def _tokens(run: Run, _: float) -> list[Command]:
@@ -186,72 +193,97 @@ def _tokens(run: Run, _: float) -> list[Command]:
 
 
 def _formats(run: Run, _: float) -> list[Command]:
+    least = 1 if run.device == "cuda" else 0  # on a CPU they are collected and skipped
+    argv, junit = _pytest(run, "formats", *HOST_PLANNED_TESTS)
     arguments = ("--device", run.device, "--work-dir", run.work_dir / "formats")
-    return [Command("tokens", _script("gpu_tokens.py", *arguments, "--cases", "int4", "fp8"))]
+    return [
+        Command("tests", argv, junit, least),
+        Command("tokens", _script("gpu_tokens.py", *arguments, "--cases", "int4", "fp8")),
+    ]
 
 
-def no_copies(run: Run) -> str | None:
-    """Whether nothing that copies experts can work."""
-    return None if run.passed("copies", "tests") else "the copier's tests did not pass"
+def no_kernels(run: Run) -> str | None:
+    """Whether the kernels are known to do other things than the rule."""
+    found = run.found("kernels", "rule")
+    wrong = found is not None and not found.get("equal", True)
+    return "the kernels do not follow the rule" if wrong else None
 
 
 def no_tokens(run: Run) -> str | None:
     """Whether the plugin's tokens are not vLLM's even without graphs."""
     if run.record("tokens") is None:
         return None
-    eager = run.found("tokens", "eager")
+    eager = run.found("tokens", "qwen3_moe, eager")
     return None if eager is not None and eager["equal"] else "eager tokens are not vLLM's"
 
 
 def graphs_work(run: Run) -> bool:
     """Whether nothing is known against graphs."""
-    if run.record("tokens") is None:
-        return True
-    graphs = run.found("tokens", "graphs")
-    return graphs is not None and bool(graphs["equal"])
+    found = run.found("tokens", "qwen3_moe, FULL_AND_PIECEWISE")
+    return found is None or bool(found.get("equal", True))
 
 
-def _kernels(run: Run, _: float) -> list[Command]:
-    least = 1 if run.device == "cuda" else 0
-    argv, junit = _pytest(run, "kernels", *KERNEL_TESTS)
-    return [Command("tests", argv, junit, least)]
-
-
-def bench_arguments(run: Run) -> tuple[object, ...]:
-    """Of scripts/bench_gpu.py, for the benchmark and the profile alike."""
+def bench_arguments(run: Run, *shares: str) -> tuple[object, ...]:
+    """Of scripts/bench_gpu.py and scripts/gpu_profile.py: on which parts of the model."""
     where = ("--device", run.device, "--work-dir", run.bench_dir / "bench")
+    model = REHEARSED_MODEL if run.device == "cpu" else MODEL
+    parts = ("--parts", *(f"{model}-{share}" for share in shares))
     if run.device == "cpu":
-        return (*where, "--quick", "--parts", REHEARSAL_PART)
-    return (*where, "--parts", BENCH_PART, "--layers", BENCH_LAYERS)
+        return (*where, "--quick", *parts)
+    return (*where, *parts, "--layers", BENCH_LAYERS)
 
 
-def compilation(run: Run) -> tuple[str, ...]:
-    """How engines compile: not at all where graphs are wrong, else without Inductor."""
-    return ("--backend", "eager") if graphs_work(run) else ("--enforce-eager",)
+def engine_arguments(run: Run) -> tuple[str, ...]:
+    """Of the engines: all experts in host memory; vLLM's own graphs without Inductor, or none at all
+    where graphs are wrong. A CPU has neither."""
+    if run.device == "cpu":
+        return ()
+    graphs = ("--backend", "eager") if graphs_work(run) else ("--enforce-eager",)
+    return ("--host-gb", "100%", *graphs)
 
 
 def _bench(run: Run, limit_s: float) -> list[Command]:
-    arguments = [*bench_arguments(run), "--results", run.results]
-    arguments += ["--time-limit-s", limit_s - BENCH_MARGIN_S]
-    if run.device == "cpu":
-        arguments += ["--workloads", "decode-1", "prefill-512", "--contestants", "trace", "lru"]
-    else:
-        arguments += [
-            "--host-gb",
-            "100%",
-            "--workloads",
-            "decode-1",
-            "decode-8",
-            "prefill-4096",
-        ]
-    arguments += compilation(run)
-    return [Command("bench", _script("bench_gpu.py", *arguments))]
+    left_s = limit_s - BENCH_MARGIN_S
+    fits_s = EVERYTHING_FITS_SHARE * left_s
+    workloads = BENCH_WORKLOADS if run.device == "cuda" else REHEARSED_WORKLOADS
+    common = ("--workloads", *workloads, "--results", run.results, *engine_arguments(run))
+    contestants = ("--contestants", "resident", "trace", "cpu-offload-gb")
+    return [
+        Command(
+            name,
+            _script(
+                "bench_gpu.py",
+                *bench_arguments(run, share),
+                *common,
+                *contestants,
+                *("--time-limit-s", limit),
+            ),
+        )
+        for name, share, limit in (
+            ("bench", "25", left_s - fits_s),
+            ("everything fits", "100", fits_s),
+        )
+    ]
+
+
+def _misses(run: Run, limit_s: float) -> list[Command]:
+    shares = [f"{share}-misses" for share in SWEEP_SHARES]
+    arguments = (
+        *bench_arguments(run, *(shares if run.device == "cuda" else shares[:2])),
+        *("--results", run.results, "--resident-once"),
+        *("--total-limit-s", limit_s - BENCH_MARGIN_S),
+        *engine_arguments(run),
+    )
+    return [Command("misses", _script("bench_gpu.py", *arguments))]
+
+
+def _prepare(run: Run) -> Command:
+    arguments = (*bench_arguments(run, "25"), "--prepare")
+    return Command("prepare", _script("bench_gpu.py", *arguments))
 
 
 def _profile(run: Run, _: float) -> list[Command]:
-    arguments = [*bench_arguments(run), "--workloads", "decode-1"]
-    if run.device == "cuda":  # the simulated device's way is not one that Dynamo could follow
-        arguments += ["--host-gb", "100%", *compilation(run)]
+    arguments = (*bench_arguments(run, "25"), "--workloads", *PROFILED, *engine_arguments(run))
     return [Command("profile", _script("gpu_profile.py", *arguments))]
 
 
@@ -259,13 +291,14 @@ STEPS = {
     step.name: step
     for step in (
         Step("probe", 10, _probe),
-        Step("copies", 60, _copies),
-        Step("link", 40, _link),
-        Step("tokens", 160, _tokens, no_copies),
-        Step("kernels", 60, _kernels),
-        Step("formats", 120, _formats, no_copies),
-        Step("bench", 300, _bench, no_tokens),
-        Step("profile", 60, _profile, no_tokens),
+        Step("kernels", 120, _kernels),
+        Step("tokens", 180, _tokens, no_kernels, _prepare),
+        Step("bench", 420, _bench, no_tokens),
+        Step("misses", 360, _misses, no_tokens),
+        Step("profile", 90, _profile, no_tokens),
+        Step("formats", 120, _formats),
     )
 }
 """In order of worth."""
+NEED_MODEL = ("bench", "misses", "profile")
+"""Steps for which :attr:`Step.prepared` is done."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The proof on a CUDA machine: build, tests, sanitizers, benchmarks. Offline, part by part.
+# The proof on a CUDA machine: build, tests, benchmarks. Offline, part by part.
 #
 #   scripts/gpu_suite.sh --list                      the parts, numbered
 #   scripts/gpu_suite.sh --part 1 [--part 5 ...]     some of them, in that order
@@ -30,8 +30,6 @@ parts=(
   "build"
   "tests"
   "smoke"
-  "memcheck"
-  "racecheck"
   "identity-1"
   "identity-2"
   "identity-3"
@@ -42,11 +40,13 @@ parts=(
   "bench:qwen3-30b-a3b-100"
   "bench:qwen3-30b-a3b-12.5"
   "bench:qwen3-30b-a3b-50"
+  "misses:qwen3-30b-a3b"
   "model:mixtral-8x7b"
   "bench:mixtral-8x7b-25"
   "bench:mixtral-8x7b-100"
   "bench:mixtral-8x7b-12.5"
   "bench:mixtral-8x7b-50"
+  "misses:mixtral-8x7b"
 )
 
 # A path that was given relative to where the suite was called from.
@@ -56,13 +56,13 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$self"; }
 
 describe() {
   case $1 in
-    build) echo "compile csrc (CPU core, CUDA copier), check the machine" ;;
-    tests) echo "pytest -m 'gpu and not vllm': kernels, copies, memory" ;;
+    build) echo "compile csrc (the CPU core), check the machine" ;;
+    tests) echo "the kernels against their rule; pytest -m 'gpu and not vllm': slots, copies, memory" ;;
     smoke) echo "bench_gpu.py --quick: every contestant on tiny models" ;;
-    memcheck | racecheck) echo "compute-sanitizer --tool $1 on the kernels' tests" ;;
     identity-*) echo "pytest -m 'gpu and vllm', ${1#identity-} of 5: tokens of resident vLLM" ;;
     model:*) echo "write the checkpoint; the benchmark does it too, in its own time" ;;
     bench:*) echo "bench_gpu.py --parts ${1#bench:}" ;;
+    misses:*) echo "the same with words of any topic, at four shares of the experts" ;;
   esac
 }
 
@@ -83,16 +83,18 @@ kept() { # pattern: whether something is there that a build would replace
 
 do_build() {
   set -e
-  kept "vllm_moe_offload/_core*.so" || VMO_CUDA=0 "$python" setup.py --quiet build_ext --inplace
+  kept "vllm_moe_offload/_core*.so" || "$python" setup.py --quiet build_ext --inplace
   kept "*.egg-info" || "$python" setup.py --quiet egg_info
-  kept "vllm_moe_offload/_cuda.so" ||
-    PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin PYTHON=$python scripts/build_cuda.sh
   "$python" scripts/gpu_check.py
 }
 
 pytest() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
 
-do_tests() { pytest -m "gpu and not vllm" tests/gpu; }
+do_tests() {
+  local status=0
+  "$python" scripts/gpu_kernels.py || status=$?
+  pytest -m "gpu and not vllm" tests/gpu && return "$status"
+}
 
 do_identity() { # which fifth
   local ids count
@@ -105,14 +107,6 @@ do_identity() { # which fifth
   fi
   local begin=$(((count * ($1 - 1)) / 5)) end=$(((count * $1) / 5))
   pytest "${ids[@]:begin:end-begin}"
-}
-
-do_sanitizer() { # which tool
-  local sanitizer
-  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-  # torch's caching allocator would hide accesses beyond a tensor.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --target-processes all --error-exitcode 86 \
-    "$python" -m pytest -q -p no:cacheprovider -m "gpu and not vllm" tests/gpu
 }
 
 do_smoke() {
@@ -129,15 +123,20 @@ do_bench() { # which part of the benchmark
     --time-limit-s $((limit - 20))
 }
 
+do_misses() { # of which model; the first of these shares is worth most
+  "$python" scripts/bench_gpu.py --parts "$1"-{25,all-but-one,50,12.5}-misses --resident-once \
+    --work-dir "$work" --results "$results" --total-limit-s $((limit - 20))
+}
+
 run_inner() { # name of a part
   case $1 in
     build) do_build ;;
     tests) do_tests ;;
     smoke) do_smoke ;;
-    memcheck | racecheck) do_sanitizer "$1" ;;
     identity-*) do_identity "${1#identity-}" ;;
     model:*) do_model "${1#model:}" ;;
     bench:*) do_bench "${1#bench:}" ;;
+    misses:*) do_misses "${1#misses:}" ;;
   esac
 }
 

@@ -1,22 +1,25 @@
 """Are the plugin's tokens plain vLLM's? Tiny models, without graphs and with, in one process.
 
-    python scripts/gpu_tokens.py --device cuda --work-dir DIR [--cases eager graphs int4 fp8]
+    python scripts/gpu_tokens.py --device cuda --work-dir DIR [--cases CASE ...]
 
 For each case two engines, one after the other: plain and offloaded, half of the experts with slots.
-``eager``, ``graphs``: a Qwen3-MoE in bf16, without graphs and with piecewise CUDA graphs (on a CPU:
-compiled). ``int4``, ``fp8``: quantised, without graphs, on vLLM's Marlin and Triton kernels. Prompts
-come alone, then eight at once; a long one is cut into chunks. After each engine a finding says how it
-ended, after each pair whether tokens and logprobs are the same, bit by bit (scripts/gpu_findings.py).
+A Qwen3-MoE and a DeepSeek-V3, whose grouped router gives padding experts like any other, in bf16:
+without graphs (``eager``) and with each of vLLM's kinds of CUDA graphs, planned by the GPU. ``int4``,
+``fp8``: quantised, planned by the host, on vLLM's Marlin and Triton kernels. One, three and five
+prompts come at once, so that graphs are padded; long ones are cut into chunks. After each engine a
+finding says how it ended, after each pair whether tokens and logprobs are the same, bit by bit
+(scripts/gpu_findings.py).
 
 vLLM logs at DEBUG: its graphs then check at every replay that their inputs lie where they lay at
-capture. On a CPU offloaded engines without graphs are served as by a GPU, through a simulated copy
-engine and doubles for Marlin's operators (tests/integration/simulated_gpu.py, simulated_marlin.py).
+capture. A CPU has no graphs; there engines are served by doubles of a GPU, one that plans and one for
+which the host plans, and of Marlin's operators (tests/integration/simulated_*.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -32,7 +35,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 from scripts.gpu_findings import note  # noqa: E402
 
-ARCH = "qwen3_moe"
+BATCHES = (1, 3, 5)
+CAPTURED = [1, 2, 4, 8, 128]
+"""Rows of graphs: a batch of three or five is padded, and so is a chunk of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +45,17 @@ class Case:
     """A pair of engines.
 
     Attributes:
+        arch: of scripts/demo_model.
+        graphs: vLLM's ``cudagraph_mode``; None: without compilation and graphs.
         format: of scripts/quantize; None: bf16.
         quantization: vLLM's name of it.
-        eager: without graphs.
     """
 
     name: str
+    arch: str = "qwen3_moe"
+    graphs: str | None = None
     format: str | None = None
     quantization: str | None = None
-    eager: bool = True
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -66,22 +73,33 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("eager"),
-        Case("graphs", eager=False),
-        Case("int4", "int4", "compressed-tensors"),
-        Case("fp8", "fp8", "fp8"),
+        Case("qwen3_moe, eager"),
+        Case("qwen3_moe, FULL_AND_PIECEWISE", graphs="FULL_AND_PIECEWISE"),
+        Case("deepseek_v3, eager", "deepseek_v3"),
+        Case("deepseek_v3, FULL_AND_PIECEWISE", "deepseek_v3", "FULL_AND_PIECEWISE"),
+        Case("qwen3_moe, PIECEWISE", graphs="PIECEWISE"),
+        Case("qwen3_moe, FULL", graphs="FULL"),
+        Case("deepseek_v3, PIECEWISE", "deepseek_v3", "PIECEWISE"),
+        Case("deepseek_v3, FULL", "deepseek_v3", "FULL"),
+        Case("int4", format="int4", quantization="compressed-tensors"),
+        Case("fp8", format="fp8", quantization="fp8"),
     )
 }
-UNQUANTISED = ("eager", "graphs")
+"""In order of worth."""
+UNQUANTISED = [case.name for case in CASES.values() if case.format is None]
 
 
 def write_model(case: Case, work_dir: Path) -> Path:
     """The case's model, new."""
     from scripts.demo_model import write_demo_model
+    from scripts.demo_model.mtp import MTP_ARCHS, write_mtp_model
     from scripts.quantize import quantize
 
-    plain = work_dir / "model"
-    write_demo_model(plain, ARCH, force=True, **case.shape)
+    plain = work_dir / f"model-{case.arch}"
+    if case.arch in MTP_ARCHS:
+        shutil.rmtree(plain, ignore_errors=True)
+        return write_mtp_model(plain, case.arch, **case.shape)
+    write_demo_model(plain, case.arch, force=True, **case.shape)
     if case.format is None:
         return plain
     quantised = work_dir / f"model-{case.format}"
@@ -93,7 +111,7 @@ def job(
     case: Case, offload: Mapping[str, Any] | None, *, model: Path, device: str
 ) -> dict[str, Any]:
     """An engine for tests/integration/engine_driver.py."""
-    from tests.integration.conftest import engine
+    from tests.integration.conftest import BATCH, engine, prompt
 
     on_cpu = device == "cpu"
     options: dict[str, Any] = {}
@@ -103,15 +121,17 @@ def job(
             "moe_backend": moe_backend(case.quantization),
             "gpu_memory_utilization": 0.5,
         }
-        if not case.eager:
+        if case.graphs is not None:
             options["compilation_config"] = {
-                "cudagraph_mode": "PIECEWISE",
+                "cudagraph_mode": case.graphs,
                 "backend": "eager",  # Dynamo without Inductor: a start takes seconds
-                "cudagraph_capture_sizes": [1, 8],
+                "cudagraph_capture_sizes": CAPTURED,
             }
     simulated: dict[str, Any] = {}
-    if on_cpu and case.eager and offload is not None:
-        simulated["simulated_gpu"] = 1.0
+    if on_cpu and offload is not None:
+        # Host memory's share of the experts, or steps by which the routing is late.
+        double = "simulated_device" if case.format is None else "simulated_gpu"
+        simulated[double] = 1
     if on_cpu and case.format is not None:
         simulated["cpu_kernels"] = cpu_kernels()
         if offload is not None:
@@ -121,11 +141,12 @@ def job(
         options["moe_backend"] = "marlin"
     described: dict[str, Any] = engine(
         model,
-        eager=case.eager,
+        eager=case.graphs is None,
         offload=None if offload is None else dict(offload),
         **options,
     )
-    return described | simulated
+    batches = [[prompt(0, 300)], *(BATCH[:size] for size in BATCHES[1:])]
+    return described | simulated | {"batches": batches}
 
 
 def moe_backend(quantization: str | None) -> str:
@@ -134,7 +155,10 @@ def moe_backend(quantization: str | None) -> str:
 
     from vllm_moe_offload.integration import formats
 
-    return formats.moe_backends(quantization, torch.cuda.get_device_capability())[0]
+    backends: tuple[str, ...] = formats.moe_backends(
+        quantization, torch.cuda.get_device_capability()
+    )
+    return backends[0]
 
 
 def cpu_kernels() -> str:
@@ -146,6 +170,8 @@ def cpu_kernels() -> str:
 
 def obstacle(case: Case, device: str) -> str | None:
     """Why a case cannot be rehearsed on this CPU."""
+    if device == "cpu" and case.graphs is not None:
+        return "a CPU has no CUDA graphs"
     if device != "cpu" or case.format is None:
         return None
     from vllm_moe_offload.integration import cpu_kernels as kernels
@@ -185,7 +211,7 @@ def compare(plain: Mapping[str, Any], offloaded: Mapping[str, Any]) -> dict[str,
             "plain": one["ids"],
             "offloaded": other["ids"],
         }
-    return found | {"equal": same_tokens == len(pairs)}
+    return found | {"equal": same_tokens == same_logprobs == len(pairs)}
 
 
 def without_inductor() -> None:
@@ -205,7 +231,14 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--work-dir", type=Path, required=True, help="of models and stores")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=UNQUANTISED)
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=list(CASES),
+        default=UNQUANTISED,
+        metavar="CASE",
+        help=f"of {'; '.join(CASES)} (default: those without a format)",
+    )
     args = parser.parse_args()
     began = time.perf_counter()
     without_inductor()

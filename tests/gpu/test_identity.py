@@ -18,16 +18,16 @@ from tests.integration.test_identity import assert_identical, num_experts, offlo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm]
 
-PIECEWISE = {"cudagraph_mode": "PIECEWISE"}
+GRAPHS = [None, "PIECEWISE", "FULL", "FULL_AND_PIECEWISE"]
 
 
-def on_gpu(model, *, eager=True, offload=None, **extra):
+def on_gpu(model, *, graphs=None, offload=None, **extra):
     """Same kernels for all; half a GPU, so that a machine may run something else, too."""
-    if not eager:
-        extra["compilation_config"] = PIECEWISE
+    if graphs is not None:
+        extra["compilation_config"] = {"cudagraph_mode": graphs}
     return engine(
         model,
-        eager=eager,
+        eager=graphs is None,
         offload=offload,
         dtype="bfloat16",
         moe_backend="triton",
@@ -36,24 +36,24 @@ def on_gpu(model, *, eager=True, offload=None, **extra):
     )
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "piecewise"])
+@pytest.mark.parametrize("graphs", GRAPHS, ids=str)
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
-def test_half_capacity_and_one_layer(arch, eager, demo_model, store_dir, run_engines):  # noqa: F811
+def test_half_capacity_and_one_layer(arch, graphs, demo_model, store_dir, run_engines):  # noqa: F811
     model = demo_model(arch)
     sizes = {"50%": num_experts(arch) // 2, one_layer(arch): EXPERTS}
-    jobs = [on_gpu(model, eager=eager)]
-    jobs += [on_gpu(model, eager=eager, offload=offload(store_dir, size)) for size in sizes]
+    jobs = [on_gpu(model, graphs=graphs)]
+    jobs += [on_gpu(model, graphs=graphs, offload=offload(store_dir, size)) for size in sizes]
     results = run_engines(jobs)
     assert_identical(results, list(sizes.values()))
     assert all(result["facts"]["misses"] > 0 for result in results[1:])
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "piecewise"])
-def test_shared_experts(eager, demo_model, store_dir, run_engines):  # noqa: F811
+@pytest.mark.parametrize("graphs", GRAPHS, ids=str)
+def test_grouped_router_and_shared_experts(graphs, demo_model, store_dir, run_engines):  # noqa: F811
     model = demo_model("deepseek_v2")
     jobs = [
-        on_gpu(model, eager=eager),
-        on_gpu(model, eager=eager, offload=offload(store_dir, "50%")),
+        on_gpu(model, graphs=graphs),
+        on_gpu(model, graphs=graphs, offload=offload(store_dir, "50%")),
     ]
     assert_identical(run_engines(jobs), [num_experts("deepseek_v2") // 2])
 
@@ -78,12 +78,12 @@ def test_host_memory_smaller_than_the_experts(demo_model, store_dir, run_engines
     assert_identical(run_engines(jobs), [rows, rows])
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "piecewise"])
-def test_everything_fits(eager, demo_model, store_dir, run_engines):  # noqa: F811
+@pytest.mark.parametrize("graphs", GRAPHS, ids=str)
+def test_everything_fits(graphs, demo_model, store_dir, run_engines):  # noqa: F811
     model = demo_model("qwen3_moe")
     jobs = [
-        on_gpu(model, eager=eager),
-        on_gpu(model, eager=eager, offload=offload(store_dir, "100%")),
+        on_gpu(model, graphs=graphs),
+        on_gpu(model, graphs=graphs, offload=offload(store_dir, "100%")),
     ]
     plain, offloaded = run_engines(jobs)
     assert "error" not in plain, plain

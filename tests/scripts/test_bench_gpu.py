@@ -16,9 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from scripts import bench_gpu as bench  # noqa: E402
+from scripts import gpu_options  # noqa: E402
 from scripts import gpu_plan as plan  # noqa: E402
 from scripts.gpu_contest import difference, prompt_text  # noqa: E402
 from scripts.gpu_models import DISK_FACTOR  # noqa: E402
+from vllm_moe_offload.cache.sizing import cache_slots  # noqa: E402
 
 PARTS = plan.parts_of(plan.MODELS)
 
@@ -46,6 +48,53 @@ def test_parts_run_once_in_the_order_asked_for() -> None:
 def test_an_unknown_part_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"qwen3-30b-a3b-26; parts are .*qwen3-30b-a3b-25"):
         plan.select_parts(["qwen3-30b-a3b-26"], PARTS)
+
+
+def test_parts_of_misses_are_run_where_they_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, expected in (
+        ([], [part.name for part in PARTS]),
+        (["--parts", "qwen3-30b-a3b-all-but-one-misses"], ["qwen3-30b-a3b-all-but-one-misses"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments, "--list"])
+        assert bench.main() == 0
+        listed = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in listed] == expected
+
+
+@pytest.mark.parametrize("layers", [None, 5, 47])
+def test_all_but_one_has_a_slot(layers: int | None) -> None:
+    """Through the option, as cache_gb says it."""
+    model = plan.with_layers(plan.MODELS[0], layers)
+    (part,) = [part for part in plan.sweep_of([model]) if part.share_name == plan.ALL_BUT_ONE]
+    slots = cache_slots(
+        plan.offload_options(part, "trace", Path(), Path())["cache_gb"],
+        expert_bytes=1,
+        num_layers=model.shape.layers,
+        num_experts=model.shape.experts,
+        top_k=model.shape.top_k,
+        auto_bytes=0,
+    )
+    assert slots == model.shape.layers * model.shape.experts - 1
+
+
+def planned_for(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> gpu_options.Planned:
+    parser = argparse.ArgumentParser()
+    gpu_options.add_plan_options(parser)
+    return gpu_options.planned(parser.parse_args(arguments))
+
+
+def test_topics_change_only_where_misses_are_the_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = ("qwen3-30b-a3b-25", "qwen3-30b-a3b-25-misses")
+    own = planned_for(monkeypatch, "--parts", *parts)
+    kept, changing = (own.sizes_of(part).workloads for part in own.parts)
+    assert not any(workload.any_topic for workload in kept)
+    assert [w.name for w in changing] == ["decode-1-any-topic", "decode-8-any-topic"]
+    asked = planned_for(monkeypatch, "--parts", *parts, "--workloads", "decode-1")
+    assert [asked.sizes_of(part).workloads[0].name for part in asked.parts] == ["decode-1"] * 2
 
 
 @pytest.mark.parametrize(
@@ -271,6 +320,58 @@ def test_each_contestant_is_on_disk_before_the_next_one_begins(
         rest | {first: "measured"},
         rest | dict.fromkeys((first, second), "measured"),
     ]
+
+
+def sweep_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str
+) -> tuple[list[tuple[str, str, float]], dict[str, Any]]:
+    """Two parts of the sweep on tiny models: who ran, with which limit, and the report."""
+    on_cpu(monkeypatch, tmp_path)
+    parts = ("tiny-qwen3-25-misses", "tiny-qwen3-50-misses")
+    arguments = ("--device", "cpu", "--parts", *parts, "--work-dir", "work")
+    arguments += ("--results", str(tmp_path / "out"), *more)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
+    monkeypatch.setattr(bench, "measure_link", lambda part, args: {"of": part.name})
+    ran = []
+
+    def run_contestant(
+        part: plan.Part, name: str, *_: Any, limit_s: float, **__: Any
+    ) -> dict[str, Any]:
+        ran.append((part.name, name, limit_s))
+        return {"status": "measured", "reason": "", "short": {}, "workloads": {}}
+
+    monkeypatch.setattr(bench, "run_contestant", run_contestant)
+    assert bench.main() == 0
+    return ran, json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
+
+
+def test_what_is_the_same_in_all_parts_is_measured_once_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = "tiny-qwen3-25-misses", "tiny-qwen3-50-misses"
+    ran, parts = sweep_on_cpu(monkeypatch, tmp_path, "--resident-once")
+    assert [row[:2] for row in ran] == [
+        (first, "resident"),
+        (first, "trace"),
+        (second, "trace"),
+    ]
+    assert parts[second]["link"] == {"of": first}
+    resident = parts[second]["contestants"]["resident"]
+    assert (resident["status"], resident["measured_in"]) == ("measured", first)
+    ran, parts = sweep_on_cpu(monkeypatch, tmp_path)
+    assert len(ran) == 4
+    assert parts[second]["link"] == {"of": second}
+
+
+def test_all_parts_share_one_limit_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran, _ = sweep_on_cpu(monkeypatch, tmp_path, "--total-limit-s", "300", "--resident-once")
+    # 1.6 parts of as many as contestants are to come, and what all leave to end by itself.
+    wanted = [1.6 * 300 / 3, 1.6 * 300 / 2, 300 - bench.GRACE_S]
+    assert [limit for *_, limit in ran] == pytest.approx(wanted, abs=2)
+    ran, _ = sweep_on_cpu(monkeypatch, tmp_path, "--time-limit-s", "300")
+    assert [limit for *_, limit in ran] == pytest.approx([240, 280, 240, 280], abs=2)
 
 
 def test_what_was_chosen_is_in_the_report(

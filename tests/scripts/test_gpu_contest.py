@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from scripts import gpu_contest as contest
 from scripts.gpu_plan import Workload
+from vllm_moe_offload.device.runtime import DeviceRuntime
 
 WORKLOAD = Workload("decode-2", batch=2, prompt_tokens=3, new_tokens=4, repeats=3)
 
@@ -63,7 +66,7 @@ def findings(monkeypatch: pytest.MonkeyPatch) -> Any:
         contest.run_workload(
             llm,
             WORKLOAD,
-            SimpleNamespace(read=lambda: None),  # type: ignore[arg-type]
+            SimpleNamespace(read=lambda: lambda: None),  # type: ignore[arg-type]
             compilations,
             deadline=deadline,
             note=lambda kind, **finding: noted.append({"kind": kind, **finding}),
@@ -117,7 +120,60 @@ def test_time_that_is_over_says_how_many_repeats_count(findings: Any) -> None:
     assert short["asked"]["repeats"] == 3
 
 
-# ---- the counter -----------------------------------------------------------------------
+# ---- what is asked for -----------------------------------------------------------------
+
+
+def test_words_of_any_topic_are_the_same_for_every_contestant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vllm = ModuleType("vllm")
+    vllm.SamplingParams = lambda **given: given  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    any_topic = replace(WORKLOAD, any_topic=True)
+    assert contest.sampling_of(WORKLOAD, 0, 1)["temperature"] == 0.0
+    asked = [contest.sampling_of(any_topic, repeat, n) for repeat in (0, 1) for n in (0, 1)]
+    assert {request["temperature"] for request in asked} == {contest.ANY_TOPIC_TEMPERATURE}
+    assert [request["seed"] for request in asked] == [0, 1, 2, 3]
+
+
+# ---- counters --------------------------------------------------------------------------
+
+
+class Runtime(DeviceRuntime):
+    """With what the benchmark looks at, and nothing else."""
+
+    def __init__(self, cache: Any, *, is_resident: bool) -> None:
+        self._cache, self._is_resident = cache, is_resident
+        self._num_steps, self._follow_ns = 7, 2_000_000_000
+
+
+def counters_of(runtime: Any) -> contest.Counters:
+    counters = contest.Counters.__new__(contest.Counters)
+    counters.runtime = runtime
+    return counters
+
+
+def test_what_a_device_counts_is_what_it_had_counted_when_it_was_asked() -> None:
+    cache = SimpleNamespace(counters=torch.tensor([5, 3]))
+    counters = counters_of(Runtime(cache, is_resident=False))
+    reading = counters.read()
+    cache.counters += 100  # steps that were launched later
+    counters.runtime._num_steps += 1
+    expected = {"hits": 5, "misses": 3, "prefetch_useful": 0, "policy_s": 2.0, "steps": 7}
+    assert reading() == expected
+    assert counters.way == "device"
+
+
+def test_who_plans_is_told() -> None:
+    resident = counters_of(Runtime(None, is_resident=True))
+    assert resident.way == "resident"
+    assert resident.read()()["misses"] == 0  # type: ignore[index]
+    assert counters_of(SimpleNamespace()).way == "host"
+    assert counters_of(None).way is None
+    assert counters_of(None).read()() is None
+
+
+# ---- the counter of compilations -------------------------------------------------------
 
 
 def fake_triton(monkeypatch: pytest.MonkeyPatch, runtime: Any) -> Any:

@@ -124,7 +124,7 @@ def test_findings_are_in_the_json_while_the_step_runs(run: Run) -> None:
 
 
 def test_a_program_that_is_not_there_fails_and_nothing_else(run: Run) -> None:
-    missing = Command("missing", ("/nowhere/compute-sanitizer",))
+    missing = Command("missing", ("/nowhere/program",))
     run_step(step("one", missing), run, run.results)
     assert "No such file" in written(run, "one")["reason"]
 
@@ -171,37 +171,122 @@ def test_nothing_is_held_up_by_what_was_left_out(run: Run) -> None:
     assert obstacles(run) == set()
 
 
-def test_without_copies_there_are_no_tokens_but_the_rest_goes_on(run: Run) -> None:
-    record(run, "copies", "failed", commands=[{"name": "tests", "status": "failed"}])
-    assert obstacles(run) == {"tokens", "formats"}
+def test_kernels_that_break_the_rule_have_no_tokens(run: Run) -> None:
+    wrong = [{"name": "rule", "equal": False}]
+    record(run, "kernels", "failed", findings=wrong)
+    assert obstacles(run) == {"tokens"}
     outcome = run_step(STEPS["tokens"], run, run.results)
     assert outcome["status"] == "not run"
-    assert outcome["reason"] == "the copier's tests did not pass"
+    assert outcome["reason"] == "the kernels do not follow the rule"
     # And what was not run holds up what needs its result.
-    assert obstacles(run) == {"tokens", "formats", "bench", "profile"}
+    assert obstacles(run) == {"tokens", "bench", "misses", "profile"}
 
 
-def test_a_finding_of_the_sanitizer_holds_nothing_up(run: Run) -> None:
-    commands = [{"name": "tests", "status": "passed"}, {"name": "memcheck", "status": "failed"}]
-    record(run, "copies", "failed", commands=commands)
+@pytest.mark.parametrize(
+    "findings", [[], [{"name": "rule", "equal": True}], [{"name": "rule", "left_out": "no"}]]
+)
+def test_kernels_that_were_not_wrong_hold_nothing_up(run: Run, findings: list) -> None:
+    """The link may have failed, or time was over."""
+    record(run, "kernels", "failed", findings=findings)
     assert obstacles(run) == set()
 
 
 def test_wrong_tokens_without_graphs_end_what_would_measure_them(run: Run) -> None:
-    record(run, "tokens", "failed", findings=[{"name": "eager", "equal": False}])
-    assert obstacles(run) == {"bench", "profile"}
+    findings = [{"name": "qwen3_moe, eager", "equal": False}]
+    record(run, "tokens", "failed", findings=findings)
+    assert obstacles(run) == {"bench", "misses", "profile"}
 
 
 def test_where_only_graphs_fail_the_benchmark_does_without(run: Run) -> None:
-    findings = [{"name": "eager", "equal": True}, {"name": "graphs", "equal": False}]
-    record(run, "tokens", "failed", findings=findings)
+    on_gpu = replace(run, device="cuda")
+    eager = {"name": "qwen3_moe, eager", "equal": True}
+    graphs = {"name": "qwen3_moe, FULL_AND_PIECEWISE", "equal": False}
+    record(run, "tokens", "failed", findings=[eager, graphs])
     assert obstacles(run) == set()
-    for name in ("bench", "profile"):
-        (command,) = STEPS[name].commands(replace(run, device="cuda"), 300.0)
-        assert "--enforce-eager" in command.argv
-    record(run, "tokens", "passed", findings=[findings[0], {"name": "graphs", "equal": True}])
-    (command,) = STEPS["bench"].commands(run, 300.0)
-    assert "--enforce-eager" not in command.argv
+    for name in ("bench", "misses", "profile"):
+        for command in STEPS[name].commands(on_gpu, 300.0):
+            assert "--enforce-eager" in command.argv
+    record(run, "tokens", "passed", findings=[eager, graphs | {"equal": True}])
+    for command in STEPS["bench"].commands(on_gpu, 300.0):
+        assert "--enforce-eager" not in command.argv
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_command_takes_its_arguments(
+    run: Run, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A GPU's command lines are parsed here, where nothing can run them."""
+    from scripts import bench_gpu, gpu_profile
+
+    for name, module, more in (
+        ("bench", bench_gpu, ["--list"]),
+        ("misses", bench_gpu, ["--list"]),
+        ("profile", gpu_profile, []),
+    ):
+        for command in STEPS[name].commands(replace(run, device=device), 300.0):
+            monkeypatch.setattr(sys, "argv", [*command.argv[1:], *more])
+            monkeypatch.setattr(gpu_profile, "check_device", lambda device: None)
+            monkeypatch.setattr(gpu_profile, "start", lambda args: (None, []))
+            assert module.main() == 0, capsys.readouterr().err
+
+
+def test_shares_that_are_worth_least_come_last(run: Run) -> None:
+    (command,) = STEPS["misses"].commands(replace(run, device="cuda"), 300.0)
+    parts = [word for word in command.argv if word.endswith("-misses")]
+    assert [part.removeprefix("qwen3-30b-a3b-") for part in parts] == [
+        *("25-misses", "all-but-one-misses", "50-misses", "12.5-misses")
+    ]
+    bench, fits = STEPS["bench"].commands(replace(run, device="cuda"), 412.0)
+    assert bench.argv[bench.argv.index("decode-8") + 1].startswith("--")
+    limits = [float(c.argv[c.argv.index("--time-limit-s") + 1]) for c in (bench, fits)]
+    assert sum(limits) == 400.0
+
+
+# ---- time, and what is done meanwhile ----------------------------------------------------
+
+
+def test_the_last_steps_fall_away_where_time_is_short(run: Run) -> None:
+    first = step("one", python("one", "import time; time.sleep(.5)"))
+    assert not run_steps([first, step("two", python("two", "pass"))], run, run.results, 8.2)
+    assert written(run, "one")["status"] == "passed"
+    assert written(run, "one")["limit_s"] == pytest.approx(8.2)
+    assert written(run, "two")["status"] == "not run"
+    assert written(run, "two")["reason"] == "the time of all steps was over"
+
+
+def preparing(name: str, code: str) -> Step:
+    """A step that waits for what is prepared beside it to begin."""
+    begun = "import pathlib, time\nwhile not pathlib.Path('{0}').exists(): time.sleep(.05)"
+    return Step(
+        name,
+        60.0,
+        lambda run, _: [python("wait", begun.format(run.work_dir / "begun"))],
+        prepared=lambda run: python(
+            "prepare", f"import pathlib; pathlib.Path('{run.work_dir}/begun').touch(); {code}"
+        ),
+    )
+
+
+def test_models_are_written_beside_a_step_and_are_there_for_the_next(run: Run) -> None:
+    done = run.work_dir / "done"
+    late = preparing("one", f"import time; time.sleep(1); pathlib.Path('{done}').touch()")
+    after = step("bench", python("bench", f"import os; os.stat('{done}')"))
+    assert run_steps([late, after], run, run.results)
+
+
+def test_nothing_is_prepared_for_nobody(run: Run) -> None:
+    alone = replace(preparing("one", "pass"), commands=lambda *_: [python("one", "pass")])
+    assert run_steps([alone, step("formats", python("f", "pass"))], run, run.results)
+    assert not (run.work_dir / "begun").exists()
+
+
+def test_preparing_that_hangs_is_killed_and_fails_no_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_first, "BESIDE_LIMIT_S", 0.1)
+    hanging = preparing("one", "import time; time.sleep(3600)")
+    assert run_steps([hanging, step("bench", python("bench", "pass"))], run, run.results)
+    assert "=== prepare, meanwhile: status -9; " in capsys.readouterr().out
 
 
 # ---- the command line --------------------------------------------------------------------
@@ -210,13 +295,12 @@ def test_where_only_graphs_fail_the_benchmark_does_without(run: Run) -> None:
 def test_steps_and_their_limits_are_those_of_the_plan() -> None:
     assert {name: step.limit_s for name, step in STEPS.items()} == {
         "probe": 10,
-        "copies": 60,
-        "link": 40,
-        "tokens": 160,
-        "kernels": 60,
+        "kernels": 120,
+        "tokens": 180,
+        "bench": 420,
+        "misses": 360,
+        "profile": 90,
         "formats": 120,
-        "bench": 300,
-        "profile": 60,
     }
 
 

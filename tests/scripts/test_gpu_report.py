@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import gpu_figures as figures  # noqa: E402
 from scripts import gpu_report as report  # noqa: E402
-from scripts.gpu_bars import DECODE_BATCHES, bars_of  # noqa: E402
+from scripts.gpu_bars import SWEPT, bars_of  # noqa: E402
+from scripts.gpu_plan import SWEEP_SHARES  # noqa: E402
 
 RECORD = 10
 EXPERTS = 1000 * RECORD
@@ -41,7 +42,7 @@ def part(share: float, link: float | None = 100.0, **contestants: Any) -> dict[s
         "device": "cuda",
         "date": "",
         "parameters": {"chunk_tokens": 8192},
-        "link": None if link is None else {"bytes_per_s": link},
+        "link": None if link is None else {"bytes_per_s": link, "gather_bytes_per_s": link / 2},
         "contestants": {
             name.replace("_", "-"): {"status": "measured", "reason": "", "workloads": workloads}
             for name, workloads in contestants.items()
@@ -132,18 +133,35 @@ def test_without_a_measured_link_there_is_no_bound() -> None:
 # ---- bars ------------------------------------------------------------------------------
 
 
+def test_a_serial_step_computes_and_copies_one_after_the_other() -> None:
+    """40 misses a step of 10 bytes at the gather's 50 bytes/s: 8 s; and .1 s of computing."""
+    trace = decode(9.0, misses=160, counters=counters(160, hits=480))
+    rows = list(figures.summary_rows(part(25, resident=decode(0.1), trace=trace)))
+    row = next(row for row in rows if row["contestant"] == "trace")
+    assert row["misses_per_step"] == 40
+    assert row["serial_s"] == pytest.approx(8.1)
+    assert row["of_serial"] == pytest.approx(0.9)
+
+
+def test_steps_are_those_that_the_counters_saw() -> None:
+    seen = counters(160) | {"steps": 8}
+    found = part(25, resident=decode(0.1), trace=decode(9.0, misses=160, counters=seen))
+    row = next(row for row in figures.summary_rows(found) if row["contestant"] == "trace")
+    assert row["misses_per_step"] == 20
+
+
 def test_bars_compare_contestants_of_one_part() -> None:
     main = part(
         25,
-        resident=decode(0.1),
+        resident=decode(0.19),
         trace=decode(0.2, misses=4),
-        cpu_offload_gb=decode(1.2),
-        vllm_prefetch=decode(0.5),
+        cpu_offload_gb=decode(0.7),
     )
     found = bars(main)
-    assert one(found, "trace / cpu-offload-gb").measured == pytest.approx(6.0)
-    assert one(found, "trace / cpu-offload-gb").met
-    assert not one(found, "trace / vllm-prefetch").met
+    assert one(found, "/ cpu-offload-gb").measured == pytest.approx(3.5)
+    assert not one(found, "/ cpu-offload-gb").met
+    assert one(found, "on one topic").measured == pytest.approx(0.95)
+    assert one(found, "on one topic").met
 
 
 def test_contestants_of_different_parts_are_not_compared() -> None:
@@ -151,18 +169,11 @@ def test_contestants_of_different_parts_are_not_compared() -> None:
         part(25, resident=decode(0.1), trace=decode(0.2, misses=4)),
         part(50, cpu_offload_gb=decode(9.0)),
     )
-    assert one(found, "trace / cpu-offload-gb").measured is None
+    assert one(found, "/ cpu-offload-gb").measured is None
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        "achieved / bound",
-        "vLLM with the same kernels",
-        "prefill of 32K",
-        "host memory",
-        "tokens of",
-    ],
+    "words", ["any topic", "on one topic", "cpu-offload", "everything fits", "prompt of 4096"]
 )
 def test_what_was_not_measured_misses_its_bar(words: str) -> None:
     bar = one(bars(part(25)), words)
@@ -170,18 +181,34 @@ def test_what_was_not_measured_misses_its_bar(words: str) -> None:
     assert not bar.met
 
 
-def test_the_bound_bar_needs_every_share_and_batch() -> None:
-    workloads = [f"decode-{batch}" for batch in DECODE_BATCHES]
+def swept(share: str, step_s: float) -> dict[str, Any]:
+    """A part of the sweep: a resident step of .1 s, and no misses."""
+    misses = decode(step_s, misses=0, counters=counters(0))["decode-1"]
+    found = part(
+        1,
+        resident={name: decode(0.1)["decode-1"] for name in SWEPT},
+        trace=dict.fromkeys(SWEPT, misses),
+    )
+    return found | {"name": f"m-{share}-misses"}
 
-    def full(share: float, step_s: float) -> dict[str, Any]:
-        resident = {name: decode(0.1)["decode-1"] for name in workloads}
-        trace = {name: decode(step_s, misses=0)["decode-1"] for name in workloads}
-        return part(share, resident=resident, trace=trace)
 
-    shares = [full(12.5, 0.11), full(25, 0.125), full(50, 0.1)]
-    assert one(bars(*shares), "achieved / bound, the least").measured == pytest.approx(0.8)
-    del shares[2]["contestants"]["trace"]["workloads"]["decode-32"]
-    assert one(bars(*shares), "achieved / bound, the least").measured is None
+def test_the_bar_of_misses_needs_every_share_and_batch() -> None:
+    shares = [swept(share, 0.1) for share in SWEEP_SHARES[1:]] + [swept(SWEEP_SHARES[0], 0.125)]
+    assert one(bars(*shares), "any topic").measured == pytest.approx(0.8)
+    del shares[2]["contestants"]["trace"]["workloads"][SWEPT[1]]
+    assert one(bars(*shares), "any topic").measured is None
+    assert one(bars(*shares[:2]), "any topic").measured is None
+
+
+def test_everything_fits_at_every_batch_that_was_measured() -> None:
+    fits = part(
+        100,
+        resident={name: decode(0.1)["decode-1"] for name in ("decode-1", "decode-8")},
+        trace={"decode-1": decode(0.1)["decode-1"], "decode-8": decode(0.2)["decode-1"]},
+    )
+    assert one(bars(fits), "everything fits").measured == pytest.approx(0.5)
+    del fits["contestants"]["trace"]["workloads"]["decode-8"]
+    assert one(bars(fits), "everything fits").measured == pytest.approx(1.0)
 
 
 def test_tokens_are_compared_request_by_request() -> None:
@@ -195,23 +222,10 @@ def test_tokens_are_compared_request_by_request() -> None:
     assert one(bars(found), "tokens of resident").measured == pytest.approx(3 / 4)
 
 
-def test_host_memory_is_what_the_plugin_holds_beyond_resident_vllm() -> None:
-    found = part(25, resident=decode(0.1), trace=decode(0.2, misses=4))
-    found["contestants"]["resident"]["memory"] = {"host_anonymous_bytes": 500}
-    found["contestants"]["trace"]["memory"] = {"host_anonymous_bytes": 500 + 1.04 * EXPERTS}
-    assert one(bars(found), "host memory").measured == pytest.approx(1.04)
-    found["contestants"]["trace"]["memory"]["host_anonymous_bytes"] = None  # gVisor tells none
-    assert one(bars(found), "host memory").measured is None
-    found["contestants"]["trace"]["memory"]["host_anonymous_bytes"] = 500
-    assert one(bars(found), "host memory").measured == 0
-    found["device"] = "cpu"
-    assert one(bars(found), "host memory").measured is None
-
-
 def test_a_failed_step_misses_its_bar() -> None:
-    found = bars(steps={"memcheck": {"status": 0}, "racecheck": {"status": 86}})
-    assert one(found, "memcheck").met
-    assert not one(found, "racecheck").met
+    found = bars(steps={"tests": {"status": 0}, "smoke": {"status": 86}})
+    assert one(found, "tests: exit").met
+    assert not one(found, "smoke").met
     assert one(found, "build").measured is None
 
 
@@ -239,7 +253,7 @@ def test_parts_meet_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert set(written["parts"]) == {"m-25", "m-50"}
     assert {row["part"] for row in written["summary"]} == {"m-25", "m-50"}
-    assert any("achieved / bound" in bar["name"] for bar in written["bars"])
+    assert any("everything fits" in bar["name"] for bar in written["bars"])
 
 
 def test_the_suite_notes_how_a_part_ended(tmp_path: Path) -> None:

@@ -26,6 +26,23 @@ def test_the_suite_runs_every_part_of_the_benchmark() -> None:
         for line in listed.stdout.splitlines()
         if "bench:" in line
     ] == [part.name for part in PARTS]
+    assert [
+        line.split()[1].removeprefix("misses:")
+        for line in listed.stdout.splitlines()
+        if "misses:" in line
+    ] == [model.name for model in plan.MODELS]
+
+
+def test_the_suite_asks_what_misses_cost_at_every_share(folder: Path) -> None:
+    subprocess.run(
+        [folder / "scripts" / SUITE.name, "--inner", "misses:qwen3-30b-a3b"],
+        check=True,
+        capture_output=True,
+        env={"PYTHON": str(folder / "bin" / "python"), "PATH": "/usr/bin:/bin"},
+    )
+    (asked,) = (folder / "asked").read_text().splitlines()
+    parts = [word for word in asked.split() if word.endswith("-misses")]
+    assert parts == [part.name for part in plan.sweep_of(plan.MODELS[:1])]
 
 
 @pytest.mark.parametrize(
@@ -78,16 +95,15 @@ def folder(tmp_path: Path) -> Path:
     for name in ("scripts", "vllm_moe_offload", "bin"):
         (root / name).mkdir(parents=True)
     shutil.copy(SUITE, root / "scripts")
-    for path in ("bin/python", "scripts/build_cuda.sh"):
-        (root / path).write_text(f'#!/bin/sh\necho "$(basename $0) $*" >>{root}/asked\n')
-        (root / path).chmod(0o755)
+    python = root / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$(basename $0) $*" >>{root}/asked\n')
+    python.chmod(0o755)
     return root
 
 
 BROUGHT = {
     "vllm_moe_offload/_core.so": "python setup.py --quiet build_ext --inplace",
     "vllm_moe_offload.egg-info": "python setup.py --quiet egg_info",
-    "vllm_moe_offload/_cuda.so": "build_cuda.sh ",
 }
 """What a build makes, and how."""
 

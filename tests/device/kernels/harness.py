@@ -1,4 +1,7 @@
-"""A device cache on the CPU beside the rule, driven by the same calls and compared after each."""
+"""A device cache beside the rule, driven by the same calls and compared after each.
+
+On a CPU the kernels are interpreted; on a GPU (``scripts/gpu_kernels.py``) they are what serves.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import torch
 
 from vllm_moe_offload.cache.layout import ExpertLayout, TensorSpec
 from vllm_moe_offload.device import rule
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,21 @@ MORE_TENSORS = ExpertLayout(
     )
 )
 """Of one block and of several, both by word and by byte; the last one because of what precedes it."""
+LARGE_TENSORS = ExpertLayout(
+    (
+        TensorSpec("w13", (2, 40000), "bfloat16", 160000),
+        TensorSpec("w13_scale", (40001,), "uint8", 40001),
+        TensorSpec("w2", (9, 8), "bfloat16", 144),
+    )
+)
+"""Of several blocks as large as a server's, by word and by byte."""
 LIKELY = 40
 """Experts that a call chooses from, at most: one miss takes the interpreter a millisecond or two."""
 
 
-def random_steps(shape: Shape, seed: int, num_steps: int) -> Iterator[tuple[bool, list[tuple]]]:
+def random_steps(
+    shape: Shape, seed: int, num_steps: int, most_likely: int = LIKELY
+) -> Iterator[tuple[bool, list[tuple]]]:
     """Per step: whether it is live, and ids, padding and votes of each layer's call."""
     rng = np.random.default_rng(seed)
     for _ in range(num_steps):
@@ -80,7 +95,7 @@ def random_steps(shape: Shape, seed: int, num_steps: int) -> Iterator[tuple[bool
         for _ in range(shape.num_layers):
             # Of some experts, so that there are hits; of all, so that there are waves.
             num_likely = int(rng.integers(shape.num_routed // 2, shape.num_routed + 1))
-            num_likely = max(shape.top_k, min(num_likely, LIKELY))
+            num_likely = max(shape.top_k, min(num_likely, most_likely))
             likely = rng.permutation(shape.num_routed)[:num_likely]
             ids = np.stack([rng.permutation(likely)[: shape.top_k] for _ in range(num_rows)])
             if shape.kind == "any":
@@ -97,9 +112,19 @@ def random_steps(shape: Shape, seed: int, num_steps: int) -> Iterator[tuple[bool
 class Comparison:
     """The cache of ``module`` (``device/cache.py``) and the rule."""
 
-    def __init__(self, module: ModuleType, shape: Shape, layout: ExpertLayout = LAYOUT) -> None:
-        # An interpreted program costs a millisecond, whatever it copies.
-        module.GATHER_PROGRAMS, module.GATHER_BLOCK_BYTES = 2, 2048
+    def __init__(
+        self,
+        module: ModuleType,
+        shape: Shape,
+        layout: ExpertLayout = LAYOUT,
+        device: torch.device = CPU,
+    ) -> None:
+        self.device = device
+        self.most_likely = shape.num_routed
+        if device == CPU:
+            # An interpreted program costs a millisecond, whatever it copies.
+            module.GATHER_PROGRAMS, module.GATHER_BLOCK_BYTES = 2, 2048
+            self.most_likely = LIKELY
         self.module = module
         self.layout = layout
         self.shape = shape
@@ -110,7 +135,7 @@ class Comparison:
             num_slots=shape.num_slots,
             top_k=shape.top_k,
             max_tokens=shape.max_tokens,
-            device=torch.device("cpu"),
+            device=device,
         )
         records = shape.num_layers * shape.num_experts
         generator = torch.Generator().manual_seed(0)
@@ -118,19 +143,26 @@ class Comparison:
             0, 256, (records, layout.record_bytes), generator=generator, dtype=torch.uint8
         )
         self.slots = {
-            spec.name: torch.zeros(shape.num_slots, spec.nbytes, dtype=torch.uint8)
+            spec.name: torch.zeros(
+                shape.num_slots, spec.nbytes, dtype=torch.uint8, device=device
+            )
             for spec in layout.tensors
         }
-        self.cache.attach(layout, self.slots, self.records)
+        on_host = self.records if device == CPU else self.records.pin_memory()
+        self.cache.attach(layout, self.slots, on_host)
+        self.records = self.records.to(device)  # for comparisons
         self.num_calls = 0
 
     def run(self, seed: int, num_steps: int) -> None:
         """Raises AssertionError at the first difference."""
-        for is_live, layers in random_steps(self.shape, seed, num_steps):
+        for is_live, layers in random_steps(self.shape, seed, num_steps, self.most_likely):
             self.cache.live.fill_(int(is_live))
             for layer, (ids, is_padding, weights) in enumerate(layers):
                 self.call(layer, ids, is_padding, weights, is_live)
                 self.num_calls += 1
+
+    def on_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def call(
         self,
@@ -143,10 +175,10 @@ class Comparison:
         """One layer call on both."""
         places = self.shape.expert_map
         tokens = self.module.LayerTokens(
-            torch.from_numpy(ids),
-            torch.from_numpy(is_padding),
-            torch.from_numpy(weights),
-            None if places is None else torch.from_numpy(places),
+            self.on_device(ids),
+            self.on_device(is_padding),
+            self.on_device(weights),
+            None if places is None else self.on_device(places),
         )
         log = self.cache.log.clone()
         before = {name: rows.clone() for name, rows in self.slots.items()}
@@ -162,12 +194,12 @@ class Comparison:
         else:
             for call_map, in_wave in self.cache.waves(layer, tokens):
                 wave = self.pool.place(layer)
-                np.testing.assert_array_equal(in_wave.numpy(), wave.in_wave)
+                np.testing.assert_array_equal(in_wave.cpu().numpy(), wave.in_wave)
                 self.compare(layer, wave, call_map, before)
                 before = {name: rows.clone() for name, rows in self.slots.items()}
             assert self.pool.is_served
             assert not self.cache._need.any()
-        log[: len(ids), layer] = torch.from_numpy(np.where(is_padding[:, None], -1, ids))
+        log[: len(ids), layer] = self.on_device(np.where(is_padding[:, None], -1, ids))
         assert torch.equal(self.cache.log, log), "the log"
         assert self.cache.counters.tolist() == [self.pool.hits, self.pool.misses]
 
@@ -196,18 +228,18 @@ class Comparison:
         self, layer: int, wave: rule.Wave, call_map: torch.Tensor, before: dict
     ) -> None:
         """After a wave: what the call is given, the state, and the bytes."""
-        np.testing.assert_array_equal(call_map.numpy(), wave.call_map)
+        np.testing.assert_array_equal(call_map.cpu().numpy(), wave.call_map)
         self.compare_names(call_map)
         assert set(call_map.tolist()) <= set(range(self.shape.num_slots))
         num_pairs = int(self.cache._num_pairs)
-        np.testing.assert_array_equal(self.cache._pairs[:num_pairs].numpy(), wave.pairs)
-        np.testing.assert_array_equal(self.cache.slot_of.numpy(), self.pool.slot_of)
-        np.testing.assert_array_equal(self.cache.owner.numpy(), self.pool.owner)
-        np.testing.assert_array_equal(self.cache.score.numpy(), self.pool.score)
+        np.testing.assert_array_equal(self.cache._pairs[:num_pairs].cpu().numpy(), wave.pairs)
+        np.testing.assert_array_equal(self.cache.slot_of.cpu().numpy(), self.pool.slot_of)
+        np.testing.assert_array_equal(self.cache.owner.cpu().numpy(), self.pool.owner)
+        np.testing.assert_array_equal(self.cache.score.cpu().numpy(), self.pool.score)
         worth = np.where(
             self.pool.owner < 0, -np.inf, self.pool.score.reshape(-1)[self.pool.owner]
         )
-        np.testing.assert_array_equal(self.cache.slot_score.numpy(), worth)
+        np.testing.assert_array_equal(self.cache.slot_score.cpu().numpy(), worth)
         filled = set()
         for record, slot in wave.pairs.tolist():
             filled.add(slot)
