@@ -24,6 +24,13 @@ from vllm_moe_offload.trace.routing import load_trace
 
 pytestmark = pytest.mark.vllm
 
+NGRAMS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+
 
 def on_device(model, late=1, eager=True, **options):
     """A job of ``engine`` where routing and counters arrive so many events late."""
@@ -123,6 +130,38 @@ def test_figures_matrices_and_trace_are_exact(mtp_model, store_dir, share_engine
     assert_counted(results[1]["facts"], device)
     assert matrices_of(kept["device"]) == matrices_of(kept["host"])
     assert len(matrices_of(kept["device"])) > 1
+
+
+def test_guesses_count_once_they_are_known(demo_model, store_dir, share_engines, tmp_path):
+    """Features: n-gram speculation where a GPU plans; wrong guesses are in no trace and no matrix,
+    however late their routing comes."""
+    model = demo_model("qwen3_moe")
+    kept = {name: str(tmp_path / f"{name}.msgpack") for name in ("device", "host")}
+    traces = {name: str(tmp_path / f"{name}.npz") for name in ("device", "host")}
+    options = {
+        name: {
+            "offload": offload(
+                store_dir, "50%", trace_path=kept[name], record_trace=traces[name]
+            ),
+            "speculative_config": NGRAMS,
+        }
+        for name in kept
+    }
+    jobs = [
+        engine(model, eager=True, speculative_config=NGRAMS),
+        on_device(model, 2, **options["device"]),
+        engine(model, eager=True, **options["host"]),
+    ]
+    for job in jobs:
+        job["max_tokens"] = 24
+    results = share_engines(jobs)
+    assert_identical(results, [num_experts("qwen3_moe") // 2] * 2)
+    guessed = results[1]["speculation"]
+    assert 0 < guessed["accepted_tokens"] < guessed["draft_tokens"]
+    device, host = (load_trace(traces[name]) for name in ("device", "host"))
+    assert routing_of(device) == routing_of(host)
+    assert_counted(results[1]["facts"], device)
+    assert matrices_of(kept["device"]) == matrices_of(kept["host"])
 
 
 def assert_counted(facts, trace):
