@@ -155,9 +155,7 @@ def moe_backend(quantization: str | None) -> str:
 
     from vllm_moe_offload.integration import formats
 
-    backends: tuple[str, ...] = formats.moe_backends(
-        quantization, torch.cuda.get_device_capability()
-    )
+    backends: list[str] = formats.moe_backends(quantization, torch.cuda.get_device_capability())
     return backends[0]
 
 

@@ -1,21 +1,20 @@
-"""Tests of the copier on a machine that has torch, numpy and pytest, but not vLLM."""
+"""What runs on a machine that has torch, numpy and pytest, but not vLLM: tests, and our kernels."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from scripts.gpu_sequence import SANITIZED
-
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = (
     *("vllm", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
     *("prometheus_client", "matplotlib", "psutil"),
 )
-PROGRAM = f"""
+WITHOUT = f"""
 import sys
 
 class Missing:
@@ -24,15 +23,22 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
+"""
+PYTEST = """
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
+SCRIPT = """
+import runpy
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def pytest_without_vllm(directory: Path, *arguments: str) -> str:
-    """What pytest printed, called from outside of the project."""
+def without_vllm(program: str, directory: Path, *arguments: str) -> str:
+    """What a program printed, called from outside of the project."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "--rootdir", str(ROOT), *arguments],
+        [sys.executable, "-c", WITHOUT + program, *arguments],
         cwd=directory,
         capture_output=True,
         text=True,
@@ -48,7 +54,8 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     kernels = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")
     copier = str(ROOT / "tests" / "gpu" / "test_torch_copier.py")
     outside = tmp_path_factory.mktemp("outside")
-    return pytest_without_vllm(outside, "--collect-only", copier, kernels).splitlines()
+    options = ("--rootdir", str(ROOT), "--collect-only")
+    return without_vllm(PYTEST, outside, *options, copier, kernels).splitlines()
 
 
 def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
@@ -62,6 +69,17 @@ def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
     assert "could not import 'vllm'" in skipped
 
 
-def test_what_the_sanitizer_watches_exists(collected: list[str]) -> None:
-    assert len(SANITIZED) == 3
-    assert set(SANITIZED) <= set(collected)
+@pytest.mark.parametrize(
+    ("script", "arguments", "found"),
+    [
+        ("gpu_kernels.py", [], "rule"),
+        ("gpu_link.py", ["--record-bytes", "4096", "--lock-gb", ".001", "--sweep"], "link"),
+    ],
+)
+def test_kernels_are_tried_without_vllm(
+    script: str, arguments: list[str], found: str, tmp_path: Path
+) -> None:
+    path = str(ROOT / "scripts" / script)
+    printed = without_vllm(SCRIPT, tmp_path, path, "--device", "cpu", *arguments)
+    last = json.loads(printed.splitlines()[-1])
+    assert last["name"] == found
