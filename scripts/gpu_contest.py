@@ -219,10 +219,14 @@ def sampling_of(workload: Workload, repeat: int, index: int) -> Any:
     from vllm import SamplingParams
 
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=workload.new_tokens, ignore_eos=True, detokenize=False
+        temperature=0.0,
+        max_tokens=workload.new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        skip_clone=True,
     )
     if workload.any_topic:
-        # Set afterwards: what users may ask for ends at a temperature of 2.
+        # Set afterwards, and not cloned: what users may ask for ends at a temperature of 2.
         sampling.temperature = ANY_TOPIC_TEMPERATURE
         sampling.seed = repeat * workload.batch + index
     return sampling

@@ -131,6 +131,7 @@ def test_words_of_any_topic_are_the_same_for_every_contestant() -> None:
     asked = [contest.sampling_of(any_topic, repeat, n) for repeat in (0, 1) for n in (0, 1)]
     assert {request.temperature for request in asked} == {contest.ANY_TOPIC_TEMPERATURE}
     assert [request.seed for request in asked] == [0, 1, 2, 3]
+    assert asked[0].clone() == asked[0]  # as vLLM does with every request
 
 
 # ---- counters --------------------------------------------------------------------------
