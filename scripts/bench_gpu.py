@@ -370,7 +370,8 @@ def run_parts(plan: Planned, args: argparse.Namespace, results: Path) -> bool:
             )
         finally:  # what was measured before an error or a signal is kept
             keep()
-        if args.resident_once:
+        resident = measured["contestants"].get("resident")
+        if args.resident_once and resident and resident["status"] == "measured":
             first_of.setdefault(part.model.name, measured)
         complete = complete and is_complete(measured)
     return complete

@@ -218,13 +218,18 @@ def sampling_of(workload: Workload, repeat: int, index: int) -> Any:
     """Of one request: greedy, or words of any topic, the same ones for every contestant."""
     from vllm import SamplingParams
 
-    chosen = {"temperature": 0.0}
-    if workload.any_topic:
-        seed = repeat * workload.batch + index
-        chosen = {"temperature": ANY_TOPIC_TEMPERATURE, "seed": seed}
-    return SamplingParams(
-        **chosen, max_tokens=workload.new_tokens, ignore_eos=True, detokenize=False
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=workload.new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        skip_clone=True,
     )
+    if workload.any_topic:
+        # Set afterwards, and not cloned: what users may ask for ends at a temperature of 2.
+        sampling.temperature = ANY_TOPIC_TEMPERATURE
+        sampling.seed = repeat * workload.batch + index
+    return sampling
 
 
 def difference(

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from scripts.gpu_findings import note  # noqa: E402
+from scripts.gpu_probe import memory  # noqa: E402
 from scripts.gpu_timing import Launch, call_times_s, side_by_side_s  # noqa: E402
 from vllm_moe_offload.cache.layout import ALIGNMENT  # noqa: E402
 
@@ -79,12 +80,10 @@ class HostRecords:
     """
 
     def __init__(self, record_bytes: int, nbytes: int, device: str) -> None:
-        import psutil
-
         from vllm_moe_offload.store.direct_io import aligned_buffer
         from vllm_moe_offload.transfer.page_lock import PageLocked
 
-        available = psutil.virtual_memory().available
+        available = memory()["MemAvailable"]
         count = max(2, min(nbytes, available // 2) // record_bytes)
         arena = aligned_buffer(count * record_bytes)
         self.told: dict[str, Any] = {

@@ -10,6 +10,8 @@ import torch
 Launch = Callable[[], object]
 
 WARM_UPS = 2
+HEAD_START_CYCLES = 20_000_000
+"""Some ten milliseconds, in which the host launches what is to begin together."""
 
 
 def call_times_s(launches: Sequence[Launch], device: str, repeats: int) -> list[float]:
@@ -60,7 +62,7 @@ def side_by_side_s(works: Sequence[Launch]) -> list[float]:
     begin = torch.cuda.Event(enable_timing=True)
     ends = [torch.cuda.Event(enable_timing=True) for _ in works]
     torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START_CYCLES)  # what is launched meanwhile begins together
+    torch.cuda._sleep(HEAD_START_CYCLES)
     begin.record()
     for stream, work, end in zip(streams, works, ends, strict=True):
         stream.wait_event(begin)
@@ -69,7 +71,3 @@ def side_by_side_s(works: Sequence[Launch]) -> list[float]:
             end.record(stream)
     torch.cuda.synchronize()
     return [float(begin.elapsed_time(end)) / 1e3 for end in ends]
-
-
-HEAD_START_CYCLES = 20_000_000
-"""Some ten milliseconds, in which the host launches all of it."""

@@ -1,7 +1,8 @@
-"""Tests of the copier on a machine that has torch, numpy and pytest, but not vLLM."""
+"""What runs on a machine that has torch, numpy and pytest, but not vLLM: tests, and our kernels."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ MISSING = (
     *("vllm", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
     *("prometheus_client", "matplotlib", "psutil"),
 )
-PROGRAM = f"""
+WITHOUT = f"""
 import sys
 
 class Missing:
@@ -22,15 +23,22 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
+"""
+PYTEST = """
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
+SCRIPT = """
+import runpy
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def pytest_without_vllm(directory: Path, *arguments: str) -> str:
-    """What pytest printed, called from outside of the project."""
+def without_vllm(program: str, directory: Path, *arguments: str) -> str:
+    """What a program printed, called from outside of the project."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "--rootdir", str(ROOT), *arguments],
+        [sys.executable, "-c", WITHOUT + program, *arguments],
         cwd=directory,
         capture_output=True,
         text=True,
@@ -46,7 +54,8 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     kernels = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")
     copier = str(ROOT / "tests" / "gpu" / "test_torch_copier.py")
     outside = tmp_path_factory.mktemp("outside")
-    return pytest_without_vllm(outside, "--collect-only", copier, kernels).splitlines()
+    options = ("--rootdir", str(ROOT), "--collect-only")
+    return without_vllm(PYTEST, outside, *options, copier, kernels).splitlines()
 
 
 def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
@@ -58,3 +67,19 @@ def test_tests_that_need_vllm_are_left_out_and_those_of_the_copier_are_not(
     (skipped,) = (line for line in collected if line.startswith("SKIPPED"))
     assert "test_triton_kernels.py" in skipped
     assert "could not import 'vllm'" in skipped
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "found"),
+    [
+        ("gpu_kernels.py", [], "rule"),
+        ("gpu_link.py", ["--record-bytes", "4096", "--lock-gb", ".001", "--sweep"], "link"),
+    ],
+)
+def test_kernels_are_tried_without_vllm(
+    script: str, arguments: list[str], found: str, tmp_path: Path
+) -> None:
+    path = str(ROOT / "scripts" / script)
+    printed = without_vllm(SCRIPT, tmp_path, path, "--device", "cpu", *arguments)
+    last = json.loads(printed.splitlines()[-1])
+    assert last["name"] == found

@@ -123,17 +123,15 @@ def test_time_that_is_over_says_how_many_repeats_count(findings: Any) -> None:
 # ---- what is asked for -----------------------------------------------------------------
 
 
-def test_words_of_any_topic_are_the_same_for_every_contestant(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    vllm = ModuleType("vllm")
-    vllm.SamplingParams = lambda **given: given  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
+def test_words_of_any_topic_are_the_same_for_every_contestant() -> None:
+    """With vLLM's own parameters, which it looks at again when a request is added."""
+    pytest.importorskip("vllm")
     any_topic = replace(WORKLOAD, any_topic=True)
-    assert contest.sampling_of(WORKLOAD, 0, 1)["temperature"] == 0.0
+    assert contest.sampling_of(WORKLOAD, 0, 1).temperature == 0.0
     asked = [contest.sampling_of(any_topic, repeat, n) for repeat in (0, 1) for n in (0, 1)]
-    assert {request["temperature"] for request in asked} == {contest.ANY_TOPIC_TEMPERATURE}
-    assert [request["seed"] for request in asked] == [0, 1, 2, 3]
+    assert {request.temperature for request in asked} == {contest.ANY_TOPIC_TEMPERATURE}
+    assert [request.seed for request in asked] == [0, 1, 2, 3]
+    assert asked[0].clone() == asked[0]  # as vLLM does with every request
 
 
 # ---- counters --------------------------------------------------------------------------
