@@ -42,6 +42,19 @@ KINDS = 40
 WARM_UP = 50
 
 
+def _sample(size: tuple[int, int, int, int], times: dict[str, list[float]]) -> dict[str, Any]:
+    """Figures of one size; ``times``: microseconds of each step."""
+    kept = {name: np.array(values[WARM_UP:]) for name, values in times.items()}
+    (steps,) = {len(values) for values in kept.values()}
+    return {
+        **dict(zip(("layers", "experts", "top_k", "requests"), size, strict=True)),
+        "steps": steps,
+        "median_us": {name: round(float(np.median(v)), 1) for name, v in kept.items()},
+        "mean_us": {name: round(float(v.mean()), 1) for name, v in kept.items()},
+        "max_us": {name: round(float(v.max()), 1) for name, v in kept.items()},
+    }
+
+
 def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) -> dict[str, Any]:
     """Microseconds of one size."""
     generator = np.random.default_rng(0)
@@ -85,17 +98,7 @@ def measure(layers: int, experts: int, top_k: int, requests: int, steps: int) ->
             times, (observing / layers, scored - began, ended - planned), strict=True
         ):
             times[name].append(1e6 * seconds)
-    kept = {name: np.array(values[WARM_UP:]) for name, values in times.items()}
-    return {
-        "layers": layers,
-        "experts": experts,
-        "top_k": top_k,
-        "requests": requests,
-        "steps": steps - WARM_UP,
-        "median_us": {name: round(float(np.median(v)), 1) for name, v in kept.items()},
-        "mean_us": {name: round(float(v.mean()), 1) for name, v in kept.items()},
-        "max_us": {name: round(float(v.max()), 1) for name, v in kept.items()},
-    }
+    return _sample((layers, experts, top_k, requests), times)
 
 
 class Device:
@@ -154,17 +157,7 @@ def measure_device(
         runtime.arrivals.take_in()
         times["launch"].append(1e6 * (launched - began))
         times["follow"].append(1e6 * (time.perf_counter() - launched))
-    kept = {name: np.array(values[WARM_UP:]) for name, values in times.items()}
-    return {
-        "layers": layers,
-        "experts": experts,
-        "top_k": top_k,
-        "requests": requests,
-        "steps": steps - WARM_UP,
-        "median_us": {name: round(float(np.median(v)), 1) for name, v in kept.items()},
-        "mean_us": {name: round(float(v.mean()), 1) for name, v in kept.items()},
-        "max_us": {name: round(float(v.max()), 1) for name, v in kept.items()},
-    }
+    return _sample((layers, experts, top_k, requests), times)
 
 
 def main() -> int:
