@@ -30,9 +30,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
 from scripts.gpu_findings import note  # noqa: E402
 
 BATCHES = (1, 3, 5)
@@ -224,6 +221,8 @@ def without_inductor() -> None:
 
 def main() -> int:
     """Exit status 0 if the tokens of all pairs are the same."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -88,9 +88,6 @@ class SimulatedDevice(HostMemory):
     def kernel(self, layer: Any) -> ApplyOnSlots:
         return kernel_on_slots
 
-    def set_capture(self, most_tokens: int) -> None:
-        """Nothing is captured."""
-
 
 def kernel_on_slots(
     layer: Any,

@@ -3,14 +3,17 @@
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
 
 from vllm_moe_offload.cache.host_memory import Headroom, Probe
 from vllm_moe_offload.cache.planner import CacheShape
 from vllm_moe_offload.config import GIB, OffloadConfig
-from vllm_moe_offload.integration import gpu_memory
+from vllm_moe_offload.integration import captures, gpu_memory
 from vllm_moe_offload.plan.ways import Way
+from vllm_moe_offload.transfer.page_lock import PageLockError
 
 LAYERS, EXPERTS = 4, 8
 RECORD = GIB // 2
@@ -83,32 +86,10 @@ def test_a_size_that_the_user_gave_is_taken_and_ram_is_made_to_grow(
     assert [floor for _, floor in machine.probed] == [gpu_memory.EXPLICIT_FLOOR_BYTES] * probed
 
 
-@pytest.mark.parametrize(
-    ("sizes", "most", "kept"),
-    [([1, 2, 4, 8], 5, [1, 2, 4]), ([1, 2, 4, 8], 8, [1, 2, 4, 8]), ([4, 8], 3, None)],
-)
-def test_graphs_are_captured_for_batches_that_need_no_waves(sizes, most, kept):
-    compilation = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
-    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = sizes, 8
-    gpu_memory._capture_at_most(compilation, most)
-    if kept is None:
-        assert compilation.cudagraph_mode == CUDAGraphMode.NONE
-        return
-    assert compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
-    assert compilation.cudagraph_capture_sizes == kept
-    assert compilation.max_cudagraph_capture_size == kept[-1]
-
-
-@pytest.mark.parametrize("mode", [CUDAGraphMode.FULL, CUDAGraphMode.NONE])
-def test_no_graph_waits_for_a_host_that_plans(mode, caplog, monkeypatch):
-    monkeypatch.setattr(gpu_memory, "logger", logging.getLogger("seen"))
-    compilation = CompilationConfig(cudagraph_mode=mode)
-    gpu_memory._capture_nothing(compilation, "experts are quantised (fp8)")
-    assert compilation.cudagraph_mode == CUDAGraphMode.NONE
-    says = (
-        "the host plans (experts are quantised (fp8)), so no CUDA graphs: cudagraph_mode FULL"
-    )
-    assert (says in caplog.text) is (mode == CUDAGraphMode.FULL)
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No other worker shares the layers."""
+    monkeypatch.setattr(captures, "get_tp_group", lambda: SimpleNamespace(world_size=1))
 
 
 class OneGpu(gpu_memory.GpuMemory):
@@ -119,6 +100,7 @@ class OneGpu(gpu_memory.GpuMemory):
             model_config=SimpleNamespace(quantization=quantization),
             parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline_parallel_size),
             compilation_config=CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL),
+            speculative_config=None,
         )
         self._num_host_slots = 0
         self.room = num_host_slots
@@ -146,8 +128,34 @@ class OneGpu(gpu_memory.GpuMemory):
 )
 def test_who_plans(memory, num_slots, share, draft_layers, found):
     store = SimpleNamespace(num_layers=3, num_experts=4)
-    layers = [SimpleNamespace(share=share)] * 3
+    layers = [SimpleNamespace(share=share, top_k=2)] * 3
     shape = CacheShape(3, 4, num_slots)
     decided = memory.way(shape, store, layers, draft_layers, OffloadConfig(mode="trace"))
     assert decided == found
     assert memory.captures is (found[0] is not Way.HOST)
+
+
+def test_the_host_plans_where_layers_differ_in_experts_per_token():
+    layers = [SimpleNamespace(share=None, top_k=top_k) for top_k in (2, 2, 4)]
+    store = SimpleNamespace(num_layers=3, num_experts=4)
+    found = OneGpu(12).way(CacheShape(3, 4, 5), store, layers, [], OffloadConfig(mode="trace"))
+    assert found == (Way.HOST, "layers differ in experts per token")
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_memory_that_cuda_does_not_know_as_locked_is_refused(is_pinned, monkeypatch):
+    """vLLM's function would copy all of it, and the GPU would read the copy."""
+    arena = np.zeros((12, 64), np.uint8)
+    host = SimpleNamespace(arena=arena, close=lambda: None)
+    monkeypatch.setattr(gpu_memory, "filled_host_tier", lambda *_, **__: (host, None))
+    monkeypatch.setattr(gpu_memory, "io_cpus", lambda: ())
+    monkeypatch.setattr(gpu_memory, "get_accelerator_view_from_cpu_tensor", lambda view: view)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: is_pinned)
+    memory = OneGpu(12)
+    memory._vllm_config.load_config = SimpleNamespace(use_tqdm_on_load=False)
+    if is_pinned:
+        records, _ = memory.records(None, OffloadConfig(mode="trace"))
+        assert records.data_ptr() == arena.ctypes.data
+        return
+    with pytest.raises(PageLockError, match="CUDA does not know"):
+        memory.records(None, OffloadConfig(mode="trace"))

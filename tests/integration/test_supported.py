@@ -18,6 +18,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import supported
 
+ADAPTIVE = SimpleNamespace(method="ngram", enable_adaptive_verification=True)
+"""As vLLM has it for a drafter that is refused by its method, too."""
 OPTIONS = OffloadConfig(mode="trace")
 
 
@@ -105,6 +107,14 @@ def test_what_is_served_has_no_problem(served):
         (
             {"model_config.enable_cumem_allocator": True},
             "enable_cumem_allocator=True: its memory can be put to sleep without sleep mode",
+        ),
+        (
+            {"cache_config.kv_sharing_fast_prefill": True},
+            "kv_sharing_fast_prefill=True: later layers would compute some of a step's tokens",
+        ),
+        (
+            {"speculative_config": ADAPTIVE},
+            "speculative_config.enable_adaptive_verification=True: how many guesses a step has",
         ),
         ({"lora_config": LoRAConfig()}, "enable_lora=True: vLLM has no kernel for CPUs"),
         (

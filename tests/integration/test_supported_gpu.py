@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_moe_offload.config import OffloadConfig, OptionError
 from vllm_moe_offload.integration import formats, patches, supported, supported_gpu
 
+OPTIONS = OffloadConfig(mode="trace")
 BREAKABLE, SKIP_PADDING = "VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_MOE_SKIP_PADDING"
 
 
@@ -95,21 +96,21 @@ def test_refused_by_name(fields, fragments):
 )
 def test_the_kernel_is_chosen_by_format_and_device(quantization, capability, chosen):
     allowed = config(quantization=quantization)
-    supported_gpu.prepare(allowed, capability)
+    supported_gpu.prepare(allowed, OPTIONS, capability)
     assert allowed.kernel_config.moe_backend == chosen
 
 
 @pytest.mark.parametrize(("quantization", "warns"), [(None, False), ("awq", True)])
 def test_what_was_never_run_is_said_at_the_start(quantization, warns, caplog, monkeypatch):
     monkeypatch.setattr(supported_gpu, "logger", logging.getLogger("seen"))
-    supported_gpu.prepare(config(quantization=quantization), (9, 0))
+    supported_gpu.prepare(config(quantization=quantization), OPTIONS, (9, 0))
     assert ("never run on a GPU" in caplog.text) is warns
 
 
 def test_a_kernel_that_the_user_chose_stays():
     allowed = config(quantization="fp8", moe_backend="marlin")
     assert not list(supported_gpu.problems(allowed, (9, 0)))
-    supported_gpu.prepare(allowed, (9, 0))
+    supported_gpu.prepare(allowed, OPTIONS, (9, 0))
     assert allowed.kernel_config.moe_backend == "marlin"
 
 
@@ -120,7 +121,7 @@ def test_vllms_own_graphs_are_allowed_and_stay(mode, compilation, monkeypatch):
     allowed = config(mode=compilation, cudagraph_mode=mode)
     before = dataclasses.asdict(allowed.compilation_config)
     assert list(supported_gpu.problems(allowed, (9, 0))) == []
-    supported_gpu.prepare(allowed, (9, 0))
+    supported_gpu.prepare(allowed, OPTIONS, (9, 0))
     assert dataclasses.asdict(allowed.compilation_config) == before
 
 
@@ -144,6 +145,18 @@ def test_the_operators_of_experts_are_vllms():
     for name in supported_gpu.MOE_OPS:
         namespace, operator = name.split("::")
         assert hasattr(getattr(torch.ops, namespace), operator)
+
+
+@pytest.mark.parametrize(
+    ("stages", "cache_gb", "captures"),
+    [(1, "50%", True), (2, "50%", False), (2, "auto", False), (2, "100%", True)],
+)
+def test_pipeline_stages_capture_together_or_not_at_all(stages, cache_gb, captures):
+    asked = config()
+    asked.parallel_config.pipeline_parallel_size = stages
+    supported_gpu.prepare(asked, OffloadConfig(mode="trace", cache_gb=cache_gb), (9, 0))
+    mode = asked.compilation_config.cudagraph_mode
+    assert mode == (CUDAGraphMode.FULL_AND_PIECEWISE if captures else CUDAGraphMode.NONE)
 
 
 class Platform(SimpleNamespace):

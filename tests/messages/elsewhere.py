@@ -58,10 +58,15 @@ ELSEWHERE = {
     "the GPU has too little memory to pack": GPU + "tests/integration/test_marlin_slots.py",
     "host_gb=... holds": GPU + "tests/cache/test_sizing.py",
     "bytes of host memory for": GPU + "tests/transfer/test_host_tier.py",
-    "MoE offload: the host plans": "a warning; " + GPU + "tests/integration/test_gpu_memory.py",
+    "MoE offload: the host plans": "a warning; " + GPU + "tests/integration/test_captures.py",
     "MoE offload: the cache holds fewer": "a warning; "
     + GPU
-    + "tests/integration/test_gpu_memory.py",
+    + "tests/integration/test_captures.py",
+    "CUDA does not know ...": GPU + "tests/integration/test_gpu_memory.py",
+    "speculative_config.enable_adaptive_verification": "a drafter that is refused anyway: "
+    "tests/integration/test_supported.py",
+    "kv_sharing_fast_prefill": "a model that shares its KV cache: "
+    "tests/integration/test_supported.py",
     "cannot page-lock": GPU + "tests/transfer/test_page_lock.py",
     "would run on ...": GPU + "tests/integration/test_supported_gpu.py",
     "instead of RAM": GPU

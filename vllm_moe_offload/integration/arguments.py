@@ -128,7 +128,9 @@ def _create_engine_config(
         supported.check(vllm_config, options)
         speculation.prepare(vllm_config)
         if current_platform.is_cuda():
-            supported_gpu.prepare(vllm_config, current_platform.get_device_capability())
+            supported_gpu.prepare(
+                vllm_config, options, current_platform.get_device_capability()
+            )
         elif not vllm_config.parallel_config.use_ray:  # else each worker does, where it is
             host_share.fit(vllm_config, vllm_config.parallel_config.local_world_size)
         from vllm_moe_offload.integration import preflight  # reads checkpoints; off does not

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
-from vllm.config import CUDAGraphMode
 from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
 from vllm_moe_offload.cache.headroom import host_headroom
@@ -25,6 +24,7 @@ from vllm_moe_offload.cache.sizing import (
 )
 from vllm_moe_offload.config import GIB, OffloadConfig, OptionError, parse_cache_size
 from vllm_moe_offload.device.arrivals import Event
+from vllm_moe_offload.integration import captures
 from vllm_moe_offload.integration.affinity import io_cpus
 from vllm_moe_offload.integration.block_slots import ApplyOnSlots
 from vllm_moe_offload.integration.device_calls import DeviceCalls
@@ -35,6 +35,7 @@ from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.store import ExpertStore
 from vllm_moe_offload.transfer import Transfer
 from vllm_moe_offload.transfer.cuda import cuda_transfer, filled_host_tier
+from vllm_moe_offload.transfer.page_lock import PageLockError
 
 if TYPE_CHECKING:
     from vllm_moe_offload.device.cache import DeviceCache
@@ -97,7 +98,7 @@ class GpuMemory:
         draft_layers: list[Any],
         options: OffloadConfig,
     ) -> tuple[Way, str]:
-        """See :meth:`FastMemory.way`; where the host plans, vLLM captures no CUDA graphs."""
+        """See :meth:`FastMemory.way`; what vLLM captures follows from it."""
         config = self._vllm_config
         if not shape.holds_everything:
             self._num_host_slots = self._host_slots(store, options)
@@ -107,12 +108,15 @@ class GpuMemory:
             expert_parallel=layers[0].share is not None,
             pipeline_parallel=config.parallel_config.pipeline_parallel_size > 1,
             drafter_has_experts=bool(draft_layers),
+            tops_differ=len({layer.top_k for layer in layers}) > 1,
             num_slots=shape.num_pool_slots,
             num_host_slots=self._num_host_slots,
             num_total=store.num_layers * store.num_experts,
         )
-        if way is Way.HOST:
-            _capture_nothing(config.compilation_config, why)
+        most_tokens = captures.EVERY_SIZE
+        if shape.num_pool_slots < shape.num_experts:
+            most_tokens = shape.num_pool_slots // layers[0].top_k
+        captures.agree(config, why_host=why, most_tokens=most_tokens)
         return way, why
 
     # ---- the host plans --------------------------------------------------------------
@@ -197,7 +201,15 @@ class GpuMemory:
                 progress=progress,
             )
         host.close()  # nothing is read from the file any more
-        on_device = get_accelerator_view_from_cpu_tensor(torch.from_numpy(host.arena))
+        on_host = torch.from_numpy(host.arena)
+        if (
+            not on_host.is_pinned()
+        ):  # else vLLM's function would copy all of it, and view the copy
+            raise PageLockError(
+                f"CUDA does not know {host.arena.nbytes / GIB:.2f} GiB of host memory as page-locked "
+                "after it locked them, so the GPU cannot read them; lower host_gb, and the host plans"
+            )
+        on_device = get_accelerator_view_from_cpu_tensor(on_host)
 
         def release() -> None:
             torch.cuda.synchronize(self.device)
@@ -232,10 +244,6 @@ class GpuMemory:
         if kernel is None:
             raise RuntimeError(f"{layer.layer_name} has experts of another platform")
         return kernel
-
-    def set_capture(self, most_tokens: int) -> None:
-        """See :meth:`DeviceMemory.set_capture`."""
-        _capture_at_most(self._vllm_config.compilation_config, most_tokens)
 
     # ---- host memory -----------------------------------------------------------------
 
@@ -278,39 +286,6 @@ class GpuMemory:
             "" if slots == total else "; the others are read from the store when they are used",
         )
         return slots
-
-
-def _capture_nothing(compilation: Any, why: str) -> None:
-    """A layer call that the host plans waits for it, which no graph can hold."""
-    mode = compilation.cudagraph_mode
-    if mode in (None, CUDAGraphMode.NONE):
-        return
-    logger.warning(
-        "MoE offload: the host plans (%s), so no CUDA graphs: cudagraph_mode %s -> NONE",
-        why,
-        mode.name,
-    )
-    compilation.cudagraph_mode = CUDAGraphMode.NONE
-
-
-def _capture_at_most(compilation: Any, most_tokens: int) -> None:
-    """Larger calls may need more experts than there are slots, and run in waves, without graphs."""
-    if compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
-        return
-    sizes = [size for size in compilation.cudagraph_capture_sizes if size <= most_tokens]
-    if len(sizes) == len(compilation.cudagraph_capture_sizes):
-        return
-    logger.warning(
-        "MoE offload: the cache holds fewer experts than a layer has: CUDA graphs for %s of at most "
-        "%d tokens; raise cache_gb for more",
-        "batches" if sizes else "no batch",
-        most_tokens,
-    )
-    if not sizes:
-        compilation.cudagraph_mode = CUDAGraphMode.NONE
-        return
-    compilation.cudagraph_capture_sizes = sizes
-    compilation.max_cudagraph_capture_size = sizes[-1]
 
 
 EXPLICIT_FLOOR_BYTES = GIB // 2

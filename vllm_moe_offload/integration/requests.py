@@ -134,9 +134,13 @@ def last_warm_up(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def shutdown(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The worker goes: close the store, finish the recording, print the summary."""
-    close_runtime(self)
-    return original(self, *args, **kwargs)
+    """The worker goes: close the store, finish the recording, print the summary. vLLM ends its own
+    parts whatever comes of that: after an error of a device nothing that asks it works any more."""
+    try:
+        close_runtime(self)
+    finally:
+        result = original(self, *args, **kwargs)
+    return result
 
 
 def close_runtime(runner: Any) -> None:

@@ -33,6 +33,11 @@ def problems(config: Any) -> Iterator[str]:
             f"speculative_config.method={speculative.method!r}: what such a drafter does in a step "
             f"was not looked into; allowed: {', '.join((*WITHOUT_MODEL, *WITH_MODEL))}"
         )
+    if getattr(speculative, "enable_adaptive_verification", False):
+        yield (
+            "speculative_config.enable_adaptive_verification=True: how many guesses a step has is "
+            "decided on the device then, and whose tokens are whose is not known here; allowed: False"
+        )
 
 
 def loading_problems(speculative: Any, allowed: Sequence[str]) -> Iterator[str]:

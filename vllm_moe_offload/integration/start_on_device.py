@@ -69,9 +69,6 @@ class DeviceMemory(FastMemory, Protocol):
     def kernel(self, layer: Any) -> ApplyOnSlots:
         """How the layer's experts are computed on slots."""
 
-    def set_capture(self, most_tokens: int) -> None:
-        """CUDA graphs are captured for so many tokens at most."""
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -115,8 +112,6 @@ def start_on_device(
         )
         cache.attach(store.layout, pool.tensors, records)
         cache.warm_up(layers[0].quant_method.topk_indices_dtype or torch.int32)
-        if shape.num_pool_slots < shape.num_experts:
-            memory.set_capture(shape.num_pool_slots // top_k)
     elif followers.wants_routing:
         cache = memory.new_cache(
             num_layers=plan.num_model_layers,

@@ -116,6 +116,11 @@ def _model_problems(config: Any) -> Iterator[str]:
     yield from formats.problems(model.quantization)
     yield from lora.problems(config.lora_config)
     yield from speculation.problems(config)
+    if getattr(config.cache_config, "kv_sharing_fast_prefill", False):
+        yield (
+            "kv_sharing_fast_prefill=True: later layers would compute some of a step's tokens, and "
+            "which of them is not known here; allowed: False"
+        )
     if getattr(model, "enable_sleep_mode", False):
         yield (
             "enable_sleep_mode=True: sleep of level 2 throws cached experts away, and the cache "

@@ -12,7 +12,8 @@ from typing import Any
 from vllm import envs
 from vllm.config import CUDAGraphMode
 
-from vllm_moe_offload.integration import formats
+from vllm_moe_offload.config import OffloadConfig, parse_cache_size
+from vllm_moe_offload.integration import captures, formats
 
 logger = logging.getLogger("vllm.moe_offload")
 
@@ -93,12 +94,18 @@ def triton_problems() -> Iterator[str]:
         )
 
 
-def prepare(config: Any, capability: formats.Capability) -> None:
+def prepare(config: Any, options: OffloadConfig, capability: formats.Capability) -> None:
     """Sets a VllmConfig without :func:`problems` up for offload on a GPU.
 
     The kernel: ``auto`` is FlashInfer's on most devices, which routes by itself or takes
     weights in an order of its own.
+
+    Graphs: pipeline stages send each other rows padded to the sizes of graphs, so all capture or
+    none does, and some may have no experts. Only with a slot for every expert the host of none plans.
     """
+    is_shared = config.parallel_config.pipeline_parallel_size > 1
+    if is_shared and parse_cache_size(options.cache_gb) != ("share", 1.0):
+        captures.capture_nothing(config.compilation_config, "workers divide the layers")
     if config.kernel_config.moe_backend == "auto":
         chosen = formats.moe_backends(config.model_config.quantization, capability)[0]
         config.kernel_config.moe_backend = chosen

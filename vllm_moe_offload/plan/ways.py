@@ -22,6 +22,7 @@ def gpu_way(
     expert_parallel: bool,
     pipeline_parallel: bool,
     drafter_has_experts: bool,
+    tops_differ: bool = False,
     num_slots: int,
     num_host_slots: int,
     num_total: int,
@@ -34,6 +35,7 @@ def gpu_way(
         expert_parallel: whether workers divide the experts of a layer.
         pipeline_parallel: whether they divide the layers.
         drafter_has_experts: whether a drafter has experts in the same cache.
+        tops_differ: whether tokens choose more experts in some layers than in others.
         num_slots: experts that fit on the GPU.
         num_host_slots: experts that fit into host memory.
         num_total: experts of the worker.
@@ -45,6 +47,7 @@ def gpu_way(
         "workers divide the experts of a layer": expert_parallel,
         "workers divide the layers": pipeline_parallel,
         "the drafter has experts of its own": drafter_has_experts,
+        "layers differ in experts per token": tops_differ,
         f"host memory holds {num_host_slots} of {num_total} experts": num_host_slots
         < num_total,
         f"{num_slots} slots are more than the {MAX_SLOTS} that the GPU plans": (
