@@ -99,14 +99,17 @@ def facts(llm: LLM) -> dict[str, Any]:
 
 
 def metrics(llm: LLM) -> dict[str, Any]:
-    """The plugin's part of what ``LLM.get_metrics`` says, of the last rank and of each; and the
-    names of the files that it comes from."""
+    """The plugin's part of what ``LLM.get_metrics`` says of this engine, of the last rank and of
+    each; and the names of the files that it comes from. Engines of other models that this process
+    had before are on it as well."""
     from vllm_moe_offload.integration.counters_dir import counters_dir
 
     directory = counters_dir()
+    served = llm.llm_engine.model_config.served_model_name
     by_rank: dict[str, dict[str, float]] = {}
     for metric in llm.get_metrics():
-        if metric.name.startswith("vllm:moe_offload_"):
+        name = metric.labels.get("model_name")
+        if metric.name.startswith("vllm:moe_offload_") and name == served:
             of_rank = by_rank.setdefault(metric.labels["rank"], {})
             of_rank[metric.name.removeprefix("vllm:moe_offload_")] = metric.value
     return {

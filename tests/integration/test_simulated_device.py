@@ -68,7 +68,7 @@ def test_half_a_quarter_and_one_layer(deep_model, store_dir, share_engines):
 
 
 def figures_of(result):
-    """On /metrics, of the one rank; engines before this one in its process may have had others."""
+    """On /metrics, of the one rank that there is."""
     return result["metrics_by_rank"]["0"]
 
 
