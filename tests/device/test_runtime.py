@@ -137,6 +137,7 @@ def test_a_log_is_never_overwritten_before_it_was_looked_at():
         runtime.begin_step(step_of(["a"], [1], [number]))
         device.run(np.full((1, LAYERS, TOP_K), number % EXPERTS, np.int16), 0, 0)
         runtime.after_forward()
+    assert device.stream.num_waits > 0, "there are as many logs as at the start"
     runtime.end_request("a")
     runtime.close()
     counts = policy.forecast.collection.mean()
